@@ -1,0 +1,1 @@
+"""One modality's networks: chosen payload rows in, embeddings out."""

@@ -1,0 +1,59 @@
+"""Starts the encoder of one modality: `python -m encoders --modality image`."""
+
+import argparse
+import asyncio
+import sys
+from functools import partial
+
+from encoders.encoder import ModalityEncoder
+from encoders.servicer import EncoderServicer
+from mosel import networks
+from mosel.compute import ComputeThread
+from mosel.config import Settings
+from mosel.errors import ConfigError
+from mosel.model_package import find_packages
+from mosel.service import Service, run_service
+from mosel.transport import Reader, open_arena
+from mosel.v1 import encoder_pb2_grpc
+
+
+def main() -> int:
+    """Serves until a signal; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m encoders", description=__doc__)
+    parser.add_argument("--modality", required=True, help="which modality's networks to run")
+    parser.add_argument("--listen", default="", help="address to listen on (default: the setting encoders.addresses)")
+    arguments = parser.parse_args()
+    name = f"encoder/{arguments.modality}"
+    return run_service(name, partial(serve, arguments.modality, arguments.listen))
+
+
+async def serve(modality: str, listen: str, settings: Settings, stop: asyncio.Event) -> None:
+    """Loads the networks, listens, and is ready until `stop` is set.
+
+    Raises:
+        ConfigError: no model has the modality, or a setting is wrong.
+        PackageError: a model package is wrong.
+    """
+    packages = find_packages(settings.models_dir, settings.models)
+    if not any(modality in package.modalities for package in packages.values()):
+        known = sorted({m for package in packages.values() for m in package.modalities})
+        raise ConfigError(f"--modality: no model has '{modality}'; expected one of {', '.join(known)}")
+    address = listen or settings.encoder_address(modality)
+    transport = settings.transport
+    with (
+        open_arena(transport, transport.encoder_arena_mib, "transport.encoder_arena_mib") as (arena, publisher),
+        Reader(transport.shm_dir) as reader,
+        ComputeThread(settings.encoders.torch_threads.get(modality, 1)) as compute,
+    ):
+        encoder = ModalityEncoder(modality, packages, networks.choose_device(settings.device), reader, publisher)
+        servicer = EncoderServicer(encoder, compute, arena, publisher, address, transport.lease_grace_ms / 1000)
+        register = partial(encoder_pb2_grpc.add_EncoderServicer_to_server, servicer)
+        async with Service(settings, address, "encoders.addresses", register) as service:
+            for model in encoder.models:
+                encoder.measure_ms(model, 1, repeats=1)
+            await service.set_ready(True)
+            await stop.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

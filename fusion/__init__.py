@@ -1,0 +1,1 @@
+"""Fuses whatever subset of modalities each item has, and predicts."""

@@ -1,0 +1,49 @@
+"""Starts the fusion service: `python -m fusion`."""
+
+import argparse
+import asyncio
+import sys
+from functools import partial
+
+from fusion.predictor import Predictor
+from fusion.servicer import FusionServicer
+from mosel import networks
+from mosel.compute import ComputeThread
+from mosel.config import Settings
+from mosel.modality import format_set
+from mosel.model_package import find_packages
+from mosel.service import Service, run_service
+from mosel.transport import Reader
+from mosel.v1 import fusion_pb2_grpc
+
+
+def main() -> int:
+    """Serves until a signal; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m fusion", description=__doc__)
+    parser.add_argument("--listen", default="", help="address to listen on (default: the setting fusion.address)")
+    arguments = parser.parse_args()
+    return run_service("fusion", partial(serve, arguments.listen))
+
+
+async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
+    """Loads the networks, listens, and is ready until `stop` is set.
+
+    Raises:
+        ConfigError: a setting is wrong.
+        PackageError: a model package is wrong.
+    """
+    packages = find_packages(settings.models_dir, settings.models)
+    address = listen or settings.fusion_address
+    with Reader(settings.transport.shm_dir) as reader, ComputeThread(settings.fusion.torch_threads) as compute:
+        predictor = Predictor(packages, networks.choose_device(settings.device), reader)
+        servicer = FusionServicer(predictor, compute, address)
+        register = partial(fusion_pb2_grpc.add_FusionServicer_to_server, servicer)
+        async with Service(settings, address, "fusion.address", register) as service:
+            for name, package in packages.items():
+                predictor.measure_ms(name, format_set(package.modalities), 1, repeats=1)
+            await service.set_ready(True)
+            await stop.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

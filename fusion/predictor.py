@@ -1,0 +1,108 @@
+"""The fusion networks of every model. Knows no gRPC."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from mosel import networks
+from mosel.errors import InvalidRequest, ModelNotFound
+from mosel.modality import format_set, parse_set
+from mosel.model_package import ModelPackage
+from mosel.tensors import DTYPES, to_proto
+from mosel.transport import Reader
+from mosel.v1 import tensor_pb2
+
+# The rows of one group's embeddings by modality.
+EmbeddingRows = Mapping[str, Sequence[tensor_pb2.RowSlice]]
+
+
+class Predictor:
+    """Embedding rows of any non-empty set of modalities in, outputs out. Not thread-safe.
+
+    Args:
+        packages: model packages by name.
+        device: where the networks run.
+        reader: gathers embedding rows.
+
+    Raises:
+        PackageError: a network or its weights are wrong.
+    """
+
+    def __init__(self, packages: Mapping[str, ModelPackage], device: torch.device, reader: Reader) -> None:
+        self.counters: Counter[str] = Counter()
+        self._packages, self._device, self._reader = packages, device, reader
+        self._networks = {name: networks.load_fusion(package, device) for name, package in packages.items()}
+
+    @property
+    def models(self) -> list[str]:
+        """The models that are served."""
+        return list(self._packages)
+
+    def fuse(self, model: str, groups: Sequence[EmbeddingRows]) -> tuple[list[tensor_pb2.Tensor], float]:
+        """Predicts groups of items; groups with the same modality set are one batch.
+
+        Args:
+            model: whose network.
+            groups: embedding rows by modality, all modalities of a group with the same number of rows.
+
+        Returns:
+            The output [rows, *output] of each group, and the seconds that the network took.
+
+        Raises:
+            ModelNotFound, InvalidRequest, ReadNotProven.
+        """
+        network, package = self._network(model), self._packages[model]
+        sizes = [_row_count(group, package) for group in groups]
+        by_set: dict[frozenset[str], list[int]] = {}
+        for index, group in enumerate(groups):
+            by_set.setdefault(frozenset(group), []).append(index)
+        outputs = [tensor_pb2.Tensor()] * len(groups)
+        seconds = 0.0
+        for modality_set, indices in by_set.items():
+            batch = {m: self._gather(package, m, [groups[i] for i in indices]) for m in sorted(modality_set)}
+            started = time.perf_counter()
+            output = network(batch).float().cpu()
+            seconds += time.perf_counter() - started
+            networks.check_shape(package, package.fusion, output, sum(sizes[i] for i in indices), package.output.shape)
+            for index, part in zip(indices, output.split([sizes[i] for i in indices]), strict=True):
+                outputs[index] = to_proto(part.numpy().astype(DTYPES[package.output.dtype], copy=False))
+        self.counters.update(calls=1, items=sum(sizes))
+        self.counters["embedding_bytes_read"] = self._reader.bytes_read
+        return outputs, seconds
+
+    def measure_ms(self, model: str, modality_set: str, batch_size: int, repeats: int) -> float:
+        """Median milliseconds of the network for a batch of this size.
+
+        Raises:
+            ModelNotFound: there is no such model.
+            InvalidRequest: the model does not have these modalities.
+        """
+        network, package = self._network(model), self._packages[model]
+        modalities = parse_set(modality_set)
+        if not modalities <= package.modalities.keys():
+            raise InvalidRequest(
+                f"modality_set is '{modality_set}'; expected a subset of {format_set(package.modalities)}"
+            )
+        batch = {m: torch.rand(batch_size, *package.modalities[m].embedding, device=self._device) for m in modalities}
+        return networks.timed_ms(lambda: network(batch).cpu(), repeats)
+
+    def _gather(self, package: ModelPackage, modality: str, groups: Sequence[EmbeddingRows]) -> torch.Tensor:
+        rows = [part for group in groups for part in group[modality]]
+        array = self._reader.gather(rows, "FP32", package.modalities[modality].embedding)
+        return networks.to_tensor(array, "FP32", self._device)
+
+    def _network(self, model: str) -> torch.nn.Module:
+        if model not in self._networks:
+            raise ModelNotFound(f"model '{model}' is not served here")
+        return self._networks[model]
+
+
+def _row_count(group: EmbeddingRows, package: ModelPackage) -> int:
+    if not group or not group.keys() <= package.modalities.keys():
+        raise InvalidRequest(f"a group has modalities {sorted(group)}; expected some of {sorted(package.modalities)}")
+    counts = {modality: sum(part.row_count for part in rows) for modality, rows in group.items()}
+    if len(set(counts.values())) != 1:
+        raise InvalidRequest(f"a group has rows {counts}; expected as many for every modality")
+    return next(iter(counts.values()))

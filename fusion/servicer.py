@@ -1,0 +1,49 @@
+"""gRPC in front of `Predictor`: convert, call, convert back."""
+
+import os
+from functools import partial
+
+from fusion.predictor import Predictor
+from mosel.compute import ComputeThread
+from mosel.service import Context, answers_with_status, deadline_of
+from mosel.v1 import fusion_pb2, fusion_pb2_grpc, service_pb2
+
+
+class FusionServicer(fusion_pb2_grpc.FusionServicer):
+    """Serves `mosel.v1.Fusion`.
+
+    Args:
+        predictor: the networks.
+        compute: the thread that they run on.
+        address: where this service listens.
+    """
+
+    def __init__(self, predictor: Predictor, compute: ComputeThread, address: str) -> None:
+        self._predictor, self._compute, self._address = predictor, compute, address
+
+    @answers_with_status
+    async def Fuse(self, request: fusion_pb2.FuseRequest, context: Context) -> fusion_pb2.FuseReply:
+        groups = [{name: rows.rows for name, rows in group.embeddings.items()} for group in request.groups]
+        outputs, seconds = await self._compute.run(
+            lambda: self._predictor.fuse(request.model, groups), deadline_of(context), "fusing"
+        )
+        return fusion_pb2.FuseReply(outputs=outputs, compute_us=round(seconds * 1e6))
+
+    @answers_with_status
+    async def Profile(self, request: fusion_pb2.ProfileFusionRequest, context: Context) -> service_pb2.ProfileReply:
+        def measure(size: int) -> float:
+            return self._predictor.measure_ms(request.model, request.modality_set, size, request.repeats)
+
+        deadline = deadline_of(context)
+        reply = service_pb2.ProfileReply()
+        for size in request.batch_sizes:
+            ms = await self._compute.run(partial(measure, size), deadline, "measuring")
+            reply.points.add(batch_size=size, p50_ms=ms)
+        return reply
+
+    @answers_with_status
+    async def Status(self, request: service_pb2.StatusRequest, context: Context) -> service_pb2.ServiceStatus:
+        counters = dict(self._predictor.counters) | self._compute.statistics()
+        return service_pb2.ServiceStatus(
+            name="fusion", address=self._address, ready=True, pid=os.getpid(), counters=counters
+        )

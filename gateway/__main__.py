@@ -1,0 +1,88 @@
+"""Starts the gateway: `python -m gateway`."""
+
+import argparse
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator
+from functools import partial
+
+import grpc
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection
+
+from gateway.selector_link import SelectorLink
+from gateway.servicer import GatewayServicer
+from mosel.config import Settings
+from mosel.model_package import find_packages
+from mosel.service import Service, run_service
+from mosel.transport import open_arena
+from mosel.v1 import gateway_pb2, gateway_pb2_grpc
+
+
+def main() -> int:
+    """Serves until a signal; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m gateway", description=__doc__)
+    parser.add_argument("--listen", default="", help="address to listen on (default: gateway.grpc_host and grpc_port)")
+    arguments = parser.parse_args()
+    return run_service("gateway", partial(serve, arguments.listen))
+
+
+async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
+    """Listens, and finishes what was admitted once `stop` is set.
+
+    Raises:
+        ConfigError: a setting is wrong, or the port is taken.
+        PackageError: a model package is wrong.
+    """
+    packages = find_packages(settings.models_dir, settings.models)
+    models_changed = asyncio.Event()
+    transport = settings.transport
+    with open_arena(transport, transport.gateway_arena_mib, "transport.gateway_arena_mib") as (arena, publisher):
+        async with SelectorLink(settings, publisher.release, models_changed.set) as link:
+            servicer = GatewayServicer(settings, packages, arena, publisher, link)
+            register = partial(_register, servicer)
+            address = listen or settings.gateway_address
+            async with (
+                Service(settings, address, "--grpc-port", register) as service,
+                _following_models(service, link, list(packages), models_changed),
+            ):
+                await service.set_ready(True)
+                await stop.wait()
+
+
+def _register(servicer: GatewayServicer, server: grpc.aio.Server) -> None:
+    gateway_pb2_grpc.add_GatewayServicer_to_server(servicer, server)
+    names = [
+        gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name,
+        health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+        reflection.SERVICE_NAME,
+    ]
+    reflection.enable_server_reflection(names, server)
+
+
+@contextlib.asynccontextmanager
+async def _following_models(
+    service: Service, link: SelectorLink, models: list[str], changed: asyncio.Event
+) -> AsyncIterator[None]:
+    """Keeps the health of each model's name in step with what the selector says."""
+
+    async def follow() -> None:
+        while True:
+            for model in models:
+                state = link.models.get(model)
+                await service.set_ready(state is not None and state.ready, model)
+            await changed.wait()
+            changed.clear()
+
+    task = asyncio.create_task(follow(), name="health of models")
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""MOSEL: serve multi-modal models, choosing request by request which modalities to run.
+
+`Client` and `AsyncClient` talk to a gateway; `mosel.errors` has what they raise.
+"""
+
+from mosel.client import AsyncClient, Client, Prediction
+
+__all__ = ["AsyncClient", "Client", "Prediction"]

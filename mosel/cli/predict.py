@@ -1,0 +1,72 @@
+"""`mosel predict`: one job from files."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mosel.cli.options import DEFAULT_ADDRESS, Address
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+def predict(
+    model: Annotated[str, typer.Argument(help="The model's name.")],
+    payload: Annotated[list[str], typer.Argument(help="modality=FILE.npy, an array [items, ...]; repeatable.")],
+    min_accuracy: Annotated[float | None, typer.Option(help="Least expected accuracy, 0..1.")] = None,
+    latency_slo_ms: Annotated[float | None, typer.Option(help="Deadline in milliseconds.")] = None,
+    modality: Annotated[list[str] | None, typer.Option(help="Run only this modality (repeatable).")] = None,
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Predict the items of one job and print label, modality set and expected accuracy."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mosel.client import Client
+
+    payloads = {name: _load(name, Path(file)) for name, file in map(_split, payload)}
+    with Client(address) as client:
+        prediction = client.predict(
+            model,
+            payloads,
+            min_accuracy=min_accuracy,
+            latency_slo_ms=latency_slo_ms,
+            modalities=modality or (),
+        )
+    table = Table("item", "label", "modality set")
+    labels = prediction.labels or tuple(str(row.tolist()) for row in prediction.output)
+    for index, (label, modality_set) in enumerate(zip(labels, prediction.modality_sets, strict=True)):
+        table.add_row(str(index), label, modality_set)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"expected accuracy {prediction.expected_accuracy:.4f}, queue {prediction.queue_ms:.2f} ms, "
+        f"compute {prediction.compute_ms:.2f} ms, slack {prediction.deadline_slack_ms:.0f} ms, job {prediction.job_id}"
+    )
+
+
+def _split(argument: str) -> tuple[str, str]:
+    from mosel.errors import InvalidRequest
+
+    name, equals, file = argument.partition("=")
+    if not (name and equals and file):
+        raise InvalidRequest(f"payload is '{argument}'; expected modality=FILE.npy")
+    return name, file
+
+
+def _load(name: str, file: Path) -> "NDArray[np.generic]":
+    import numpy as np
+
+    from mosel.errors import InvalidRequest
+
+    try:
+        array = np.load(file, allow_pickle=False)
+    except FileNotFoundError:
+        raise InvalidRequest(f"payload {name}: {file}: no such file; expected a .npy file") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise InvalidRequest(f"payload {name}: {file}: {error}; expected a .npy file") from None
+    if not isinstance(array, np.ndarray):
+        raise InvalidRequest(f"payload {name}: {file} is an archive of arrays; expected a .npy file with one array")
+    return array

@@ -1,0 +1,56 @@
+"""Starting the services for a command: progress until they are ready, and a clean end however the command ends."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from mosel.config import Settings
+    from mosel.launcher import Launcher
+
+console = Console()
+
+
+@contextlib.contextmanager
+def started(settings: "Settings", ready_timeout_s: float) -> Iterator["Launcher"]:
+    """All services, ready, for as long as the body runs. Ctrl-C and SIGTERM end the body quietly.
+
+    Raises:
+        MoselError: a service did not start; the message is the one that it gave.
+    """
+    from mosel.launcher import Launcher
+
+    # As for Ctrl-C, so that a supervisor's SIGTERM takes the services along.
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with contextlib.suppress(KeyboardInterrupt), Launcher(settings) as launcher:
+            _wait(launcher, ready_timeout_s)
+            yield launcher
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _wait(launcher: "Launcher", timeout_s: float) -> None:
+    columns = (
+        TextColumn("starting services"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=len(launcher.children))
+
+        def show(ready: list[str], waiting: list[str]) -> None:
+            bar.update(task, completed=len(ready), description=", ".join(waiting) or "measuring latencies")
+
+        launcher.wait_ready(timeout_s, show)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,20 @@
+"""`mosel status`: what every service does."""
+
+from mosel.cli.options import DEFAULT_ADDRESS, Address
+
+
+def status(address: Address = DEFAULT_ADDRESS) -> None:
+    """Show every service of a running system: state, transport, what it has done."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mosel.client import Client
+
+    with Client(address) as client:
+        services = client.status()
+    table = Table("service", "state", "pid", "address", "counters")
+    for service in services:
+        state = "ready" if service.ready else f"not ready: {service.detail or 'starting'}"
+        counters = ", ".join(f"{name} {value}" for name, value in sorted(service.counters.items()))
+        table.add_row(service.name, state, str(service.pid or "-"), service.address, counters)
+    Console().print(table)

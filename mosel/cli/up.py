@@ -1,0 +1,33 @@
+"""`mosel up`: start everything."""
+
+import time
+from typing import Annotated
+
+import typer
+
+from mosel.cli.options import Device, GrpcPort, Host, Models, ModelsFolder
+
+
+def up(
+    models: ModelsFolder = None,
+    model: Models = None,
+    device: Device = None,
+    host: Host = None,
+    grpc_port: GrpcPort = None,
+    ready_timeout_s: Annotated[float, typer.Option(help="Seconds to wait for the services.")] = 120,
+) -> None:
+    """Start gateway, selector, encoders and fusion; Ctrl-C stops them."""
+    from mosel.cli.options import settings_from
+    from mosel.cli.starting import console, started
+
+    settings = settings_from(models, model, device, host, grpc_port)
+    with started(settings, ready_timeout_s) as launcher:
+        names = ", ".join(launcher.packages)
+        console.print(f"ready: gRPC on {launcher.address}, models: {names} (Ctrl-C stops)")
+        reported: set[str] = set()
+        while not reported & {"gateway", "selector", "fusion"}:
+            for child in launcher.ended():
+                if child.name not in reported:
+                    console.print(f"{child.name} ended with exit code {child.process.returncode}: {child.last_line()}")
+                    reported.add(child.name)
+            time.sleep(0.2)

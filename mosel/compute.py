@@ -1,0 +1,66 @@
+"""What encoders and fusion share: one thread that computes, so that the event loop never waits for a network."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+
+from mosel.deadline import Deadline
+from mosel.errors import Overloaded
+
+R = TypeVar("R")
+
+
+class ComputeThread:
+    """Runs calls one after another on a thread of its own; a context manager.
+
+    Args:
+        torch_threads: threads that torch may use inside one call.
+        max_waiting: bound on the calls that wait or run.
+    """
+
+    def __init__(self, torch_threads: int, max_waiting: int = 64) -> None:
+        torch.set_num_threads(torch_threads)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._waiting, self._max_waiting = 0, max_waiting
+
+    async def run(self, compute: Callable[[], R], deadline: Deadline, step: str) -> R:
+        """Runs a call, unless its deadline passes before its turn comes.
+
+        Args:
+            compute: what to run, with gradients off.
+            deadline: when the result is no longer wanted.
+            step: what is about to happen, for messages.
+
+        Raises:
+            DeadlineExceeded: the deadline passed first.
+            Overloaded: too many calls are waiting.
+        """
+
+        def guarded() -> R:
+            deadline.check(step)
+            with torch.inference_mode():
+                return compute()
+
+        if self._waiting >= self._max_waiting:
+            raise Overloaded(f"{self._waiting} calls are waiting for {step}")
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, guarded)
+        finally:
+            self._waiting -= 1
+
+    def statistics(self) -> dict[str, int]:
+        """Calls that wait or run, and the threads of torch."""
+        return {"calls_waiting": self._waiting, "torch_threads": torch.get_num_threads()}
+
+    def __enter__(self) -> "ComputeThread":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)

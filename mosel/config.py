@@ -1,0 +1,195 @@
+"""Settings: one frozen tree, from file < environment < flag.
+
+Units are in the names; unknown keys are errors. The file is `mosel.toml` in the working folder, or what `MOSEL_CONFIG`
+names. An environment variable is `MOSEL_` and the key, with `__` between section and key:
+`MOSEL_GATEWAY__GRPC_PORT=9001`. Flags are those of the `mosel` commands.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings.exceptions import SettingsError
+
+from mosel.errors import ConfigError
+
+# sockaddr_un holds 108 bytes; some systems fewer. Names of services take up to 30 of them.
+MAX_SOCKET_PATH_BYTES = 90
+_ENV_PREFIX = "MOSEL_"
+# Environment variables that are not settings of a service.
+_OTHER_VARIABLES = {"MOSEL_CONFIG", "MOSEL_DATA"}
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+def reference_models() -> Path:
+    """The folder of the reference models: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "reference_models"
+    return installed if installed.is_dir() else package.parent / "models"
+
+
+def _default_run_dir() -> Path:
+    return Path(os.environ.get("XDG_RUNTIME_DIR", tempfile.gettempdir())) / f"mosel-{os.getuid()}"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GatewaySettings(_Section):
+    """The public edge."""
+
+    grpc_host: str = "127.0.0.1"
+    grpc_port: Port = 8001
+    max_items_per_job: int = Field(1024, ge=1)
+    max_jobs_in_flight: int = Field(256, ge=1)
+    default_deadline_ms: float = Field(30_000, gt=0)
+
+
+class SelectorSettings(_Section):
+    """The brain. Addresses default to sockets in `run_dir`."""
+
+    address: str = ""
+    max_queued_items: int = Field(4096, ge=1)
+    calls_in_flight_per_encoder: int = Field(2, ge=1)
+    profile_batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    profile_repeats: int = Field(5, ge=1)
+
+
+class EncoderSettings(_Section):
+    """Encoder processes; `addresses` and `torch_threads` are by modality."""
+
+    addresses: dict[str, str] = {}
+    torch_threads: dict[str, int] = {}
+
+
+class FusionSettings(_Section):
+    """The fusion process."""
+
+    address: str = ""
+    torch_threads: int = Field(1, ge=1)
+
+
+class TransportSettings(_Section):
+    """Tensor transport between processes."""
+
+    shm_dir: Path = Path("/dev/shm")  # noqa: S108
+    gateway_arena_mib: int = Field(256, ge=1)
+    encoder_arena_mib: int = Field(64, ge=1)
+    inline_max_kib: int = Field(64, ge=0)
+    lease_grace_ms: float = Field(5_000, ge=0)
+    max_message_mib: int = Field(64, ge=1)
+
+
+class Settings(BaseSettings):
+    """Everything that can be set."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=_ENV_PREFIX, env_nested_delimiter="__")
+
+    models_dir: Path = Field(default_factory=reference_models)
+    models: tuple[str, ...] = ()
+    run_dir: Path = Field(default_factory=_default_run_dir)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    exit_with_parent: bool = False
+    stop_grace_ms: float = Field(5_000, ge=0)
+    gateway: GatewaySettings = GatewaySettings()
+    selector: SelectorSettings = SelectorSettings()
+    encoders: EncoderSettings = EncoderSettings()
+    fusion: FusionSettings = FusionSettings()
+    transport: TransportSettings = TransportSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flag over environment over file; nothing else is read."""
+        file = TomlConfigSettingsSource(settings_cls, toml_file=config_file())
+        return init_settings, env_settings, file
+
+    @property
+    def gateway_address(self) -> str:
+        """Where the gateway listens."""
+        return f"{self.gateway.grpc_host}:{self.gateway.grpc_port}"
+
+    @property
+    def selector_address(self) -> str:
+        """Where the selector listens."""
+        return self.selector.address or self._socket("selector")
+
+    @property
+    def fusion_address(self) -> str:
+        """Where the fusion service listens."""
+        return self.fusion.address or self._socket("fusion")
+
+    def encoder_address(self, modality: str) -> str:
+        """Where the encoder of a modality listens."""
+        return self.encoders.addresses.get(modality) or self._socket(f"encoder-{modality}")
+
+    def _socket(self, name: str) -> str:
+        path = self.run_dir / f"{name}.sock"
+        if len(os.fsencode(path)) >= MAX_SOCKET_PATH_BYTES:
+            raise ConfigError(
+                f"run_dir: the socket path {path} has {len(os.fsencode(path))} bytes; "
+                f"expected fewer than {MAX_SOCKET_PATH_BYTES}: choose a shorter run_dir"
+            )
+        return f"unix:{path}"
+
+    def as_environment(self) -> dict[str, str]:
+        """The settings as the environment variables that give a child process the same settings."""
+        variables: dict[str, str] = {}
+        for name, value in self.model_dump(mode="json").items():
+            section = type(self).model_fields[name].annotation
+            nested = isinstance(section, type) and issubclass(section, _Section)
+            for key, leaf in value.items() if nested else ((None, value),):
+                variable = f"{_ENV_PREFIX}{name}" + (f"__{key}" if key else "")
+                variables[variable.upper()] = leaf if isinstance(leaf, str) else json.dumps(leaf)
+        return variables
+
+
+def load_settings(**flags: Any) -> Settings:
+    """The effective settings.
+
+    Args:
+        flags: values given on the command line; they win over environment and file.
+
+    Raises:
+        ConfigError: names the first wrong key, what it holds and what was expected.
+    """
+    _refuse_unknown_variables(os.environ)
+    try:
+        return Settings(**flags)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"'{key}' is no setting; `mosel config` lists them all") from None
+        raise ConfigError(f"setting '{key}' holds {first['input']!r}: {first['msg']}") from None
+    except SettingsError as error:
+        raise ConfigError(str(error)) from None
+    except ValueError as error:
+        raise ConfigError(f"{config_file()}: {error}") from None
+
+
+def config_file() -> Path:
+    """The settings file that is read if it exists."""
+    return Path(os.environ.get("MOSEL_CONFIG", "mosel.toml"))
+
+
+def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+    known = {f"{_ENV_PREFIX}{name}".upper() for name in Settings.model_fields}
+    for variable in environment:
+        head = variable.split("__")[0]
+        if variable.startswith(_ENV_PREFIX) and head not in known and variable not in _OTHER_VARIABLES:
+            raise ConfigError(f"environment variable {variable} is no setting; `mosel config` lists them all")

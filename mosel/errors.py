@@ -1,0 +1,105 @@
+"""The error tree. `mosel/status.py` has the one table from error to gRPC status.
+
+    MoselError
+    ├── RequestError            the caller's fault
+    │   ├── InvalidRequest          a field is wrong                        INVALID_ARGUMENT
+    │   ├── PayloadTooLarge         beyond a limit the message names        INVALID_ARGUMENT
+    │   ├── ModelNotFound           no such model                           NOT_FOUND
+    │   ├── FloorUnreachable        no modality set is accurate enough      FAILED_PRECONDITION
+    │   └── DeadlineUnreachable     no modality set is fast enough          FAILED_PRECONDITION
+    ├── ServiceError            this system's state
+    │   ├── Overloaded              a bound is reached; try again later     RESOURCE_EXHAUSTED
+    │   ├── DeadlineExceeded        the time the caller gave is over        DEADLINE_EXCEEDED
+    │   ├── Cancelled               the caller went away                    CANCELLED
+    │   ├── ServiceUnavailable      a service that is needed is away        UNAVAILABLE
+    │   ├── ReadNotProven           shared bytes changed while being read   ABORTED
+    │   └── InternalError           a bug                                   INTERNAL
+    └── SetupError              found before anything is served
+        ├── ConfigError             a setting is wrong
+        ├── PackageError            a model package is wrong
+        └── DatasetError            samples cannot be had or are damaged
+
+Messages are written for the person who reads them: they name the field or setting, what it holds and what was
+expected.
+"""
+
+
+class MoselError(Exception):
+    """Base of every error that MOSEL raises on purpose."""
+
+
+class RequestError(MoselError):
+    """The request cannot be served as it is."""
+
+
+class InvalidRequest(RequestError):
+    """A field of the request has a wrong name, type, shape or value."""
+
+
+class PayloadTooLarge(RequestError):
+    """The request is beyond a size limit."""
+
+
+class ModelNotFound(RequestError):
+    """The request names a model that is not served here."""
+
+
+class FloorUnreachable(RequestError):
+    """No modality set that could be run is as accurate as the request demands."""
+
+
+class DeadlineUnreachable(RequestError):
+    """No modality set that is accurate enough is as fast as the request demands, even on an idle system."""
+
+
+class ServiceError(MoselError):
+    """The request is fine, the system cannot answer it now."""
+
+
+class Overloaded(ServiceError):
+    """A queue, pool or arena is at its bound.
+
+    Args:
+        message: what is full.
+        retry_after_ms: when to try again, in milliseconds.
+    """
+
+    def __init__(self, message: str, retry_after_ms: int = 100) -> None:
+        super().__init__(message)
+        self.retry_after_ms = retry_after_ms
+
+
+class DeadlineExceeded(ServiceError):
+    """The time that the caller gave is over."""
+
+
+class Cancelled(ServiceError):
+    """The caller went away before the answer was there."""
+
+
+class ServiceUnavailable(ServiceError):
+    """A service that the request needs is not there."""
+
+
+class ReadNotProven(ServiceError):
+    """A shared-memory slot was reused, or is no longer there, so what was read is not to be trusted."""
+
+
+class InternalError(ServiceError):
+    """Something that must not happen did."""
+
+
+class SetupError(MoselError):
+    """Found before anything is served."""
+
+
+class ConfigError(SetupError):
+    """A setting is unknown or has a wrong value."""
+
+
+class PackageError(SetupError):
+    """A model package is incomplete or contradicts itself."""
+
+
+class DatasetError(SetupError):
+    """Labelled samples cannot be had, or are not what their checksum says."""

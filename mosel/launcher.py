@@ -1,0 +1,185 @@
+"""Starts all services of one machine as child processes, waits until they are ready, and stops them."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mosel.client import Client, ModelInfo
+from mosel.config import Settings
+from mosel.errors import ConfigError, MoselError, ServiceUnavailable
+from mosel.model_package import find_packages
+from mosel.transport.shared_memory import remove_orphans
+
+_POLL_S = 0.1
+# Called with the names of the services that are ready and of those that are not.
+Progress = Callable[[list[str], list[str]], None]
+
+
+@dataclass
+class Child:
+    """One service: its name, its process, and the file that holds its log."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def last_line(self) -> str:
+        """The last line that it logged."""
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "no message"
+
+
+class Launcher:
+    """All services as child processes; a context manager that leaves no process, socket or file behind.
+
+    Args:
+        settings: the effective settings; `run_dir` is replaced by a private folder of this launcher.
+
+    Attributes:
+        settings: as the services have them.
+        children: the services by name, in starting order.
+
+    Raises:
+        ConfigError: the platform cannot run the services, or a setting is wrong.
+        PackageError: a model package is wrong.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        if not sys.platform.startswith("linux"):
+            raise ConfigError(
+                f"the services need Linux, and this is {sys.platform}: run them in a Linux container "
+                "(README, 'Other platforms'); the Python client mosel.Client works here"
+            )
+        self.packages = find_packages(settings.models_dir.resolve(), settings.models)
+        self._folder = Path(tempfile.mkdtemp(prefix="mosel-", dir=_runtime_folder()))
+        port = settings.gateway.grpc_port or _free_port(settings.gateway.grpc_host)
+        self.settings = settings.model_copy(
+            update={
+                "models_dir": settings.models_dir.resolve(),
+                "run_dir": self._folder,
+                "exit_with_parent": True,
+                "gateway": settings.gateway.model_copy(update={"grpc_port": port}),
+            }
+        )
+        self.children: dict[str, Child] = {}
+
+    @property
+    def address(self) -> str:
+        """The gateway's address."""
+        return self.settings.gateway_address
+
+    def __enter__(self) -> "Launcher":
+        try:
+            self._refuse_taken_port()
+            self._start("fusion", "fusion")
+            for modality in sorted({m for package in self.packages.values() for m in package.modalities}):
+                self._start(f"encoder/{modality}", "encoders", "--modality", modality)
+            self._start("selector", "selector")
+            self._start("gateway", "gateway")
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop()
+
+    def wait_ready(self, timeout_s: float, progress: Progress = lambda ready, waiting: None) -> list[ModelInfo]:
+        """Waits until every model is ready.
+
+        Args:
+            timeout_s: seconds to wait at most.
+            progress: told which services are ready, now and then.
+
+        Returns:
+            The models as the gateway describes them.
+
+        Raises:
+            ServiceUnavailable: a service ended, or not all were ready in time; gives its last log line.
+        """
+        until = time.monotonic() + timeout_s
+        with Client(self.address) as client:
+            while time.monotonic() < until:
+                self._check_alive()
+                try:
+                    ready = {service.name for service in client.status() if service.ready}
+                    models = client.models()
+                except MoselError:
+                    ready, models = set(), []
+                progress([n for n in self.children if n in ready], [n for n in self.children if n not in ready])
+                if models and all(model.ready for model in models) and ready.issuperset(self.children):
+                    return models
+                time.sleep(_POLL_S)
+        waiting = ", ".join(name for name in self.children if name not in ready)
+        raise ServiceUnavailable(f"not ready after {timeout_s:.0f} s: {waiting or 'measuring latencies'}")
+
+    def ended(self) -> list[Child]:
+        """Services that are no longer running."""
+        return [child for child in self.children.values() if child.process.poll() is not None]
+
+    def _check_alive(self) -> None:
+        for child in self.ended():
+            raise ServiceUnavailable(
+                f"{child.name} ended with exit code {child.process.returncode}: {child.last_line()}"
+            )
+
+    def _start(self, name: str, module: str, *arguments: str) -> None:
+        log = self._folder / f"{name.replace('/', '-')}.log"
+        with log.open("wb") as stream:
+            process = subprocess.Popen(  # noqa: S603
+                # -P: a file fusion.py in the folder that the user happens to be in must not be run.
+                [sys.executable, "-P", "-m", module, *arguments],
+                env=os.environ | self.settings.as_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                # Ctrl-C goes to the launcher alone, which stops the services in order.
+                start_new_session=True,
+            )
+        self.children[name] = Child(name, process, log)
+
+    def _refuse_taken_port(self) -> None:
+        host, port = self.settings.gateway.grpc_host, self.settings.gateway.grpc_port
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise ConfigError(f"--grpc-port {port}: cannot listen on {host}:{port}: {error.strerror}") from None
+
+    def _stop(self) -> None:
+        """Stops the edge first, so that what was admitted can finish behind it."""
+        behind = [name for name in self.children if name not in ("gateway", "selector")]
+        for names in (["gateway"], ["selector"], behind):
+            children = [self.children[name] for name in names if name in self.children]
+            for child in children:
+                if child.process.poll() is None:
+                    child.process.send_signal(signal.SIGTERM)
+            until = time.monotonic() + self.settings.stop_grace_ms / 1000 + 2
+            for child in children:
+                try:
+                    child.process.wait(max(until - time.monotonic(), 0.01))
+                except subprocess.TimeoutExpired:
+                    child.process.kill()
+                    child.process.wait()
+        remove_orphans(self.settings.transport.shm_dir)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _runtime_folder() -> str:
+    """A folder for sockets: short, and private where the system has one."""
+    return os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

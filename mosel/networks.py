@@ -1,0 +1,102 @@
+"""A model package's networks, with their weights. Imports torch, so only encoders, fusion and training import this."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import torch
+from numpy.typing import NDArray
+
+from mosel.errors import ConfigError, PackageError
+from mosel.model_package import ModelPackage
+from mosel.tensors import DTYPES
+
+
+def load_encoder(package: ModelPackage, modality: str, device: torch.device) -> torch.nn.Module:
+    """The encoder network of a modality, ready for inference.
+
+    Raises:
+        PackageError: the class or its weights are missing or do not fit.
+    """
+    return _load(package, package.modalities[modality].encoder, f"encoders.{modality}.", device)
+
+
+def load_fusion(package: ModelPackage, device: torch.device) -> torch.nn.Module:
+    """The fusion network, ready for inference.
+
+    Raises:
+        PackageError: the class or its weights are missing or do not fit.
+    """
+    return _load(package, package.fusion, "fusion.", device)
+
+
+def choose_device(setting: str) -> torch.device:
+    """The device that the setting `device` names; `auto` takes a GPU if there is one.
+
+    Raises:
+        ConfigError: `cuda` is asked for and there is none.
+    """
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: 'cuda' is asked for, but torch finds no CUDA device; use 'auto' or 'cpu'")
+    return torch.device("cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def to_tensor(array: NDArray[np.generic], dtype: str, device: torch.device) -> torch.Tensor:
+    """A gathered array as a torch tensor; the bits of BF16 arrive as uint16."""
+    tensor = torch.from_numpy(array)
+    return (tensor.view(torch.bfloat16) if dtype == "BF16" else tensor).to(device)
+
+
+def example_payload(package: ModelPackage, modality: str, rows: int) -> NDArray[np.generic]:
+    """Ordinary-looking rows [rows, *shape] for warming up and timing."""
+    spec = package.modalities[modality]
+    values = np.random.default_rng(0).uniform(0, 1, (rows, *spec.shape))
+    return values.astype(np.uint16) if spec.dtype == "BF16" else values.astype(DTYPES[spec.dtype])
+
+
+def timed_ms(run: Callable[[], object], repeats: int) -> float:
+    """Median time of a call in milliseconds, after one that is not counted."""
+    run()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - started) * 1000)
+    return statistics.median(times)
+
+
+def check_shape(package: ModelPackage, what: str, got: torch.Tensor, rows: int, expected: Iterable[int]) -> None:
+    """Checks what a network returned.
+
+    Raises:
+        PackageError: its shape is not [rows, *expected].
+    """
+    if tuple(got.shape) != (rows, *expected):
+        raise PackageError(
+            f"{package.folder / 'model.toml'}: {what} returned {list(got.shape)}; expected {[rows, *expected]}"
+        )
+
+
+def _load(package: ModelPackage, path: str, prefix: str, device: torch.device) -> torch.nn.Module:
+    network_class = package.load_attribute(path)
+    if not (isinstance(network_class, type) and issubclass(network_class, torch.nn.Module)):
+        raise PackageError(f"{package.folder / 'model.toml'}: '{path}' is no torch.nn.Module class")
+    network = network_class()
+    try:
+        network.load_state_dict(_weights(package.weights, prefix))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise PackageError(f"{package.weights}: keys '{prefix}*' do not fit {path}: {reason}") from None
+    return network.to(device).eval().requires_grad_(False)
+
+
+def _weights(file: Path, prefix: str) -> dict[str, torch.Tensor]:
+    try:
+        with safetensors.safe_open(file, framework="pt") as content:
+            keys = [key for key in content.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a mapping)
+            return {key.removeprefix(prefix): content.get_tensor(key) for key in keys}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise PackageError(f"{file}: cannot be read as safetensors: {error}") from None

@@ -1,0 +1,179 @@
+"""What every service does the same way: listen, answer health checks, turn errors into statuses, stop on a signal."""
+
+import asyncio
+import ctypes
+import functools
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar, cast
+
+import grpc
+import uvloop
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from mosel.config import Settings, load_settings
+from mosel.deadline import Deadline
+from mosel.errors import ConfigError, MoselError
+from mosel.logs import configure_logs
+from mosel.status import RETRY_AFTER, retry_after_ms, status_of
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Context = grpc.aio.ServicerContext[Any, Any]
+Register = Callable[[grpc.aio.Server], None]
+
+# Longer deadlines, and none, count as this long.
+MAX_DEADLINE_S = 3600.0
+
+log = logging.getLogger(__name__)
+
+
+def channel_options(settings: Settings) -> list[tuple[str, int]]:
+    """Options of every server and channel: message limits in both directions, no port shared with a stranger."""
+    limit = settings.transport.max_message_mib * 1024 * 1024
+    return [
+        ("grpc.max_send_message_length", limit),
+        ("grpc.max_receive_message_length", limit),
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        # A unix socket must not be looked for behind a proxy.
+        ("grpc.enable_http_proxy", 0),
+    ]
+
+
+class Service:
+    """A gRPC server with health; a context manager that listens inside and stops at its end.
+
+    Args:
+        settings: the effective settings.
+        address: `host:port` or `unix:/path`.
+        setting: the setting or flag that states the address, for messages.
+        register: adds the servicer.
+    """
+
+    def __init__(self, settings: Settings, address: str, setting: str, register: Register) -> None:
+        self.address = address
+        self._settings, self._setting = settings, setting
+        self._server = grpc.aio.server(options=channel_options(settings))
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        register(self._server)
+
+    async def __aenter__(self) -> "Service":
+        path = socket_path(self.address)
+        if path is not None:
+            _prepare_socket(path)
+        try:
+            port = self._server.add_insecure_port(self.address)
+        except RuntimeError:
+            raise ConfigError(f"{self._setting}: {self.address} is taken or cannot be listened on") from None
+        if path is None:
+            self.address = f"{self.address.rpartition(':')[0]}:{port}"
+        await self._server.start()
+        log.info("listening", extra={"address": self.address, "pid": os.getpid()})
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(self._settings.stop_grace_ms / 1000)
+        path = socket_path(self.address)
+        if path is not None:
+            path.unlink(missing_ok=True)
+        log.info("stopped")
+
+    async def set_ready(self, ready: bool, service: str = "") -> None:
+        """Sets what `grpc.health.v1` answers for a service name; the empty name is the process itself."""
+        state = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        await self._health.set(service, state)
+
+
+def socket_path(address: str) -> Path | None:
+    """The path of a unix socket address, None for TCP."""
+    return Path(address.removeprefix("unix:")) if address.startswith("unix:") else None
+
+
+def run_service(name: str, serve: Callable[[Settings, asyncio.Event], Coroutine[Any, Any, None]]) -> int:
+    """Runs a service until SIGTERM or SIGINT; a second signal ends the process at once.
+
+    Args:
+        name: for logs.
+        serve: the service; it gets the effective settings and the event that a signal sets.
+
+    Returns:
+        The exit code: 0 after a signal, 1 after a MoselError, which is printed as one line.
+    """
+
+    async def with_signals(settings: Settings) -> None:
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, lambda: os._exit(1) if stop.is_set() else stop.set())
+        await serve(settings, stop)
+
+    try:
+        settings = load_settings()
+        if settings.exit_with_parent:
+            _exit_with_parent()
+        configure_logs(name, settings.log_level)
+        uvloop.run(with_signals(settings))
+    except MoselError as error:
+        sys.stderr.write(f"{name}: error: {error}\n")
+        return 1
+    return 0
+
+
+def answers_with_status(
+    method: Callable[P, Coroutine[Any, Any, R]],
+) -> Callable[P, Coroutine[Any, Any, R]]:
+    """Decorates a servicer's unary method: a MoselError becomes its status, anything else INTERNAL and a log entry."""
+
+    @functools.wraps(method)
+    async def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        context = cast(Context, args[-1])
+        try:
+            return await method(*args, **kwargs)
+        except MoselError as error:
+            retry = retry_after_ms(error)
+            trailers = ((RETRY_AFTER, str(retry)),) if retry else ()
+            await context.abort(status_of(error), str(error), trailers)
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception:
+            log.exception("unexpected error", extra={"method": method.__name__})
+            await context.abort(grpc.StatusCode.INTERNAL, f"internal error in {method.__name__}; the log has more")
+
+    return guarded
+
+
+def deadline_of(context: Context) -> Deadline:
+    """The deadline of a call as its caller set it; an hour if it set none."""
+    remaining = cast(float | None, context.time_remaining())
+    return Deadline.after(MAX_DEADLINE_S if remaining is None else min(remaining, MAX_DEADLINE_S))
+
+
+def _exit_with_parent() -> None:
+    """Asks Linux for SIGTERM when the process that started this one dies, however it dies."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def _prepare_socket(path: Path) -> None:
+    """Makes the private folder, and removes a socket that a killed process left behind."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = path.parent.stat()
+    if folder.st_uid != os.geteuid() or folder.st_mode & 0o077:
+        raise ConfigError(f"run_dir: {path.parent} must belong to this user alone (mode 0700)")
+    if not path.exists():
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+    raise ConfigError(f"run_dir: {path} is in use by another process; stop it or choose another run_dir")

@@ -1,0 +1,88 @@
+"""Errors on the wire: the one table from error to gRPC status, and the way back."""
+
+from collections.abc import Iterable
+from typing import cast
+
+import grpc
+
+from mosel.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    DeadlineUnreachable,
+    FloorUnreachable,
+    InternalError,
+    InvalidRequest,
+    ModelNotFound,
+    MoselError,
+    Overloaded,
+    PayloadTooLarge,
+    ReadNotProven,
+    ServiceUnavailable,
+)
+
+RETRY_AFTER = "retry-after-ms"
+
+STATUS: dict[type[MoselError], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    PayloadTooLarge: grpc.StatusCode.INVALID_ARGUMENT,
+    ModelNotFound: grpc.StatusCode.NOT_FOUND,
+    FloorUnreachable: grpc.StatusCode.FAILED_PRECONDITION,
+    DeadlineUnreachable: grpc.StatusCode.FAILED_PRECONDITION,
+    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Cancelled: grpc.StatusCode.CANCELLED,
+    ServiceUnavailable: grpc.StatusCode.UNAVAILABLE,
+    ReadNotProven: grpc.StatusCode.ABORTED,
+    InternalError: grpc.StatusCode.INTERNAL,
+}
+
+
+# Several errors share a status; the way back takes the one that says least.
+_ERRORS = {status: error for error, status in reversed(STATUS.items())} | {
+    grpc.StatusCode.FAILED_PRECONDITION: FloorUnreachable,
+    grpc.StatusCode.UNIMPLEMENTED: InvalidRequest,
+}
+_BY_NUMBER = {int(status.value[0]): status for status in grpc.StatusCode}
+
+
+def status_of(error: BaseException) -> grpc.StatusCode:
+    """The gRPC status of an error; INTERNAL for anything that is not a MoselError."""
+    return (
+        STATUS.get(type(error), grpc.StatusCode.INTERNAL) if isinstance(error, MoselError) else grpc.StatusCode.INTERNAL
+    )
+
+
+def status_number(error: BaseException) -> int:
+    """The status as the integer that travels inside a stream's message."""
+    return int(status_of(error).value[0])
+
+
+def retry_after_ms(error: BaseException) -> int:
+    """When to try again, in milliseconds; 0 if trying again does not help."""
+    return error.retry_after_ms if isinstance(error, Overloaded) else 0
+
+
+def error_from(status: grpc.StatusCode, message: str, retry_after: int = 0) -> MoselError:
+    """The error that a peer's status and message stand for."""
+    kind = _ERRORS.get(status, InternalError)
+    return Overloaded(message, retry_after) if kind is Overloaded else kind(message)
+
+
+def error_from_number(number: int, message: str, retry_after: int = 0) -> MoselError:
+    """As `error_from`, for a status that travelled as an integer."""
+    return error_from(_BY_NUMBER.get(number, grpc.StatusCode.INTERNAL), message, retry_after)
+
+
+def error_from_rpc(error: grpc.RpcError, peer: str) -> MoselError:
+    """The error behind a failed call.
+
+    Args:
+        error: what grpc raised.
+        peer: who was called, for messages that grpc itself made.
+    """
+    status, details = error.code(), error.details() or ""
+    if status is grpc.StatusCode.UNAVAILABLE:
+        return ServiceUnavailable(details if details.startswith("service ") else f"service {peer} is not reachable")
+    trailers = {pair[0]: pair[1] for pair in cast(Iterable[tuple[str, str]], error.trailing_metadata() or ())}
+    retry = int(trailers.get(RETRY_AFTER, 0))
+    return error_from(status, details, retry)

@@ -1,0 +1,95 @@
+"""Data types and tensors by value, between protobuf and numpy."""
+
+import math
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from mosel.errors import InvalidRequest
+from mosel.v1 import tensor_pb2
+
+# numpy has no bfloat16: its bits travel as uint16 and become bfloat16 at the torch edge.
+DTYPES: dict[str, np.dtype[np.generic]] = {
+    "BOOL": np.dtype("bool"),
+    "UINT8": np.dtype("u1"),
+    "INT8": np.dtype("i1"),
+    "INT16": np.dtype("<i2"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "FP16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+}
+MAX_RANK = 8
+
+
+def dtype_name(value: int) -> str:
+    """The name of a DataType on the wire.
+
+    Raises:
+        InvalidRequest: the number names no data type.
+    """
+    if value not in tensor_pb2.DataType.values() or value == tensor_pb2.DATA_TYPE_UNSPECIFIED:
+        raise InvalidRequest(f"dtype {value} is unknown; expected one of {', '.join(DTYPES)}")
+    return tensor_pb2.DataType.Name(tensor_pb2.DataType.ValueType(value))
+
+
+def dtype_value(name: str) -> tensor_pb2.DataType.ValueType:
+    """The number of a data type on the wire."""
+    return tensor_pb2.DataType.Value(name)
+
+
+def name_of(dtype: DTypeLike) -> str | None:
+    """The name of a numpy dtype, None if it cannot travel."""
+    wanted = np.dtype(dtype).newbyteorder("<")
+    return next((name for name, known in DTYPES.items() if known == wanted and name != "BF16"), None)
+
+
+def byte_count(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of this data type and shape."""
+    return math.prod(shape) * DTYPES[dtype].itemsize
+
+
+def checked_shape(shape: tuple[int, ...], field: str) -> tuple[int, ...]:
+    """Returns the shape when it is one that a tensor can have.
+
+    Raises:
+        InvalidRequest: the rank is above 8, a dimension is negative, or the product is beyond 2^62.
+    """
+    if len(shape) > MAX_RANK:
+        raise InvalidRequest(f"{field} has rank {len(shape)}; at most {MAX_RANK} dimensions are expected")
+    if any(dimension < 0 for dimension in shape):
+        raise InvalidRequest(f"{field} has shape {list(shape)}; every dimension must be at least 0")
+    if math.prod(shape) > 2**62:
+        raise InvalidRequest(f"{field} has shape {list(shape)}, which is larger than any memory")
+    return shape
+
+
+def to_proto(array: NDArray[np.generic]) -> tensor_pb2.Tensor:
+    """A numpy array as a Tensor message.
+
+    Raises:
+        InvalidRequest: the array's dtype cannot travel.
+    """
+    name = name_of(array.dtype)
+    if name is None:
+        raise InvalidRequest(f"dtype {array.dtype} cannot be sent; expected one of {', '.join(DTYPES)}")
+    data = np.ascontiguousarray(array, DTYPES[name]).tobytes()
+    return tensor_pb2.Tensor(dtype=dtype_value(name), shape=array.shape, data=data)
+
+
+def from_proto(tensor: tensor_pb2.Tensor, field: str) -> NDArray[np.generic]:
+    """A Tensor message as a read-only numpy array over its bytes (BF16 as uint16).
+
+    Raises:
+        InvalidRequest: dtype, shape and the number of bytes contradict each other.
+    """
+    name = dtype_name(tensor.dtype)
+    shape = checked_shape(tuple(tensor.shape), f"{field}.shape")
+    expected = byte_count(name, shape)
+    if len(tensor.data) != expected:
+        raise InvalidRequest(
+            f"{field}.data has {len(tensor.data)} bytes; {name} {list(shape)} expects {expected} bytes"
+        )
+    return np.frombuffer(tensor.data, DTYPES[name]).reshape(shape)

@@ -1,0 +1,56 @@
+"""Starts the selector: `python -m selector`."""
+
+import argparse
+import asyncio
+import sys
+from functools import partial
+
+from mosel.config import Settings
+from mosel.model_package import ModelPackage, find_packages
+from mosel.service import Service, run_service
+from mosel.v1 import selector_pb2_grpc
+from selector.director import Director
+from selector.peers import Peers
+from selector.profile import ModelProfile
+from selector.scheduler import Scheduler
+from selector.servicer import SelectorServicer
+
+
+def main() -> int:
+    """Serves until a signal; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m selector", description=__doc__)
+    parser.add_argument("--listen", default="", help="address to listen on (default: the setting selector.address)")
+    arguments = parser.parse_args()
+    return run_service("selector", partial(serve, arguments.listen))
+
+
+async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
+    """Listens, follows encoders and fusion, and finishes what was admitted once `stop` is set.
+
+    Raises:
+        ConfigError: a setting is wrong.
+        PackageError: a model package is wrong.
+    """
+    packages = find_packages(settings.models_dir, settings.models)
+    profiles = {name: _profile(package) for name, package in packages.items()}
+    limits = settings.selector
+    scheduler = Scheduler(profiles, limits.max_queued_items, limits.calls_in_flight_per_encoder)
+    director = Director(scheduler, profiles)
+    address = listen or settings.selector_address
+    async with Peers(settings, profiles, director.lane_changed) as peers:
+        director.use(peers)
+        register = partial(selector_pb2_grpc.add_SelectorServicer_to_server, SelectorServicer(director, peers, address))
+        async with Service(settings, address, "selector.address", register) as service:
+            await service.set_ready(True)
+            await stop.wait()
+            await service.set_ready(False)
+            await director.drain(settings.stop_grace_ms / 1000)
+
+
+def _profile(package: ModelPackage) -> ModelProfile:
+    accuracy = package.accuracy
+    return ModelProfile(accuracy.sets, accuracy.samples, package.default_min_accuracy)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""The services that compute: channels to them, whether they are there, and how fast they are."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from mosel.config import Settings
+from mosel.modality import format_set
+from mosel.service import channel_options
+from mosel.v1 import encoder_pb2, encoder_pb2_grpc, fusion_pb2, fusion_pb2_grpc, service_pb2, tensor_pb2
+from selector.profile import LatencyCurve, ModelProfile
+from selector.scheduler import FUSION
+
+# How long the first measurement waits for services that are still starting, so that they do not disturb it.
+_ALL_THERE_S = 30.0
+_PROFILE_TIMEOUT_S = 60.0
+_STATUS_TIMEOUT_S = 1.0
+_RECONNECT_S = 0.1
+
+log = logging.getLogger(__name__)
+
+
+class Peers:
+    """Encoders by modality, and fusion; a context manager that owns their channels.
+
+    Args:
+        settings: addresses and what to measure.
+        profiles: by model; measured latencies are put into them.
+        changed: called with a lane's name and whether it is up, each time that changes.
+    """
+
+    def __init__(
+        self, settings: Settings, profiles: Mapping[str, ModelProfile], changed: Callable[[str, bool], None]
+    ) -> None:
+        self._settings, self._profiles, self._changed = settings, profiles, changed
+        modalities = sorted({m for profile in profiles.values() for s in profile.accuracy for m in s})
+        self._addresses = {m: settings.encoder_address(m) for m in modalities} | {FUSION: settings.fusion_address}
+        self._serving: dict[str, bool] = dict.fromkeys(self._addresses, False)
+        self._all_serving = asyncio.Event()
+        self._measuring = asyncio.Lock()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> "Peers":
+        options = channel_options(self._settings)
+        self._channels = {name: grpc.aio.insecure_channel(a, options) for name, a in self._addresses.items()}
+        self.encoders = {
+            name: encoder_pb2_grpc.EncoderStub(channel) for name, channel in self._channels.items() if name != FUSION
+        }
+        self.fusion = fusion_pb2_grpc.FusionStub(self._channels[FUSION])
+        self._tasks = [asyncio.create_task(self._watch(name), name=f"watch {name}") for name in self._addresses]
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for channel in self._channels.values():
+            await channel.close()
+
+    def missing(self) -> list[str]:
+        """The lanes that are not serving now."""
+        return [name for name, serving in self._serving.items() if not serving]
+
+    async def release(self, name: str, slots: list[tensor_pb2.SharedMemorySlot]) -> None:
+        """Tells an encoder that nobody reads these slots any more; if it is away, they expire there."""
+        try:
+            await self.encoders[name].Release(tensor_pb2.ReleaseSlots(slots=slots), timeout=_STATUS_TIMEOUT_S)
+        except grpc.RpcError as error:
+            log.info("release not delivered", extra={"peer": name, "reason": error.code().name})
+
+    async def statuses(self) -> list[service_pb2.ServiceStatus]:
+        """The state of every service that computes; one that does not answer is not ready."""
+        return list(await asyncio.gather(*(self._status(name) for name in self._addresses)))
+
+    async def _status(self, name: str) -> service_pb2.ServiceStatus:
+        stub = self.fusion if name == FUSION else self.encoders[name]
+        try:
+            return await stub.Status(service_pb2.StatusRequest(), timeout=_STATUS_TIMEOUT_S)
+        except grpc.RpcError as error:
+            shown = FUSION if name == FUSION else f"encoder/{name}"
+            return service_pb2.ServiceStatus(
+                name=shown, address=self._addresses[name], ready=False, detail=f"does not answer: {error.code().name}"
+            )
+
+    async def _watch(self, name: str) -> None:
+        """Follows a service's health for as long as this object lives."""
+        stub = health_pb2_grpc.HealthStub(self._channels[name])
+        while True:
+            try:
+                async for reply in stub.Watch(health_pb2.HealthCheckRequest()):  # type: ignore[attr-defined]
+                    if reply.status != health_pb2.HealthCheckResponse.SERVING:
+                        # Not kept open, or a service that stops would wait for this stream.
+                        break
+                    await self._note(name, serving=True)
+            except grpc.RpcError as error:
+                log.debug("not reachable", extra={"peer": name, "reason": error.code().name})
+            await self._note(name, serving=False)
+            await asyncio.sleep(_RECONNECT_S)
+
+    async def _note(self, name: str, serving: bool) -> None:
+        if serving == self._serving[name]:
+            return
+        self._serving[name] = serving
+        log.info("peer", extra={"peer": name, "serving": serving})
+        if serving:
+            if not self.missing():
+                self._all_serving.set()
+            await self._measure(name)
+        self._changed(name, serving)
+
+    async def _measure(self, name: str) -> None:
+        """Measures a service's latencies unless they are known; one service at a time."""
+        try:
+            async with asyncio.timeout(_ALL_THERE_S):
+                await self._all_serving.wait()
+        except TimeoutError:
+            log.warning("measuring while services are missing", extra={"missing": self.missing()})
+        async with self._measuring:
+            for model, profile in self._profiles.items():
+                if name == FUSION:
+                    await self._measure_fusion(model, profile)
+                elif name in {m for s in profile.accuracy for m in s} and name not in profile.encoders:
+                    profile.encoders[name] = await self._measure_encoder(model, name)
+
+    async def _measure_encoder(self, model: str, modality: str) -> LatencyCurve:
+        request = encoder_pb2.ProfileEncoderRequest(
+            model=model,
+            batch_sizes=self._settings.selector.profile_batch_sizes,
+            repeats=self._settings.selector.profile_repeats,
+        )
+        return _curve(await self.encoders[modality].Profile(request, timeout=_PROFILE_TIMEOUT_S))
+
+    async def _measure_fusion(self, model: str, profile: ModelProfile) -> None:
+        for modality_set in profile.accuracy.keys() - profile.fusion.keys():
+            request = fusion_pb2.ProfileFusionRequest(
+                model=model,
+                modality_set=format_set(modality_set),
+                batch_sizes=self._settings.selector.profile_batch_sizes,
+                repeats=self._settings.selector.profile_repeats,
+            )
+            profile.fusion[modality_set] = _curve(await self.fusion.Profile(request, timeout=_PROFILE_TIMEOUT_S))
+
+
+def _curve(reply: service_pb2.ProfileReply) -> LatencyCurve:
+    return LatencyCurve(tuple((point.batch_size, point.p50_ms) for point in reply.points))

@@ -1,0 +1,53 @@
+"""gRPC in front of `Director`: convert, call, convert back."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+
+from mosel.service import Context, answers_with_status
+from mosel.v1 import selector_pb2, selector_pb2_grpc, service_pb2
+from selector.director import Director, Session
+from selector.peers import Peers
+
+
+class SelectorServicer(selector_pb2_grpc.SelectorServicer):
+    """Serves `mosel.v1.Selector`.
+
+    Args:
+        director: owns the jobs.
+        peers: the services that compute.
+        address: where this service listens.
+    """
+
+    def __init__(self, director: Director, peers: Peers, address: str) -> None:
+        self._director, self._peers, self._address = director, peers, address
+
+    async def Connect(
+        self, request_iterator: AsyncIterator[selector_pb2.GatewayMessage], context: Context
+    ) -> AsyncIterator[selector_pb2.SelectorMessage]:
+        session = Session()
+        self._director.connect(session)
+        reading = asyncio.create_task(self._read(session, request_iterator))
+        try:
+            while (message := await session.outbox.get()) is not None:
+                yield message
+        finally:
+            reading.cancel()
+            self._director.disconnect(session)
+
+    async def _read(self, session: Session, messages: AsyncIterator[selector_pb2.GatewayMessage]) -> None:
+        try:
+            async for message in messages:
+                if message.HasField("job"):
+                    self._director.submit(session, message.job)
+                elif message.HasField("cancel"):
+                    self._director.cancel(message.cancel.job_id)
+        finally:
+            session.outbox.put_nowait(None)
+
+    @answers_with_status
+    async def Status(self, request: service_pb2.StatusRequest, context: Context) -> service_pb2.StatusReply:
+        own = service_pb2.ServiceStatus(
+            name="selector", address=self._address, ready=True, pid=os.getpid(), counters=self._director.statistics()
+        )
+        return service_pb2.StatusReply(services=[own, *await self._peers.statuses()])

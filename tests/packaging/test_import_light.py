@@ -1,0 +1,32 @@
+"""`import mosel` is enough for a client, and brings in nothing heavy."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = [
+    "torch",
+    "pydantic",
+    "typer",
+    "rich",
+    "matplotlib",
+    "psutil",
+    "cupy",
+    "gateway",
+    "selector",
+    "encoders",
+    "fusion",
+]
+
+
+@pytest.mark.parametrize("module", ["mosel", "mosel.errors", "mosel.v1.gateway_pb2_grpc"])
+def test_import_brings_in_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert result.stdout.strip() == ""
+
+
+def test_the_selector_and_gateway_never_load_torch() -> None:
+    code = "import sys, selector, gateway; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
