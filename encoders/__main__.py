@@ -8,7 +8,7 @@ from functools import partial
 from encoders.encoder import ModalityEncoder
 from encoders.servicer import EncoderServicer
 from mosel import networks
-from mosel.compute import ComputeThread
+from mosel.compute import Workers
 from mosel.config import Settings
 from mosel.errors import ConfigError
 from mosel.model_package import find_packages
@@ -43,10 +43,10 @@ async def serve(modality: str, listen: str, settings: Settings, stop: asyncio.Ev
     with (
         open_arena(transport, transport.encoder_arena_mib, "transport.encoder_arena_mib") as (arena, publisher),
         Reader(transport.shm_dir) as reader,
-        ComputeThread(settings.encoders.torch_threads.get(modality, 1)) as compute,
+        Workers(settings.workers, settings.encoders.torch_threads.get(modality, 1)) as workers,
     ):
         encoder = ModalityEncoder(modality, packages, networks.choose_device(settings.device), reader, publisher)
-        servicer = EncoderServicer(encoder, compute, arena, publisher, address, transport.lease_grace_ms / 1000)
+        servicer = EncoderServicer(encoder, workers, arena, publisher, address, transport.lease_grace_ms / 1000)
         register = partial(encoder_pb2_grpc.add_EncoderServicer_to_server, servicer)
         async with Service(settings, address, "encoders.addresses", register) as service:
             for model in encoder.models:

@@ -1,5 +1,6 @@
 """The networks of one modality, for every model that has it. Knows no gRPC."""
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from mosel.v1 import tensor_pb2
 
 
 class ModalityEncoder:
-    """Chosen payload rows in, embeddings out. Not thread-safe.
+    """Chosen payload rows in, embeddings out. Thread-safe.
 
     Args:
         modality: which one.
@@ -37,6 +38,7 @@ class ModalityEncoder:
     ) -> None:
         self.modality = modality
         self.counters: Counter[str] = Counter()
+        self._lock = threading.Lock()
         self._packages = {name: package for name, package in packages.items() if modality in package.modalities}
         self._device, self._reader, self._publisher = device, reader, publisher
         self._networks = {
@@ -71,7 +73,8 @@ class ModalityEncoder:
         embeddings = network(networks.to_tensor(batch, spec.dtype, self._device)).float().cpu()
         seconds = time.perf_counter() - started
         networks.check_shape(package, spec.encoder, embeddings, len(batch), spec.embedding)
-        self.counters.update(calls=1, items=len(batch), payload_bytes_read=batch.nbytes)
+        with self._lock:
+            self.counters.update(calls=1, items=len(batch), payload_bytes_read=batch.nbytes)
         return self._publisher.publish_array(embeddings.numpy(), lease_s), seconds
 
     def measure_ms(self, model: str, batch_size: int, repeats: int) -> float:

@@ -4,7 +4,7 @@ import os
 from functools import partial
 
 from encoders.encoder import ModalityEncoder
-from mosel.compute import ComputeThread
+from mosel.compute import Workers
 from mosel.service import Context, answers_with_status, deadline_of
 from mosel.transport import Arena, Publisher
 from mosel.v1 import encoder_pb2, encoder_pb2_grpc, service_pb2, tensor_pb2
@@ -15,7 +15,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
 
     Args:
         encoder: the networks.
-        compute: the thread that they run on.
+        workers: the threads that they run on.
         arena: where embeddings are kept.
         publisher: gives slots back.
         address: where this service listens.
@@ -25,20 +25,20 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
     def __init__(
         self,
         encoder: ModalityEncoder,
-        compute: ComputeThread,
+        workers: Workers,
         arena: Arena,
         publisher: Publisher,
         address: str,
         lease_grace_s: float,
     ) -> None:
-        self._encoder, self._compute, self._arena, self._publisher = encoder, compute, arena, publisher
+        self._encoder, self._workers, self._arena, self._publisher = encoder, workers, arena, publisher
         self._address, self._lease_grace_s = address, lease_grace_s
 
     @answers_with_status
     async def Encode(self, request: encoder_pb2.EncodeRequest, context: Context) -> encoder_pb2.EncodeReply:
         deadline = deadline_of(context)
         lease_s = deadline.remaining + self._lease_grace_s
-        ref, seconds = await self._compute.run(
+        ref, seconds = await self._workers.run(
             lambda: self._encoder.encode(request.model, request.rows, lease_s), deadline, "encoding"
         )
         return encoder_pb2.EncodeReply(embeddings=ref, compute_us=round(seconds * 1e6))
@@ -51,7 +51,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         deadline = deadline_of(context)
         reply = service_pb2.ProfileReply()
         for size in request.batch_sizes:
-            ms = await self._compute.run(partial(measure, size), deadline, "measuring")
+            ms = await self._workers.run(partial(measure, size), deadline, "measuring")
             reply.points.add(batch_size=size, p50_ms=ms)
         return reply
 
@@ -63,7 +63,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
     @answers_with_status
     async def Status(self, request: service_pb2.StatusRequest, context: Context) -> service_pb2.ServiceStatus:
         slots = self._arena.statistics()
-        counters = dict(self._encoder.counters) | self._compute.statistics() | slots.as_counters()
+        counters = dict(self._encoder.counters) | self._workers.statistics() | slots.as_counters()
         name = f"encoder/{self._encoder.modality}"
         return service_pb2.ServiceStatus(
             name=name, address=self._address, ready=True, pid=os.getpid(), counters=counters

@@ -8,7 +8,7 @@ from functools import partial
 from fusion.predictor import Predictor
 from fusion.servicer import FusionServicer
 from mosel import networks
-from mosel.compute import ComputeThread
+from mosel.compute import Workers
 from mosel.config import Settings
 from mosel.modality import format_set
 from mosel.model_package import find_packages
@@ -34,9 +34,12 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
     """
     packages = find_packages(settings.models_dir, settings.models)
     address = listen or settings.fusion_address
-    with Reader(settings.transport.shm_dir) as reader, ComputeThread(settings.fusion.torch_threads) as compute:
+    with (
+        Reader(settings.transport.shm_dir) as reader,
+        Workers(settings.workers, settings.fusion.torch_threads) as workers,
+    ):
         predictor = Predictor(packages, networks.choose_device(settings.device), reader)
-        servicer = FusionServicer(predictor, compute, address)
+        servicer = FusionServicer(predictor, workers, address)
         register = partial(fusion_pb2_grpc.add_FusionServicer_to_server, servicer)
         async with Service(settings, address, "fusion.address", register) as service:
             for name, package in packages.items():

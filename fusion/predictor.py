@@ -1,5 +1,6 @@
 """The fusion networks of every model. Knows no gRPC."""
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ EmbeddingRows = Mapping[str, Sequence[tensor_pb2.RowSlice]]
 
 
 class Predictor:
-    """Embedding rows of any non-empty set of modalities in, outputs out. Not thread-safe.
+    """Embedding rows of any non-empty set of modalities in, outputs out. Thread-safe.
 
     Args:
         packages: model packages by name.
@@ -32,6 +33,7 @@ class Predictor:
 
     def __init__(self, packages: Mapping[str, ModelPackage], device: torch.device, reader: Reader) -> None:
         self.counters: Counter[str] = Counter()
+        self._lock = threading.Lock()
         self._packages, self._device, self._reader = packages, device, reader
         self._networks = {name: networks.load_fusion(package, device) for name, package in packages.items()}
 
@@ -68,8 +70,9 @@ class Predictor:
             networks.check_shape(package, package.fusion, output, sum(sizes[i] for i in indices), package.output.shape)
             for index, part in zip(indices, output.split([sizes[i] for i in indices]), strict=True):
                 outputs[index] = to_proto(part.numpy().astype(DTYPES[package.output.dtype], copy=False))
-        self.counters.update(calls=1, items=sum(sizes))
-        self.counters["embedding_bytes_read"] = self._reader.bytes_read
+        with self._lock:
+            self.counters.update(calls=1, items=sum(sizes))
+            self.counters["embedding_bytes_read"] = self._reader.bytes_read
         return outputs, seconds
 
     def measure_ms(self, model: str, modality_set: str, batch_size: int, repeats: int) -> float:

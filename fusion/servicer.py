@@ -4,7 +4,7 @@ import os
 from functools import partial
 
 from fusion.predictor import Predictor
-from mosel.compute import ComputeThread
+from mosel.compute import Workers
 from mosel.service import Context, answers_with_status, deadline_of
 from mosel.v1 import fusion_pb2, fusion_pb2_grpc, service_pb2
 
@@ -14,17 +14,17 @@ class FusionServicer(fusion_pb2_grpc.FusionServicer):
 
     Args:
         predictor: the networks.
-        compute: the thread that they run on.
+        workers: the threads that they run on.
         address: where this service listens.
     """
 
-    def __init__(self, predictor: Predictor, compute: ComputeThread, address: str) -> None:
-        self._predictor, self._compute, self._address = predictor, compute, address
+    def __init__(self, predictor: Predictor, workers: Workers, address: str) -> None:
+        self._predictor, self._workers, self._address = predictor, workers, address
 
     @answers_with_status
     async def Fuse(self, request: fusion_pb2.FuseRequest, context: Context) -> fusion_pb2.FuseReply:
         groups = [{name: rows.rows for name, rows in group.embeddings.items()} for group in request.groups]
-        outputs, seconds = await self._compute.run(
+        outputs, seconds = await self._workers.run(
             lambda: self._predictor.fuse(request.model, groups), deadline_of(context), "fusing"
         )
         return fusion_pb2.FuseReply(outputs=outputs, compute_us=round(seconds * 1e6))
@@ -37,13 +37,13 @@ class FusionServicer(fusion_pb2_grpc.FusionServicer):
         deadline = deadline_of(context)
         reply = service_pb2.ProfileReply()
         for size in request.batch_sizes:
-            ms = await self._compute.run(partial(measure, size), deadline, "measuring")
+            ms = await self._workers.run(partial(measure, size), deadline, "measuring")
             reply.points.add(batch_size=size, p50_ms=ms)
         return reply
 
     @answers_with_status
     async def Status(self, request: service_pb2.StatusRequest, context: Context) -> service_pb2.ServiceStatus:
-        counters = dict(self._predictor.counters) | self._compute.statistics()
+        counters = dict(self._predictor.counters) | self._workers.statistics()
         return service_pb2.ServiceStatus(
             name="fusion", address=self._address, ready=True, pid=os.getpid(), counters=counters
         )

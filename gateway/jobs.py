@@ -31,11 +31,6 @@ class CheckedJob:
     min_accuracy: float | None
     latency_slo_ms: float | None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all payloads."""
-        return sum(array.nbytes for array in self.payloads.values())
-
 
 def check_request(
     request: gateway_pb2.PredictRequest, packages: Mapping[str, ModelPackage], max_items: int

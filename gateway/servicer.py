@@ -1,6 +1,7 @@
 """gRPC in front of the gateway's logic: convert, call, convert back."""
 
 import asyncio
+import math
 import os
 import secrets
 from collections import Counter
@@ -20,8 +21,8 @@ from mosel.tensors import dtype_value
 from mosel.transport import Arena, Publisher
 from mosel.v1 import gateway_pb2, gateway_pb2_grpc, selector_pb2, service_pb2
 
-# Above this many bytes, checking and copying payloads would hold up other calls.
-_OFF_LOOP_BYTES = 1024 * 1024
+# Above this many elements, checking and copying payloads would hold up other calls.
+_OFF_LOOP_ELEMENTS = 256 * 1024
 
 
 class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
@@ -56,7 +57,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
                 f"{self._link.jobs_in_flight} jobs are in flight, the most that gateway.max_jobs_in_flight allows"
             )
         self._link.check_connected()
-        if request.ByteSize() > _OFF_LOOP_BYTES:
+        # From the shapes: to ask protobuf for its size makes it serialise everything.
+        if sum(math.prod(payload.shape) for payload in request.payloads.values()) > _OFF_LOOP_ELEMENTS:
             job, description, deadline = await asyncio.to_thread(self._prepare, request, context)
         else:
             job, description, deadline = self._prepare(request, context)
@@ -78,7 +80,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         for name, array in job.payloads.items():
             if name in job.modalities:
                 dtype = job.package.modalities[name].dtype
-                ref = self._publisher.publish(dtype, array.shape, memoryview(request.payloads[name].data), lease_s)
+                ref = self._publisher.publish(dtype, array.shape, array.data.cast("B"), lease_s)
                 description.payloads[name].CopyFrom(ref)
         if job.min_accuracy is not None:
             description.min_accuracy = job.min_accuracy

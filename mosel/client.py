@@ -13,6 +13,8 @@ from mosel.tensors import dtype_name, from_proto, to_proto
 from mosel.v1 import gateway_pb2, gateway_pb2_grpc, service_pb2
 
 _MIB = 1024 * 1024
+# What the rest of a request may take beside its payloads.
+_ENVELOPE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -215,13 +217,15 @@ def _request(
     request = gateway_pb2.PredictRequest(
         model=model, modalities=modalities, min_accuracy=min_accuracy, latency_slo_ms=latency_slo_ms
     )
-    for name, array in payloads.items():
-        request.payloads[name].CopyFrom(to_proto(np.asarray(array)))
-    if request.ByteSize() > max_message_mib * _MIB:
+    arrays = {name: np.asarray(array) for name, array in payloads.items()}
+    nbytes = sum(array.nbytes for array in arrays.values())
+    if nbytes > max_message_mib * _MIB - _ENVELOPE_BYTES:
         raise PayloadTooLarge(
-            f"the request has {request.ByteSize() / _MIB:.1f} MiB; expected at most {max_message_mib} MiB "
+            f"the payloads have {nbytes / _MIB:.1f} MiB; expected less than {max_message_mib} MiB "
             "(setting transport.max_message_mib): send fewer items"
         )
+    for name, array in arrays.items():
+        request.payloads[name].CopyFrom(to_proto(array))
     return request
 
 

@@ -1,4 +1,4 @@
-"""What encoders and fusion share: one thread that computes, so that the event loop never waits for a network."""
+"""What encoders and fusion share: threads that compute, so that the event loop never waits for a network."""
 
 import asyncio
 from collections.abc import Callable
@@ -14,17 +14,22 @@ from mosel.errors import Overloaded
 R = TypeVar("R")
 
 
-class ComputeThread:
-    """Runs calls one after another on a thread of its own; a context manager.
+class Workers:
+    """Runs calls on threads of their own; a context manager.
+
+    Two workers with one torch thread each keep two cores busier than one worker with two torch threads: they never wait
+    for each other.
 
     Args:
+        workers: calls that run at the same time.
         torch_threads: threads that torch may use inside one call.
         max_waiting: bound on the calls that wait or run.
     """
 
-    def __init__(self, torch_threads: int, max_waiting: int = 64) -> None:
-        torch.set_num_threads(torch_threads)
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="compute")
+    def __init__(self, workers: int, torch_threads: int, max_waiting: int = 64) -> None:
+        # On each thread itself: with OpenMP the number belongs to the thread that sets it.
+        self._executor = ThreadPoolExecutor(workers, "compute", torch.set_num_threads, (torch_threads,))
+        self._torch_threads = workers * torch_threads
         self._waiting, self._max_waiting = 0, max_waiting
 
     async def run(self, compute: Callable[[], R], deadline: Deadline, step: str) -> R:
@@ -54,10 +59,10 @@ class ComputeThread:
             self._waiting -= 1
 
     def statistics(self) -> dict[str, int]:
-        """Calls that wait or run, and the threads of torch."""
-        return {"calls_waiting": self._waiting, "torch_threads": torch.get_num_threads()}
+        """Calls that wait or run, and the threads that torch may use."""
+        return {"calls_waiting": self._waiting, "torch_threads": self._torch_threads}
 
-    def __enter__(self) -> "ComputeThread":
+    def __enter__(self) -> "Workers":
         return self
 
     def __exit__(

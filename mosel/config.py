@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
@@ -25,6 +25,9 @@ _ENV_PREFIX = "MOSEL_"
 _OTHER_VARIABLES = {"MOSEL_CONFIG", "MOSEL_DATA"}
 
 Port = Annotated[int, Field(ge=0, le=65535)]
+BatchSizes = Annotated[
+    tuple[PositiveInt, ...], Field(min_length=1), AfterValidator(lambda sizes: tuple(sorted({*sizes})))
+]
 
 
 def reference_models() -> Path:
@@ -57,16 +60,15 @@ class SelectorSettings(_Section):
 
     address: str = ""
     max_queued_items: int = Field(4096, ge=1)
-    calls_in_flight_per_encoder: int = Field(2, ge=1)
-    profile_batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    profile_batch_sizes: BatchSizes = (1, 2, 4, 8, 16, 32)
     profile_repeats: int = Field(5, ge=1)
 
 
 class EncoderSettings(_Section):
-    """Encoder processes; `addresses` and `torch_threads` are by modality."""
+    """Encoder processes; `addresses` and `torch_threads` (of each worker) are by modality."""
 
     addresses: dict[str, str] = {}
-    torch_threads: dict[str, int] = {}
+    torch_threads: dict[str, PositiveInt] = {}
 
 
 class FusionSettings(_Section):
@@ -96,6 +98,8 @@ class Settings(BaseSettings):
     models: tuple[str, ...] = ()
     run_dir: Path = Field(default_factory=_default_run_dir)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Calls that one encoder or fusion process computes at the same time; the selector keeps as many under way.
+    workers: int = Field(2, ge=1)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     exit_with_parent: bool = False
     stop_grace_ms: float = Field(5_000, ge=0)
@@ -168,6 +172,8 @@ def load_settings(**flags: Any) -> Settings:
         ConfigError: names the first wrong key, what it holds and what was expected.
     """
     _refuse_unknown_variables(os.environ)
+    if "MOSEL_CONFIG" in os.environ and not config_file().is_file():
+        raise ConfigError(f"environment variable MOSEL_CONFIG names {config_file()}, which is no file")
     try:
         return Settings(**flags)
     except ValidationError as error:

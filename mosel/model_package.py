@@ -249,8 +249,10 @@ class _Table:
         if not outer._content:
             raise PackageError(f"{self._file}: key '{key}' holds no modality; expected at least one [{key}.<name>]")
         for name in outer._content:
-            if not name.isidentifier():
-                raise PackageError(f"{self._file}: modality name '{name}' in '{key}'; expected letters, digits and _")
+            if not name.isidentifier() or name == "fusion":
+                raise PackageError(
+                    f"{self._file}: modality name '{name}' in '{key}'; expected letters, digits and _, and not 'fusion'"
+                )
         return [(name, outer.table(name)) for name in outer._content]
 
     def refuse_unknown(self) -> None:
@@ -301,9 +303,12 @@ def _load_accuracy(package: ModelPackage) -> Accuracy:
         raise PackageError(
             f"{file}: {type(error).__name__} {error}; expected what mosel.training writes; {hint}"
         ) from None
-    missing = [s for s in subsets(package.modalities) if s not in sets]
-    if missing:
-        raise PackageError(f"{file}: key 'validation.sets.{format_set(missing[0])}' is missing; expected every set")
+    expected = subsets(package.modalities)
+    if wrong := sorted(map(format_set, {*expected} ^ sets.keys())):
+        raise PackageError(
+            f"{file}: key 'validation.sets.{wrong[0]}' is {'unknown' if parse_set(wrong[0]) in sets else 'missing'}; "
+            f"expected every set: {', '.join(map(format_set, expected))}"
+        )
     if any(not 0 <= value <= 1 for value in sets.values()):
         raise PackageError(f"{file}: key 'validation.sets' holds a number outside 0 to 1")
     if measured_on != file_sha256(package.weights):
@@ -337,6 +342,6 @@ def _import(model: str, folder: Path, module: str) -> ModuleType:
             sys.modules[name] = parent
             for stale in [key for key in sys.modules if path and key.startswith(f"{name}.")]:
                 del sys.modules[stale]
-    if importlib.util.find_spec(qualified) is None:
+    if not module.isidentifier() or importlib.util.find_spec(qualified) is None:
         raise PackageError(f"{folder / module}.py: no such file, but model.toml of '{model}' names it")
     return importlib.import_module(qualified)

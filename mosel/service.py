@@ -8,12 +8,13 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 import grpc
 import uvloop
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from mosel.config import Settings, load_settings
@@ -60,7 +61,7 @@ class Service:
     def __init__(self, settings: Settings, address: str, setting: str, register: Register) -> None:
         self.address = address
         self._settings, self._setting = settings, setting
-        self._server = grpc.aio.server(options=channel_options(settings))
+        self._server = grpc.aio.server(options=channel_options(settings), interceptors=(_RefuseGarbage(),))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         register(self._server)
@@ -154,6 +155,30 @@ def deadline_of(context: Context) -> Deadline:
     """The deadline of a call as its caller set it; an hour if it set none."""
     remaining = cast(float | None, context.time_remaining())
     return Deadline.after(MAX_DEADLINE_S if remaining is None else min(remaining, MAX_DEADLINE_S))
+
+
+class _RefuseGarbage(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Answers INVALID_ARGUMENT to bytes that are no message of a unary method; grpc itself calls them UNKNOWN."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.unary_unary is None:
+            return handler
+
+        async def parse(data: bytes, context: Context) -> Any:
+            try:
+                request = handler.request_deserializer(data)
+            except DecodeError:
+                method = handler_call_details.method.rpartition("/")[2]
+                message = f"the request's bytes are no message that {method} knows"
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
+            return await handler.unary_unary(request, context)
+
+        return grpc.unary_unary_rpc_method_handler(parse, None, handler.response_serializer)
 
 
 def _exit_with_parent() -> None:

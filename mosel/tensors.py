@@ -55,26 +55,27 @@ def checked_shape(shape: tuple[int, ...], field: str) -> tuple[int, ...]:
     """Returns the shape when it is one that a tensor can have.
 
     Raises:
-        InvalidRequest: the rank is above 8, a dimension is negative, or the product is beyond 2^62.
+        InvalidRequest: the rank is above 8, a dimension is negative, or the product, with zeros taken as ones, is beyond 2^59.
     """
     if len(shape) > MAX_RANK:
         raise InvalidRequest(f"{field} has rank {len(shape)}; at most {MAX_RANK} dimensions are expected")
     if any(dimension < 0 for dimension in shape):
         raise InvalidRequest(f"{field} has shape {list(shape)}; every dimension must be at least 0")
-    if math.prod(shape) > 2**62:
+    # numpy refuses such a shape even where a zero makes the tensor empty.
+    if math.prod(max(dimension, 1) for dimension in shape) > 2**59:
         raise InvalidRequest(f"{field} has shape {list(shape)}, which is larger than any memory")
     return shape
 
 
-def to_proto(array: NDArray[np.generic]) -> tensor_pb2.Tensor:
-    """A numpy array as a Tensor message.
+def to_proto(array: NDArray[np.generic], field: str = "tensor") -> tensor_pb2.Tensor:
+    """A numpy array as a Tensor message; `field` names it in messages.
 
     Raises:
         InvalidRequest: the array's dtype cannot travel.
     """
     name = name_of(array.dtype)
     if name is None:
-        raise InvalidRequest(f"dtype {array.dtype} cannot be sent; expected one of {', '.join(DTYPES)}")
+        raise InvalidRequest(f"{field}: dtype {array.dtype} cannot be sent; expected one of {', '.join(DTYPES)}")
     data = np.ascontiguousarray(array, DTYPES[name]).tobytes()
     return tensor_pb2.Tensor(dtype=dtype_value(name), shape=array.shape, data=data)
 
@@ -88,8 +89,8 @@ def from_proto(tensor: tensor_pb2.Tensor, field: str) -> NDArray[np.generic]:
     name = dtype_name(tensor.dtype)
     shape = checked_shape(tuple(tensor.shape), f"{field}.shape")
     expected = byte_count(name, shape)
-    if len(tensor.data) != expected:
-        raise InvalidRequest(
-            f"{field}.data has {len(tensor.data)} bytes; {name} {list(shape)} expects {expected} bytes"
-        )
-    return np.frombuffer(tensor.data, DTYPES[name]).reshape(shape)
+    # Once: protobuf copies the bytes at each access.
+    data = tensor.data
+    if len(data) != expected:
+        raise InvalidRequest(f"{field}.data has {len(data)} bytes; {name} {list(shape)} expects {expected} bytes")
+    return np.frombuffer(data, DTYPES[name]).reshape(shape)

@@ -33,8 +33,7 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
     """
     packages = find_packages(settings.models_dir, settings.models)
     profiles = {name: _profile(package) for name, package in packages.items()}
-    limits = settings.selector
-    scheduler = Scheduler(profiles, limits.max_queued_items, limits.calls_in_flight_per_encoder)
+    scheduler = Scheduler(profiles, settings.selector.max_queued_items, settings.workers)
     director = Director(scheduler, profiles)
     address = listen or settings.selector_address
     async with Peers(settings, profiles, director.lane_changed) as peers:

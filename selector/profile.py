@@ -1,6 +1,7 @@
 """What is known of a model: measured accuracy per modality set, measured latency per encoder and fusion."""
 
 import bisect
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -18,7 +19,9 @@ class LatencyCurve:
     points: tuple[tuple[int, float], ...]
 
     def __post_init__(self) -> None:
-        if not self.points or list(self.points) != sorted(self.points) or self.points[0][0] < 1:
+        sizes = [size for size, _ in self.points]
+        sound = all(size >= 1 and 0 <= ms < math.inf for size, ms in self.points)
+        if not sizes or sizes != sorted(set(sizes)) or not sound:
             raise ValueError(f"a latency curve needs points by rising batch size, got {self.points}")
 
     @property

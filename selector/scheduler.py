@@ -108,7 +108,6 @@ class _Lane:
     up: bool = False
     queue: list[Progress] = field(default_factory=list)
     calls: dict[int, tuple[Call, float, float]] = field(default_factory=dict)
-    free_since: float = 0.0
     overhead_ms: float = 0.0
 
 
@@ -118,7 +117,7 @@ class Scheduler:
     Args:
         profiles: by model name; their latencies may arrive later.
         max_queued_items: bound on the items of all jobs on their way.
-        calls_per_lane: calls under way per lane; 2 hides the hop behind the computation.
+        calls_per_lane: calls under way per lane: as many as its service computes at the same time.
     """
 
     def __init__(self, profiles: Mapping[str, ModelProfile], max_queued_items: int, calls_per_lane: int) -> None:
@@ -183,7 +182,10 @@ class Scheduler:
 
     def failed(self, call: Call, now: float) -> list[bytes]:
         """A call failed; returns the jobs that are lost by it."""
-        self._learn(call, now)
+        # What it took says nothing about calls that go well.
+        lane = self._lane_of(call)
+        lane.free_since = now
+        del lane.calls[call.id]
         in_call = [job_id for job_id, _ in call.jobs] if isinstance(call, FuseCall) else [r.job_id for r in call.rows]
         return [job_id for job_id in in_call if self.cancelled(job_id)]
 
@@ -231,15 +233,14 @@ class Scheduler:
 
     def _backlog_ms(self, modality: str, job: Job, now: float) -> float:
         lane = self._lanes[modality]
-        under_way = sum(predicted for _, _, predicted in lane.calls.values())
-        since = min((at for _, at, _ in lane.calls.values()), default=now)
+        under_way = sum(max(ms - (now - at) * 1000, 0.0) for _, at, ms in lane.calls.values())
         ahead: dict[str, int] = {}
         for other in lane.queue:
             if other.job.deadline <= job.deadline:
                 rows = other.job.size - other.sent_rows[modality]
                 ahead[other.job.model] = ahead.get(other.job.model, 0) + rows
         queued = sum(self._profiles[model].encoders[modality].ms(rows) for model, rows in ahead.items())
-        return max(under_way - (now - since) * 1000, 0.0) + queued + lane.overhead_ms
+        return (under_way + queued) / self._calls_per_lane + lane.overhead_ms
 
     def _enqueue(self, lane: _Lane, progress: Progress) -> None:
         at = len(lane.queue)
@@ -284,10 +285,12 @@ class Scheduler:
         lane.calls[call.id] = (call, now, sum(profile.fusion[p.modality_set].ms(p.job.size) for p in ready))
         return call
 
+    def _lane_of(self, call: Call) -> _Lane:
+        return self._lanes[FUSION if isinstance(call, FuseCall) else call.modality]
+
     def _learn(self, call: Call, now: float) -> None:
-        """Corrects the lane's overhead by what the call took beyond its profile, time behind other calls excluded."""
-        lane = self._lanes[FUSION if isinstance(call, FuseCall) else call.modality]
+        """Corrects the lane's overhead by what the call took beyond its profile."""
+        lane = self._lane_of(call)
         _, started, predicted_ms = lane.calls.pop(call.id)
-        measured_ms = (now - max(started, lane.free_since)) * 1000
-        lane.free_since = now
+        measured_ms = (now - started) * 1000
         lane.overhead_ms += _SMOOTHING * (max(measured_ms - predicted_ms, 0.0) - lane.overhead_ms)

@@ -25,8 +25,13 @@ def predict(
     from rich.table import Table
 
     from mosel.client import Client
+    from mosel.errors import InvalidRequest
 
-    payloads = {name: _load(name, Path(file)) for name, file in map(_split, payload)}
+    payloads: dict[str, NDArray[np.generic]] = {}
+    for name, file in map(_split, payload):
+        if name in payloads:
+            raise InvalidRequest(f"payload {name} is given twice; expected it once")
+        payloads[name] = _load(name, Path(file))
     with Client(address) as client:
         prediction = client.predict(
             model,
@@ -68,5 +73,6 @@ def _load(name: str, file: Path) -> "NDArray[np.generic]":
     except (ValueError, OSError, EOFError) as error:
         raise InvalidRequest(f"payload {name}: {file}: {error}; expected a .npy file") from None
     if not isinstance(array, np.ndarray):
+        array.close()
         raise InvalidRequest(f"payload {name}: {file} is an archive of arrays; expected a .npy file with one array")
     return array

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -18,7 +19,7 @@ console = Console()
 
 @contextlib.contextmanager
 def started(settings: "Settings", ready_timeout_s: float) -> Iterator["Launcher"]:
-    """All services, ready, for as long as the body runs. Ctrl-C and SIGTERM end the body quietly.
+    """All services, ready, for as long as the body runs. Ctrl-C and SIGTERM end the command quietly.
 
     Raises:
         MoselError: a service did not start; the message is the one that it gave.
@@ -28,9 +29,11 @@ def started(settings: "Settings", ready_timeout_s: float) -> Iterator["Launcher"
     # As for Ctrl-C, so that a supervisor's SIGTERM takes the services along.
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with contextlib.suppress(KeyboardInterrupt), Launcher(settings) as launcher:
+        with Launcher(settings) as launcher:
             _wait(launcher, ready_timeout_s)
             yield launcher
+    except KeyboardInterrupt:
+        raise typer.Exit from None
     finally:
         signal.signal(signal.SIGTERM, previous)
 

@@ -1,6 +1,7 @@
 """Publisher and Reader: tensors in, refs out, and back."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from mosel.config import TransportSettings
 from mosel.errors import InvalidRequest
 from mosel.tensors import DTYPES, byte_count, checked_shape, dtype_name, dtype_value
-from mosel.transport.layout import KIB, MIB
+from mosel.transport.layout import KIB, MIB, SLOT_SIZES
 from mosel.transport.shared_memory import Arena, ArenaView, remove_orphans
 from mosel.v1 import tensor_pb2
 
@@ -77,7 +78,7 @@ class _Slice:
 
 
 class Reader:
-    """Gathers rows from refs. Maps each arena once, at its first ref. Not thread-safe.
+    """Gathers rows from refs. Maps each arena once, at its first ref. Thread-safe.
 
     Attributes:
         bytes_read: bytes of the rows gathered so far.
@@ -90,6 +91,7 @@ class Reader:
         self.bytes_read = 0
         self._directory = directory
         self._views: dict[tuple[int, int], ArenaView] = {}
+        self._lock = threading.Lock()
 
     def gather(
         self, slices: Iterable[tensor_pb2.RowSlice], dtype: str, item_shape: tuple[int, ...]
@@ -116,7 +118,8 @@ class Reader:
         for part in checked:
             self._copy(part, flat[done : done + part.count])
             done += part.count
-        self.bytes_read += batch.nbytes
+        with self._lock:
+            self.bytes_read += batch.nbytes
         return batch
 
     def _copy(self, part: _Slice, target: NDArray[np.generic]) -> None:
@@ -133,10 +136,11 @@ class Reader:
 
     def _view(self, arena_id: int, epoch: int) -> ArenaView:
         key = (arena_id, epoch)
-        if key not in self._views:
-            self._forget_gone()
-            self._views[key] = ArenaView(self._directory, arena_id, epoch)
-        return self._views[key]
+        with self._lock:
+            if key not in self._views:
+                self._forget_gone()
+                self._views[key] = ArenaView(self._directory, arena_id, epoch)
+            return self._views[key]
 
     def _forget_gone(self) -> None:
         """Unmaps arenas whose producers have gone; their memory is freed with the last map."""
@@ -183,6 +187,8 @@ def _checked(part: tensor_pb2.RowSlice, dtype: str, item_shape: tuple[int, ...])
         raise InvalidRequest("ref says no place; expected inline bytes or a shared-memory slot")
     if ref.WhichOneof("place") == "inline" and len(ref.inline) != ref.nbytes:
         raise InvalidRequest(f"ref.inline has {len(ref.inline)} bytes; expected {ref.nbytes}")
+    if ref.WhichOneof("place") == "shared_memory" and ref.nbytes > SLOT_SIZES[-1]:
+        raise InvalidRequest(f"ref.nbytes is {ref.nbytes}; the largest slot has {SLOT_SIZES[-1]}")
     if part.row_start + part.row_count > shape[0]:
         raise InvalidRequest(f"rows {part.row_start}..+{part.row_count} of a tensor with {shape[0]} rows")
     return _Slice(ref, name, item_shape, byte_count(name, item_shape), part.row_start, part.row_count)

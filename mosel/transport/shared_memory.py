@@ -132,7 +132,7 @@ class ArenaView:
     def __init__(self, directory: Path, arena_id: int, epoch: int) -> None:
         self._path = _path(directory, arena_id, epoch)
         try:
-            fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             raise ReadNotProven("the arena that the ref names is not there") from None
         try:
@@ -154,7 +154,8 @@ class ArenaView:
         Raises:
             ReadNotProven: it has; what was read is worthless.
         """
-        if int(self._control[slot]) != generation:
+        # No slot is ever published with generation 0.
+        if generation == 0 or int(self._control[slot]) != generation:
             raise ReadNotProven("the slot was reused while it was read")
 
     def is_gone(self) -> bool:
@@ -215,8 +216,8 @@ def _create(path: Path, nbytes: int, setting: str) -> int:
 def _checked_layout(fd: int, arena_id: int, epoch: int) -> Layout:
     status = os.fstat(fd)
     sound = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_mode & 0o077 == 0
-    header = os.pread(fd, _HEADER.size, 0)
-    if not sound or len(header) != _HEADER.size:
+    header = os.pread(fd, _HEADER.size, 0) if sound else b""
+    if len(header) != _HEADER.size:
         raise ReadNotProven("the file that the ref names is not an arena of this user")
     magic, version, its_id, its_epoch, *counts = _HEADER.unpack(header)
     layout = Layout(tuple(counts))

@@ -1,0 +1,73 @@
+"""Closed-loop load on running services, and the processor time that each process spends on it."""
+
+import asyncio
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import uvloop
+from numpy.typing import NDArray
+
+from mosel import AsyncClient
+from mosel.launcher import Launcher
+
+Payloads = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one window of load showed.
+
+    Attributes:
+        items_per_s: items answered per second.
+        latency_ms: median milliseconds of one job, seen by the client.
+        cpu_ms: processor milliseconds per job, by service and for the client.
+    """
+
+    items_per_s: float
+    latency_ms: float
+    cpu_ms: dict[str, float]
+
+
+def closed_loop(launcher: Launcher, model: str, payloads: Payloads, jobs_in_flight: int, seconds: float) -> Load:
+    """Keeps so many jobs in flight for so long.
+
+    Args:
+        launcher: the running services.
+        model: the model's name.
+        payloads: arrays [items, ...] by modality, sent again and again.
+        jobs_in_flight: each is sent when the one before it is answered.
+        seconds: length of the window.
+    """
+    before = _cpu_seconds(launcher)
+    started = time.perf_counter()
+    times = uvloop.run(_drive(launcher.address, model, payloads, jobs_in_flight, seconds))
+    elapsed = time.perf_counter() - started
+    after = _cpu_seconds(launcher)
+    items = len(next(iter(payloads.values()))) * len(times)
+    cpu = {name: (after[name] - before[name]) * 1000 / len(times) for name in before}
+    return Load(items / elapsed, statistics.median(times) * 1000, cpu)
+
+
+async def _drive(address: str, model: str, payloads: Payloads, jobs_in_flight: int, seconds: float) -> list[float]:
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    async with AsyncClient(address) as client:
+
+        async def caller() -> None:
+            while time.perf_counter() < until:
+                started = time.perf_counter()
+                await client.predict(model, payloads)
+                times.append(time.perf_counter() - started)
+
+        await asyncio.gather(*(caller() for _ in range(jobs_in_flight)))
+    return times
+
+
+def _cpu_seconds(launcher: Launcher) -> dict[str, float]:
+    processes = {name: psutil.Process(child.process.pid) for name, child in launcher.children.items()}
+    processes["client"] = psutil.Process()
+    return {name: sum(process.cpu_times()[:2]) for name, process in processes.items()}

@@ -1,0 +1,62 @@
+"""A model with the inputs and outputs of another, whose networks do nothing: what is left is the services."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mosel.model_package import ModelPackage, load_package
+from mosel.networks import example_payload
+from mosel.samples import Samples
+from mosel.training import save_weights, write_accuracy
+
+NAME = "nothing"
+_ENCODER = """
+class {name}(torch.nn.Module):
+    def forward(self, payload: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(payload), {embedding})
+"""
+_FUSION = """
+class Fusion(torch.nn.Module):
+    def forward(self, embeddings: dict[str, torch.Tensor]) -> torch.Tensor:
+        rows = len(next(iter(embeddings.values())))
+        return torch.zeros(rows, {output})
+"""
+_ROWS = 8
+
+
+def write_null_model(models: Path, like: ModelPackage) -> ModelPackage:
+    """Writes the package into a folder of model folders.
+
+    Args:
+        models: the folder of folders.
+        like: the model whose shapes it takes.
+    """
+    folder = models / NAME
+    folder.mkdir(parents=True)
+    code, toml = ["import torch\n"], [f'name = "{NAME}"\nversion = "1"\ndefault_min_accuracy = 0.0\n']
+    for modality, spec in like.modalities.items():
+        name = f"{modality.title()}Encoder"
+        code.append(_ENCODER.format(name=name, embedding=", ".join(map(str, spec.embedding))))
+        toml.append(
+            f'[modalities.{modality}]\ndtype = "{spec.dtype}"\nshape = {list(spec.shape)}\n'
+            f'encoder = "networks:{name}"\nembedding = {list(spec.embedding)}\n'
+        )
+    code.append(_FUSION.format(output=", ".join(map(str, like.output.shape))))
+    toml.append(f'[output]\nshape = {list(like.output.shape)}\n[fusion]\nclass = "networks:Fusion"\n')
+    (folder / "networks.py").write_text("\n".join(code))
+    (folder / "model.toml").write_text("\n".join(toml))
+    package = load_package(folder)
+    _measure(package)
+    return package
+
+
+def _measure(package: ModelPackage) -> None:
+    encoders: dict[str, torch.nn.Module] = {
+        modality: package.load_attribute(spec.encoder)() for modality, spec in package.modalities.items()
+    }
+    fusion: torch.nn.Module = package.load_attribute(package.fusion)()
+    payloads = {modality: example_payload(package, modality, _ROWS) for modality in package.modalities}
+    samples = Samples(payloads, np.arange(_ROWS, dtype=np.int64))
+    save_weights(package.folder, encoders, fusion)
+    write_accuracy(package.folder, encoders, fusion, validation=samples, test=samples)

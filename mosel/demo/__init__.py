@@ -1,0 +1,1 @@
+"""What `mosel demo` does: choose the settings, send real items, and summarise what came back."""

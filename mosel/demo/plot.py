@@ -1,0 +1,83 @@
+"""The demo's results as a picture: accuracy against time."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mosel.client import ModelInfo, SetInfo
+from mosel.demo.measure import Row
+from mosel.demo.plan import frontier
+from mosel.demo.tables import floor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_SET, _SETTING = "#2f6690", "#d1495b"
+_LINE_POINTS = 10.0
+
+
+def write_plot(file: Path, model: ModelInfo, rows: Sequence[Row]) -> None:
+    """Writes a PNG: a dot per modality set, their frontier, and what was measured at each setting.
+
+    Args:
+        file: where to; missing folders are made.
+        model: for the sets' validation accuracies and predicted milliseconds.
+        rows: one per setting; those without an answer are left out.
+    """
+    # The figure without pyplot: no window system is looked for, no global state is left.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), dpi=110, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="milliseconds (log scale)", ylabel="accuracy", title=f"{model.name}: accuracy against time")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    _draw_sets(axes, model.sets)
+    _draw_settings(axes, model.sets, [row for row in rows if row.answered])
+    axes.margins(x=0.16, y=0.06)
+    axes.legend(loc="center right", bbox_to_anchor=(1, 0.36), fontsize=8, framealpha=1, edgecolor="white")
+    figure.draw_without_rendering()  # label positions depend on the layout
+    _label_sets(axes, model.sets)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+
+
+def _draw_sets(axes: "Axes", sets: Mapping[str, SetInfo]) -> None:
+    best = [sets[name] for name in frontier(sets)]
+    axes.plot([s.latency_ms for s in best], [s.accuracy for s in best], color=_SET, alpha=0.4, label="frontier")
+    label = "modality set: validation accuracy,\npredicted time of one item on an idle system"
+    x, y = [s.latency_ms for s in sets.values()], [s.accuracy for s in sets.values()]
+    axes.scatter(x, y, color=_SET, s=36, zorder=2, label=label)
+
+
+def _draw_settings(axes: "Axes", sets: Mapping[str, SetInfo], rows: Sequence[Row]) -> None:
+    label = "setting: accuracy on test items,\nmedian time of a job at the client"
+    if rows:
+        how = rows[0].setting
+        label += f"\n({how.job_items} items per job, {how.in_flight} jobs in flight)"
+    x, y = [row.p50_ms for row in rows], [row.accuracy for row in rows]
+    axes.scatter(x, y, color=_SETTING, marker="*", s=130, zorder=3, label=label)
+    for row in rows:
+        used = sets[next(iter(row.shares))]
+        axes.plot([used.latency_ms, row.p50_ms], [used.accuracy, row.accuracy], color=_SETTING, ls=":", lw=1, zorder=1)
+        text = "no floor" if row.setting.floor is None else f"floor {floor(row)}"
+        axes.annotate(text, (row.p50_ms, row.accuracy), (9, -3), textcoords="offset points", fontsize=9, color=_SETTING)
+
+
+def _label_sets(axes: "Axes", sets: Mapping[str, SetInfo]) -> None:
+    """Names the dots on their left, a line lower where a name would cover the one above."""
+    points_per_pixel = 72 / axes.figure.dpi
+    above: list[tuple[float, float]] = []
+    for name, info in sorted(sets.items(), key=lambda entry: -entry[1].accuracy):
+        x, y = axes.transData.transform((info.latency_ms, info.accuracy)) * points_per_pixel
+        close = [other for at, other in above if abs(at - x) < 6 * _LINE_POINTS]
+        lowered = min([y, *(other - _LINE_POINTS for other in close)])
+        above.append((x, lowered))
+        offset = (-7.0, lowered - y)
+        axes.annotate(
+            name, (info.latency_ms, info.accuracy), offset, textcoords="offset points", fontsize=8, ha="right"
+        )
