@@ -22,6 +22,7 @@ class CheckedJob:
         modalities: those that may be run.
         min_accuracy: the floor, 0..1, or None.
         latency_slo_ms: the caller's deadline in milliseconds, or None.
+        exact: the caller named the modalities and gave no floor: all of them are run.
     """
 
     package: ModelPackage
@@ -30,6 +31,7 @@ class CheckedJob:
     modalities: tuple[str, ...]
     min_accuracy: float | None
     latency_slo_ms: float | None
+    exact: bool
 
 
 def check_request(
@@ -68,7 +70,8 @@ def check_request(
     if slo is not None and not (slo > 0 and math.isfinite(slo)):
         raise InvalidRequest(f"latency_slo_ms is {slo}; expected a positive number of milliseconds")
     modalities = _modalities(request, payloads)
-    return CheckedJob(package, next(iter(sizes.values())), payloads, modalities, floor, slo)
+    exact = bool(request.modalities) and floor is None
+    return CheckedJob(package, next(iter(sizes.values())), payloads, modalities, floor, slo, exact)
 
 
 def reply_from(job: CheckedJob, result: selector_pb2.JobResult, slack_ms: float) -> gateway_pb2.PredictReply:

@@ -73,7 +73,11 @@ class SelectorLink:
             ServiceUnavailable: the selector is away, or went away.
             DeadlineExceeded: there was no answer in time; the job is cancelled.
         """
-        self.check_connected()
+        try:
+            self.check_connected()
+        except ServiceUnavailable:
+            self._release(slots_of(description))
+            raise
         answer: asyncio.Future[selector_pb2.JobResult] = asyncio.get_running_loop().create_future()
         self._answers[description.job_id] = answer
         self._send(selector_pb2.GatewayMessage(job=description))
@@ -137,6 +141,11 @@ class SelectorLink:
         if self.models:
             self.models = {}
             self._models_changed()
+
+
+def slots_of(description: selector_pb2.JobDescription) -> list[tensor_pb2.SharedMemorySlot]:
+    """The slots that hold a job's payloads."""
+    return [ref.shared_memory for ref in description.payloads.values() if ref.HasField("shared_memory")]
 
 
 async def _drain(

@@ -11,10 +11,10 @@ from operator import attrgetter
 import grpc
 
 from gateway.jobs import CheckedJob, check_request, reply_from
-from gateway.selector_link import SelectorLink
+from gateway.selector_link import SelectorLink, slots_of
 from mosel.config import Settings
 from mosel.deadline import Deadline
-from mosel.errors import Overloaded
+from mosel.errors import MoselError, Overloaded
 from mosel.model_package import ModelPackage
 from mosel.service import Context, answers_with_status, deadline_of
 from mosel.tensors import dtype_value
@@ -23,6 +23,9 @@ from mosel.v1 import gateway_pb2, gateway_pb2_grpc, selector_pb2, service_pb2
 
 # Above this many elements, checking and copying payloads would hold up other calls.
 _OFF_LOOP_ELEMENTS = 256 * 1024
+
+
+_Prepared = tuple[CheckedJob, selector_pb2.JobDescription, Deadline]
 
 
 class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
@@ -59,29 +62,47 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         self._link.check_connected()
         # From the shapes: to ask protobuf for its size makes it serialise everything.
         if sum(math.prod(payload.shape) for payload in request.payloads.values()) > _OFF_LOOP_ELEMENTS:
-            job, description, deadline = await asyncio.to_thread(self._prepare, request, context)
+            job, description, deadline = await self._prepare_off_loop(request, context)
         else:
             job, description, deadline = self._prepare(request, context)
         result = await self._link.predict(description, deadline)
         self.counters.update(answered=1, items=job.size)
         return reply_from(job, result, deadline.remaining * 1000)
 
-    def _prepare(
-        self, request: gateway_pb2.PredictRequest, context: Context
-    ) -> tuple[CheckedJob, selector_pb2.JobDescription, Deadline]:
+    async def _prepare_off_loop(self, request: gateway_pb2.PredictRequest, context: Context) -> _Prepared:
+        preparing = asyncio.ensure_future(asyncio.to_thread(self._prepare, request, context))
+        try:
+            return await asyncio.shield(preparing)
+        except asyncio.CancelledError:
+            # The thread goes on, and fills slots that no job will release.
+            preparing.add_done_callback(self._give_back)
+            raise
+
+    def _give_back(self, preparing: asyncio.Future[_Prepared]) -> None:
+        if not preparing.cancelled() and preparing.exception() is None:
+            self._publisher.release(slots_of(preparing.result()[1]))
+
+    def _prepare(self, request: gateway_pb2.PredictRequest, context: Context) -> _Prepared:
         limits = self._settings.gateway
         job = check_request(request, self._packages, limits.max_items_per_job)
         slo_ms = limits.default_deadline_ms if job.latency_slo_ms is None else job.latency_slo_ms
         deadline = min(Deadline.after(slo_ms / 1000), deadline_of(context), key=attrgetter("at"))
         lease_s = deadline.remaining + self._settings.transport.lease_grace_ms / 1000
         description = selector_pb2.JobDescription(
-            job_id=secrets.token_bytes(16), model=job.package.name, size=job.size, modalities=job.modalities
+            job_id=secrets.token_bytes(16),
+            model=job.package.name,
+            size=job.size,
+            modalities=job.modalities,
+            exact=job.exact,
         )
-        for name, array in job.payloads.items():
-            if name in job.modalities:
-                dtype = job.package.modalities[name].dtype
+        try:
+            for name in job.modalities:
+                dtype, array = job.package.modalities[name].dtype, job.payloads[name]
                 ref = self._publisher.publish(dtype, array.shape, array.data.cast("B"), lease_s)
                 description.payloads[name].CopyFrom(ref)
+        except MoselError:
+            self._publisher.release(slots_of(description))
+            raise
         if job.min_accuracy is not None:
             description.min_accuracy = job.min_accuracy
         description.budget_us = max(round(deadline.remaining * 1e6), 0)

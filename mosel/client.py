@@ -225,7 +225,7 @@ def _request(
             "(setting transport.max_message_mib): send fewer items"
         )
     for name, array in arrays.items():
-        request.payloads[name].CopyFrom(to_proto(array))
+        request.payloads[name].CopyFrom(to_proto(array, f"payloads.{name}"))
     return request
 
 

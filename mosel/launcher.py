@@ -176,7 +176,8 @@ class Launcher:
 
 def _runtime_folder() -> str:
     """A folder for sockets: short, and private where the system has one."""
-    return os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    private = os.environ.get("XDG_RUNTIME_DIR", "")
+    return private if os.access(private, os.W_OK) else tempfile.gettempdir()
 
 
 def _free_port(host: str) -> int:

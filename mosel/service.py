@@ -157,7 +157,7 @@ def deadline_of(context: Context) -> Deadline:
     return Deadline.after(MAX_DEADLINE_S if remaining is None else min(remaining, MAX_DEADLINE_S))
 
 
-class _RefuseGarbage(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class _RefuseGarbage(grpc.aio.ServerInterceptor):
     """Answers INVALID_ARGUMENT to bytes that are no message of a unary method; grpc itself calls them UNKNOWN."""
 
     async def intercept_service(

@@ -55,7 +55,7 @@ def checked_shape(shape: tuple[int, ...], field: str) -> tuple[int, ...]:
     """Returns the shape when it is one that a tensor can have.
 
     Raises:
-        InvalidRequest: the rank is above 8, a dimension is negative, or the product, with zeros taken as ones, is beyond 2^59.
+        InvalidRequest: the rank is above 8, a dimension is negative, or the product is beyond 2^59 (zeros count as 1).
     """
     if len(shape) > MAX_RANK:
         raise InvalidRequest(f"{field} has rank {len(shape)}; at most {MAX_RANK} dimensions are expected")

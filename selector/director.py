@@ -340,6 +340,7 @@ def _job(description: selector_pb2.JobDescription) -> Job:
         modalities=modalities,
         min_accuracy=description.min_accuracy if description.HasField("min_accuracy") else None,
         deadline=time.monotonic() + description.budget_us / 1e6,
+        exact=description.exact,
     )
 
 

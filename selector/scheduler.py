@@ -25,11 +25,12 @@ from selector.profile import ModelProfile
 FUSION = "fusion"
 # Weight of the newest measurement in a lane's overhead.
 _SMOOTHING = 0.1
+_HALF_LIFE_S = 2.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """Items that arrived together. `deadline` is in seconds on the driver's clock."""
+    """Items that arrived together; see `Demand`. `deadline` is in seconds on the driver's clock."""
 
     id: bytes
     model: str
@@ -37,6 +38,7 @@ class Job:
     modalities: ModalitySet
     min_accuracy: float | None
     deadline: float
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,19 @@ class _Lane:
     up: bool = False
     queue: list[Progress] = field(default_factory=list)
     calls: dict[int, tuple[Call, float, float]] = field(default_factory=dict)
-    overhead_ms: float = 0.0
+    _overhead_ms: float = 0.0
+    _learned_at: float = 0.0
+
+    def overhead_ms(self, now: float) -> float:
+        """What calls take beyond their profile. Fades while no call confirms it, or a busy hour would bar the next."""
+        fading: float = 0.5 ** ((now - self._learned_at) / _HALF_LIFE_S)
+        return self._overhead_ms * fading
+
+    def learn(self, beyond_ms: float, now: float) -> None:
+        """A call took so much more than its profile."""
+        overhead_ms = self.overhead_ms(now)
+        self._overhead_ms = overhead_ms + _SMOOTHING * (max(beyond_ms, 0.0) - overhead_ms)
+        self._learned_at = now
 
 
 class Scheduler:
@@ -142,9 +156,11 @@ class Scheduler:
         if self._queued_items + job.size > self._max_queued_items:
             raise Overloaded(f"{self._queued_items} items are queued, at most {self._max_queued_items} may be")
         profile = self._profiles[job.model]
-        demand = Demand(job.size, job.modalities, job.min_accuracy, (job.deadline - now) * 1000)
+        demand = Demand(job.size, job.modalities, job.min_accuracy, (job.deadline - now) * 1000, job.exact)
         sets = preferred_sets(profile, demand, self.is_up)
-        chosen = choose(profile, demand, sets, lambda s: self.predicted_ms(job, s, now))
+        chosen = choose(
+            profile, demand, sets, lambda s: self.idle_ms(job, s, now), lambda s: self.predicted_ms(job, s, now)
+        )
         zero = dict.fromkeys(chosen, 0)
         progress = Progress(job, chosen, profile.accuracy[chosen], now, zero, dict(zero))
         self._jobs[job.id] = progress
@@ -183,9 +199,7 @@ class Scheduler:
     def failed(self, call: Call, now: float) -> list[bytes]:
         """A call failed; returns the jobs that are lost by it."""
         # What it took says nothing about calls that go well.
-        lane = self._lane_of(call)
-        lane.free_since = now
-        del lane.calls[call.id]
+        del self._lane_of(call).calls[call.id]
         in_call = [job_id for job_id, _ in call.jobs] if isinstance(call, FuseCall) else [r.job_id for r in call.rows]
         return [job_id for job_id in in_call if self.cancelled(job_id)]
 
@@ -224,12 +238,20 @@ class Scheduler:
         under_way = {f"calls_in_flight.{name}": len(lane.calls) for name, lane in self._lanes.items()}
         return {"jobs": len(self._jobs), "queued_items": self._queued_items} | under_way
 
+    def idle_ms(self, job: Job, modality_set: ModalitySet, now: float) -> float:
+        """Predicted milliseconds until a job is answered with this set if nothing is in front of it."""
+        return self._answer_ms(job, modality_set, now, dict.fromkeys(modality_set, 0.0))
+
     def predicted_ms(self, job: Job, modality_set: ModalitySet, now: float) -> float:
-        """Predicted milliseconds until a job is answered with this set, behind what is due before it."""
+        """The same behind the work that is under way or due before it."""
+        return self._answer_ms(job, modality_set, now, {m: self._backlog_ms(m, job, now) for m in modality_set})
+
+    def _answer_ms(self, job: Job, modality_set: ModalitySet, now: float, backlog_ms: Mapping[str, float]) -> float:
         profile = self._profiles[job.model]
-        encoding = max(self._backlog_ms(m, job, now) + profile.encoders[m].ms(job.size) for m in modality_set)
-        fusion = self._lanes[FUSION]
-        return encoding + profile.fusion[modality_set].ms(job.size) + fusion.overhead_ms
+        encoding = max(
+            backlog_ms[m] + self._lanes[m].overhead_ms(now) + profile.encoders[m].ms(job.size) for m in modality_set
+        )
+        return encoding + profile.fusion[modality_set].ms(job.size) + self._lanes[FUSION].overhead_ms(now)
 
     def _backlog_ms(self, modality: str, job: Job, now: float) -> float:
         lane = self._lanes[modality]
@@ -240,7 +262,7 @@ class Scheduler:
                 rows = other.job.size - other.sent_rows[modality]
                 ahead[other.job.model] = ahead.get(other.job.model, 0) + rows
         queued = sum(self._profiles[model].encoders[modality].ms(rows) for model, rows in ahead.items())
-        return (under_way + queued) / self._calls_per_lane + lane.overhead_ms
+        return (under_way + queued) / self._calls_per_lane
 
     def _enqueue(self, lane: _Lane, progress: Progress) -> None:
         at = len(lane.queue)
@@ -292,5 +314,4 @@ class Scheduler:
         """Corrects the lane's overhead by what the call took beyond its profile."""
         lane = self._lane_of(call)
         _, started, predicted_ms = lane.calls.pop(call.id)
-        measured_ms = (now - started) * 1000
-        lane.overhead_ms += _SMOOTHING * (max(measured_ms - predicted_ms, 0.0) - lane.overhead_ms)
+        lane.learn((now - started) * 1000 - predicted_ms, now)

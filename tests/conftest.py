@@ -1,11 +1,28 @@
-"""What every test gets."""
+"""What every test gets, and the model of docs/your-model.md, served by real processes."""
 
-from collections.abc import Iterator
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 
+import numpy as np
 import pytest
 from blockbuster import BlockBuster
+from numpy.typing import NDArray
+
+from mosel.client import Client
+from mosel.config import Settings, load_settings
+from mosel.launcher import Child, Launcher
+from mosel.model_package import ModelPackage, load_package
 
 PRODUCT = ["mosel", "gateway", "selector", "encoders", "fusion"]
+YOUR_MODEL = Path(__file__).parents[1] / "docs" / "your-model.md"
+
+Payloads = dict[str, NDArray[np.generic]]
+Output = NDArray[np.float32]
 
 
 @pytest.fixture(autouse=True)
@@ -18,3 +35,155 @@ def no_blocking_call_in_an_event_loop(request: pytest.FixtureRequest) -> Iterato
     detector.activate()
     yield
     detector.deactivate()
+
+
+@pytest.fixture(scope="session")
+def tutorial_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of docs/your-model.md, and what its training script makes of them: the model `fruit`."""
+    folder = tmp_path_factory.mktemp("tutorial")
+    blocks = re.findall(r"```(?:python|toml)\n# (\S+)\n(.*?)```", YOUR_MODEL.read_text(), re.DOTALL)
+    assert {name for name, _ in blocks} >= {
+        "make_fruit.py",
+        "my_models/fruit/model.toml",
+        "my_models/fruit/networks.py",
+    }
+    for name, content in blocks:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    command = [sys.executable, "make_fruit.py"]
+    subprocess.run(command, cwd=folder, check=True, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models_dir(tutorial_folder: Path) -> Path:
+    """A folder of model packages that holds `fruit`."""
+    return tutorial_folder / "my_models"
+
+
+@pytest.fixture(scope="session")
+def fruit(models_dir: Path) -> ModelPackage:
+    """The model: `photo` UINT8 [24, 24, 3] (costly, 88 %), `scent` FP32 [6] (cheap, 73 %), both 93 %."""
+    return load_package(models_dir / "fruit")
+
+
+@pytest.fixture(scope="session")
+def settings_with(models_dir: Path) -> Callable[..., Settings]:
+    """Makes settings that serve `fruit` on a free port; flags are those of `load_settings`."""
+
+    def make(**flags: object) -> Settings:
+        common = {"models_dir": models_dir, "gateway": {"grpc_port": 0}, "device": "cpu"}
+        return load_settings(**(common | flags))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def services(settings_with: Callable[..., Settings]) -> Iterator[Launcher]:
+    """All services with default settings, shared by every test that leaves them unharmed."""
+    with Launcher(settings_with()) as launcher:
+        launcher.wait_ready(120)
+        yield launcher
+
+
+@pytest.fixture
+def client(services: Launcher) -> Iterator[Client]:
+    """A client of the shared services."""
+    with Client(services.address) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[..., Payloads]:
+    """Makes payloads of so many random items, by modality; every seed gives others."""
+
+    def make(items: int, seed: int = 0) -> Payloads:
+        rng = np.random.default_rng(seed)
+        scents = rng.normal(0, 1, (items, 6)).astype(np.float32)
+        return {"photo": rng.integers(0, 256, (items, 24, 24, 3), np.uint8), "scent": scents}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def directly(fruit: ModelPackage) -> Callable[[Payloads, Iterable[str]], Output]:
+    """Calls the networks in this process with the modalities named: what the services must answer."""
+    import torch
+
+    from mosel import networks
+
+    cpu = torch.device("cpu")
+    encoders = {name: networks.load_encoder(fruit, name, cpu) for name in fruit.modalities}
+    fusion = networks.load_fusion(fruit, cpu)
+
+    @torch.inference_mode()
+    def predict(payloads: Payloads, modalities: Iterable[str]) -> Output:
+        tensors = {name: torch.from_numpy(payloads[name].copy()) for name in sorted(modalities)}
+        output: Output = fusion({name: encoders[name](tensor) for name, tensor in tensors.items()}).numpy()
+        return output
+
+    return predict
+
+
+@pytest.fixture(scope="session")
+def counters() -> Callable[[Client], dict[str, dict[str, int]]]:
+    """The counters of every service that answers, by its name."""
+    return lambda client: {service.name: service.counters for service in client.status()}
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[..., None]:
+    """Waits until a condition holds; fails the test after a generous time."""
+
+    def wait(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+        give_up = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < give_up, f"after {seconds} s still not: {what}"
+            time.sleep(0.05)
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def start_again() -> Callable[[Launcher, str], Child]:
+    """Starts a service by hand that was killed, with the environment that its launcher gave it."""
+
+    def start(launcher: Launcher, name: str) -> Child:
+        module, _, modality = name.partition("/")
+        command = ["encoders", "--modality", modality] if modality else [module]
+        log = launcher.children[name].log
+        with log.open("ab") as stream:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", *command],
+                env=os.environ | launcher.settings.as_environment(),
+                stdout=stream,
+                stderr=stream,
+            )
+        # Known to the launcher, so that it is stopped with the others.
+        launcher.children[name] = Child(name, process, log)
+        return launcher.children[name]
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def mosel_command() -> Callable[..., list[str]]:
+    """The command line of `mosel`, as installed beside this Python."""
+    program = str(Path(sys.executable).with_name("mosel"))
+    return lambda *arguments: [program, *arguments]
+
+
+@pytest.fixture(scope="session")
+def run_mosel(mosel_command: Callable[..., list[str]]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `mosel` to its end."""
+
+    def run(
+        *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"COLUMNS": "200"} | dict(env or {})
+        command = mosel_command(*arguments)
+        return subprocess.run(
+            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    return run

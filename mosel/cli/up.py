@@ -31,3 +31,5 @@ def up(
                     console.print(f"{child.name} ended with exit code {child.process.returncode}: {child.last_line()}")
                     reported.add(child.name)
             time.sleep(0.2)
+    # Without one of these three nothing can be answered.
+    raise typer.Exit(1)

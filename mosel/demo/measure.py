@@ -1,5 +1,6 @@
 """Sends labelled items to running services and summarises the answers."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -40,7 +41,8 @@ class Row:
         accuracy: measured against the labels, over the answered items; NaN if there are none.
         expected: accuracy that the answers promised, over the same items.
         p50_ms, p99_ms: of the answered jobs.
-        answered, refused, missed: jobs; refused means at once and with a reason, missed means too late.
+        in_time, refused, missed: jobs, which add up to all; refused means at once and with a reason, missed means that
+            the deadline passed first, at the services or by the client's own clock.
         bytes_read: of payloads, by all encoders.
         bytes_of_all: what all modalities of the answered items have.
         refusal: the first refusal's message, or "".
@@ -52,7 +54,7 @@ class Row:
     expected: float
     p50_ms: float
     p99_ms: float
-    answered: int
+    in_time: int
     refused: int
     missed: int
     items: int
@@ -94,7 +96,8 @@ def summarise(setting: Setting, answers: Sequence[Answer], bytes_read: int, byte
     used = Counter(name for _, prediction in answered for name in prediction.modality_sets)
     expected = sum(answer.items * prediction.expected_accuracy for answer, prediction in answered)
     times = [answer.ms for answer, _ in answered]
-    missed = sum(isinstance(answer.error, DeadlineExceeded) for answer in answers)
+    limit_ms = math.inf if setting.deadline_ms is None else setting.deadline_ms
+    in_time = sum(ms <= limit_ms for ms in times)
     refusals = [str(a.error) for a in answers if a.error is not None and not isinstance(a.error, DeadlineExceeded)]
     return Row(
         setting=setting,
@@ -103,9 +106,9 @@ def summarise(setting: Setting, answers: Sequence[Answer], bytes_read: int, byte
         expected=expected / items if items else float("nan"),
         p50_ms=percentile(times, 50),
         p99_ms=percentile(times, 99),
-        answered=len(answered),
+        in_time=in_time,
         refused=len(refusals),
-        missed=missed,
+        missed=len(answers) - len(refusals) - in_time,
         items=items,
         bytes_read=bytes_read,
         bytes_of_all=items * bytes_per_item,

@@ -37,7 +37,7 @@ def write_plot(file: Path, model: ModelInfo, rows: Sequence[Row]) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     _draw_sets(axes, model.sets)
-    _draw_settings(axes, model.sets, [row for row in rows if row.answered])
+    _draw_settings(axes, model.sets, [row for row in rows if row.items])
     axes.margins(x=0.16, y=0.06)
     axes.legend(loc="center right", bbox_to_anchor=(1, 0.36), fontsize=8, framealpha=1, edgecolor="white")
     figure.draw_without_rendering()  # label positions depend on the layout

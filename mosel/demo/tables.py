@@ -24,7 +24,7 @@ def deadline_table(rows: Sequence[Row]) -> Table:
     """What a tight deadline led to at each floor."""
     table = _table("in\ntime", "refused", "missed")
     for row in rows:
-        table.add_row(*_what(row), str(row.answered), str(row.refused), str(row.missed))
+        table.add_row(*_what(row), str(row.in_time), str(row.refused), str(row.missed))
     return table
 
 

@@ -80,6 +80,7 @@ class JobDescription(_message.Message):
     MIN_ACCURACY_FIELD_NUMBER: _builtins.int
     BUDGET_US_FIELD_NUMBER: _builtins.int
     MODALITIES_FIELD_NUMBER: _builtins.int
+    EXACT_FIELD_NUMBER: _builtins.int
     job_id: _builtins.bytes
     """16 random bytes, made by the gateway."""
     model: _builtins.str
@@ -88,6 +89,8 @@ class JobDescription(_message.Message):
     min_accuracy: _builtins.float
     budget_us: _builtins.int
     """Microseconds from now until the answer is no longer wanted."""
+    exact: _builtins.bool
+    """Run all of `modalities` or refuse."""
     @_builtins.property
     def payloads(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.TensorRef]:
         """Payload refs [B, ...] by modality."""
@@ -106,10 +109,11 @@ class JobDescription(_message.Message):
         min_accuracy: _builtins.float | None = ...,
         budget_us: _builtins.int = ...,
         modalities: _abc.Iterable[_builtins.str] | None = ...,
+        exact: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy", "min_accuracy", b"min_accuracy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy", "budget_us", b"budget_us", "job_id", b"job_id", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "payloads", b"payloads", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy", "budget_us", b"budget_us", "exact", b"exact", "job_id", b"job_id", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "payloads", b"payloads", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_accuracy: _TypeAlias = _typing.Literal["min_accuracy"]  # noqa: Y015
     _WhichOneofArgType__min_accuracy: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy"]  # noqa: Y015

@@ -1,0 +1,97 @@
+"""Errors on the wire."""
+
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from mosel import errors
+from mosel.errors import InternalError, MoselError, Overloaded, RequestError, ServiceError, ServiceUnavailable
+from mosel.status import (
+    RETRY_AFTER,
+    STATUS,
+    error_from,
+    error_from_number,
+    error_from_rpc,
+    retry_after_ms,
+    status_number,
+    status_of,
+)
+
+
+def leaves(kind: type[MoselError]) -> Iterator[type[MoselError]]:
+    """The classes below that have none below themselves; those of tests aside."""
+    below = [c for c in kind.__subclasses__() if c.__module__ == errors.__name__]
+    if not below:
+        yield kind
+    for each in below:
+        yield from leaves(each)
+
+
+SERVED = [*leaves(RequestError), *leaves(ServiceError)]
+
+
+def test_the_table_holds_every_error_that_a_request_can_meet_and_no_other() -> None:
+    assert set(STATUS) == set(SERVED)
+
+
+def test_the_tree_s_picture_names_every_error_with_its_status() -> None:
+    assert errors.__doc__ is not None
+    lines = errors.__doc__.splitlines()
+    for kind, status in STATUS.items():
+        assert any(f"── {kind.__name__} " in line and line.endswith(status.name) for line in lines), kind
+    assert all(kind.__name__ in errors.__doc__ for kind in leaves(MoselError))
+
+
+@pytest.mark.parametrize("kind", SERVED)
+def test_an_error_comes_back_with_its_status_and_message(kind: type[MoselError]) -> None:
+    error = kind("what is wrong")
+    back = error_from_number(status_number(error), str(error), retry_after_ms(error))
+    assert status_of(back) is status_of(error)
+    assert str(back) == "what is wrong"
+    assert issubclass(type(back), RequestError) == issubclass(kind, RequestError)
+
+
+UNAMBIGUOUS = [kind for kind in SERVED if list(STATUS.values()).count(STATUS[kind]) == 1]
+
+
+@pytest.mark.parametrize("kind", UNAMBIGUOUS)
+def test_an_error_with_a_status_of_its_own_comes_back_as_itself(kind: type[MoselError]) -> None:
+    assert type(error_from(status_of(kind("x")), "x")) is kind
+
+
+def test_the_retry_hint_comes_back() -> None:
+    error = Overloaded("full", 250)
+    back = error_from(status_of(error), "full", retry_after_ms(error))
+    assert isinstance(back, Overloaded)
+    assert back.retry_after_ms == 250
+    assert retry_after_ms(InternalError("x")) == 0
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyError("x"), errors.ConfigError("x"), MoselError("x")])
+def test_whatever_else_goes_wrong_is_internal(error: Exception) -> None:
+    assert status_of(error) is grpc.StatusCode.INTERNAL
+
+
+@pytest.mark.parametrize("number", [-1, 2, 15, 99])
+def test_a_number_that_no_error_has_is_internal(number: int) -> None:
+    assert type(error_from_number(number, "x")) is InternalError
+
+
+def failed_call(status: grpc.StatusCode, details: str, *trailers: tuple[str, str]) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(status, grpc.aio.Metadata(), grpc.aio.Metadata(*trailers), details)
+
+
+def test_a_failed_call_becomes_the_error_behind_it() -> None:
+    error = error_from_rpc(failed_call(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", (RETRY_AFTER, "40")), "selector")
+    assert isinstance(error, Overloaded)
+    assert (str(error), error.retry_after_ms) == ("full", 40)
+
+
+def test_a_peer_that_is_away_is_named_and_not_by_grpc_s_own_words() -> None:
+    unreachable = failed_call(grpc.StatusCode.UNAVAILABLE, "failed to connect to all addresses; unix:/x: No such file")
+    error = error_from_rpc(unreachable, "fusion")
+    assert isinstance(error, ServiceUnavailable)
+    assert str(error) == "service fusion is not reachable"
+    passed_on = failed_call(grpc.StatusCode.UNAVAILABLE, "service encoder/audio went away")
+    assert str(error_from_rpc(passed_on, "selector")) == "service encoder/audio went away"

@@ -1,0 +1,266 @@
+"""Services that are killed, stopped or frozen: callers get a typed error in time, the others go on, nothing leaks."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mosel.client import AsyncClient, Client, Prediction
+from mosel.config import Settings
+from mosel.errors import DeadlineExceeded, MoselError, ServiceUnavailable
+from mosel.launcher import Child, Launcher
+
+Payloads = dict[str, NDArray[Any]]
+Draw = Callable[..., Payloads]
+Directly = Callable[[Payloads, Iterable[str]], NDArray[Any]]
+Counters = Callable[[Client], dict[str, dict[str, int]]]
+Until = Callable[..., None]
+Outcome = Prediction | MoselError
+
+SERVICES = ["encoder/photo", "encoder/scent", "fusion", "selector", "gateway"]
+# How long a call may take beyond its deadline before it counts as hanging.
+MARGIN_S = 15
+
+
+@pytest.fixture(scope="module")
+def shared_memory() -> Iterator[Path]:
+    """A folder in shared memory for these services alone; empty at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="mosel-test-", dir="/dev/shm"))
+    yield folder
+    left = list(folder.iterdir())
+    shutil.rmtree(folder)
+    assert left == []
+
+
+@pytest.fixture(scope="module")
+def launcher(settings_with: Callable[..., Settings], shared_memory: Path) -> Iterator[Launcher]:
+    """Services of this module alone; every tensor travels by shared memory."""
+    transport = {
+        "shm_dir": shared_memory,
+        "inline_max_kib": 0,
+        "lease_grace_ms": 200,
+        "gateway_arena_mib": 32,
+        "encoder_arena_mib": 16,
+    }
+    with Launcher(settings_with(transport=transport)) as launcher:
+        launcher.wait_ready(120)
+        yield launcher
+
+
+@pytest.fixture
+def own(
+    launcher: Launcher, start_again: Callable[[Launcher, str], Child], until: Until, counters: Counters
+) -> Iterator[Launcher]:
+    """The module's services, all running and ready; at the end of the test, no slot may be held any more."""
+    for child in launcher.ended():
+        start_again(launcher, child.name)
+    until(lambda: is_ready(launcher), "all services are ready")
+    yield launcher
+    with Client(launcher.address) as client:
+        if not launcher.ended():
+            until(lambda: slots_held(counters(client)) == 0, "every slot is free")
+
+
+def is_ready(launcher: Launcher) -> bool:
+    with Client(launcher.address) as client, contextlib.suppress(MoselError):
+        ready = {service.name for service in client.status() if service.ready}
+        (model,) = client.models()
+        return ready.issuperset(launcher.children) and all(info.available for info in model.sets.values())
+    return False
+
+
+def slots_held(counters: dict[str, dict[str, int]]) -> int:
+    names = ("slots_published", "slots_filling", "slots_held", "jobs_held", "jobs", "queued_items")
+    return sum(service.get(name, 0) for service in counters.values() for name in names)
+
+
+def outcome_of(address: str, payloads: Payloads, timeout_s: float, **demand: float) -> Outcome:
+    """An answer or a typed error; anything else fails the test."""
+    with Client(address) as client:
+        started = time.monotonic()
+        try:
+            return client.predict("fruit", payloads, timeout_s=timeout_s, **demand)  # type: ignore[arg-type]
+        except MoselError as error:
+            return error
+        finally:
+            assert time.monotonic() - started < timeout_s + MARGIN_S
+
+
+@contextlib.contextmanager
+def frozen(child: Child) -> Iterator[None]:
+    """The service neither computes nor answers inside the block."""
+    child.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        child.process.send_signal(signal.SIGCONT)
+
+
+def test_with_nothing_inline_the_answers_are_the_same(own: Launcher, draw: Draw, directly: Directly) -> None:
+    with Client(own.address) as client:
+        for items in (1, 5, 32, 100):
+            payloads = draw(items, seed=items)
+            for chosen in (["photo"], ["scent"], ["photo", "scent"]):
+                output = client.predict("fruit", payloads, modalities=chosen).output.astype(np.float32)
+                np.testing.assert_allclose(output, directly(payloads, chosen), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_calls_in_flight_fail_when_a_service_is_killed(own: Launcher, draw: Draw, name: str) -> None:
+    child = own.children[name]
+    with ThreadPoolExecutor(6) as pool:
+        with frozen(child):
+            calls: list[Future[Outcome]] = [
+                pool.submit(outcome_of, own.address, draw(64, seed=seed), timeout_s=10) for seed in range(6)
+            ]
+            time.sleep(0.5)
+            assert not any(call.done() for call in calls)
+            child.process.kill()
+        outcomes = [call.result() for call in calls]
+    child.process.wait()
+    shown = "gateway at" if name == "gateway" else name
+    for outcome in outcomes:
+        assert isinstance(outcome, ServiceUnavailable)
+        assert str(outcome).startswith(f"service {shown} ")
+    while_away = outcome_of(own.address, draw(3), timeout_s=10)
+    assert isinstance(while_away, ServiceUnavailable)
+    assert str(while_away).startswith(f"service {shown} ")
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_calls_end_at_their_deadline_while_a_service_hangs(
+    own: Launcher, draw: Draw, directly: Directly, name: str
+) -> None:
+    timeout_s = 1.0 if name == "gateway" else 10.0
+    with frozen(own.children[name]), ThreadPoolExecutor(4) as pool:
+        calls = [
+            pool.submit(outcome_of, own.address, draw(64, seed=seed), timeout_s, latency_slo_ms=700)
+            for seed in range(4)
+        ]
+        for call in calls:
+            assert isinstance(call.result(), DeadlineExceeded)
+    payloads = draw(5)
+    answer = outcome_of(own.address, payloads, timeout_s=20)
+    assert isinstance(answer, Prediction)
+    np.testing.assert_allclose(answer.output.astype(np.float32), directly(payloads, payloads), atol=1e-5)
+
+
+def test_under_load_an_encoder_is_killed_and_started_by_hand(
+    own: Launcher, draw: Draw, directly: Directly, start_again: Callable[[Launcher, str], Child], until: Until
+) -> None:
+    jobs = {seed: draw(48, seed=seed) for seed in range(8)}
+    expected = {seed: directly(payloads, payloads) for seed, payloads in jobs.items()}
+    stop = False
+
+    def load(seed: int) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        while not stop:
+            outcomes.append(outcome_of(own.address, jobs[seed], timeout_s=10))
+        return outcomes
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        running = {seed: pool.submit(load, seed) for seed in jobs}
+        try:
+            time.sleep(0.3)
+            own.children["encoder/photo"].process.kill()
+            own.children["encoder/photo"].process.wait()
+            start_again(own, "encoder/photo")
+            until(lambda: is_ready(own), "the encoder is used again")
+            time.sleep(0.3)
+        finally:
+            stop = True
+        for seed, outcomes in ((seed, call.result()) for seed, call in running.items()):
+            assert isinstance(outcomes[0], Prediction)
+            assert isinstance(outcomes[-1], Prediction)
+            for outcome in outcomes:
+                if isinstance(outcome, Prediction):
+                    np.testing.assert_allclose(outcome.output.astype(np.float32), expected[seed], atol=1e-5)
+                else:
+                    assert isinstance(outcome, ServiceUnavailable)
+
+
+def test_without_an_encoder_the_other_sets_are_served_until_it_is_back(
+    own: Launcher,
+    draw: Draw,
+    directly: Directly,
+    counters: Counters,
+    start_again: Callable[[Launcher, str], Child],
+    until: Until,
+) -> None:
+    payloads = draw(40)
+    photo = own.children["encoder/photo"].process
+    photo.send_signal(signal.SIGTERM)
+    assert photo.wait(20) == 0
+    with Client(own.address) as client:
+        until(lambda: not client.models()[0].sets["photo"].available, "the encoder's end is known")
+        prediction = client.predict("fruit", payloads, min_accuracy=0.6)
+        assert set(prediction.modality_sets) == {"scent"}
+        output = prediction.output.astype(np.float32)
+        np.testing.assert_allclose(output, directly(payloads, ["scent"]), atol=1e-5)
+        with pytest.raises(ServiceUnavailable, match=r"^service encoder/photo is away, .* 0\.\d+ with scent$"):
+            client.predict("fruit", payloads)
+        with pytest.raises(ServiceUnavailable, match=r"^service encoder/photo is away, .* 0\.\d+ with scent$"):
+            client.predict("fruit", payloads, min_accuracy=0.85)
+        (away,) = [service for service in client.status() if not service.ready]
+        assert (away.name, away.detail) == ("encoder/photo", "does not answer: UNAVAILABLE")
+        start_again(own, "encoder/photo")
+        until(lambda: client.models()[0].sets["photo+scent"].available, "the encoder is used again")
+        output = client.predict("fruit", payloads).output.astype(np.float32)
+        np.testing.assert_allclose(output, directly(payloads, payloads), atol=1e-5)
+        assert counters(client)["encoder/photo"]["payload_bytes_read"] == payloads["photo"].nbytes
+
+
+async def test_a_caller_that_goes_away_frees_the_slots(
+    own: Launcher, draw: Draw, counters: Counters, until: Until
+) -> None:
+    with Client(own.address) as watcher:
+        before = counters(watcher)["selector"].get("jobs_cancelled", 0)
+        async with AsyncClient(own.address) as client:
+            with frozen(own.children["encoder/photo"]):
+                jobs = [asyncio.create_task(client.predict("fruit", draw(64), timeout_s=300)) for _ in range(5)]
+                await asyncio.sleep(0.5)
+                for job in jobs:
+                    job.cancel()
+                results = await asyncio.gather(*jobs, return_exceptions=True)
+                assert all(isinstance(result, asyncio.CancelledError) for result in results)
+        # Long before the deadline, and by release: the leases last for minutes.
+        await asyncio.to_thread(until, lambda: slots_held(counters(watcher)) == 0, "every slot is free")
+        assert counters(watcher)["selector"]["jobs_cancelled"] == before + 5
+
+
+def test_a_second_signal_ends_a_service_at_once(own: Launcher, draw: Draw, until: Until) -> None:
+    gateway = own.children["gateway"].process
+    with frozen(own.children["selector"]), ThreadPoolExecutor(1) as pool:
+        call = pool.submit(outcome_of, own.address, draw(3), timeout_s=60)
+        time.sleep(0.5)
+        gateway.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        # It waits for the call that is under way.
+        assert gateway.poll() is None
+        gateway.send_signal(signal.SIGTERM)
+        assert gateway.wait(20) == 1
+        assert isinstance(call.result(), ServiceUnavailable)
+
+
+def test_every_service_stops_on_a_signal_and_leaves_nothing(own: Launcher, shared_memory: Path) -> None:
+    sockets = own.settings.run_dir
+    assert len(list(sockets.glob("*.sock"))) == 4
+    assert list(shared_memory.iterdir()) != []
+    for name, number in zip(SERVICES, [signal.SIGTERM, signal.SIGINT] * 3, strict=False):
+        process = own.children[name].process
+        os.kill(process.pid, number)
+        assert process.wait(20) == 0, name
+    assert list(sockets.glob("*.sock")) == []
+    # A gateway that was killed or stopped twice leaves its arena to the next start; others remove their own.
+    assert list(shared_memory.iterdir()) == []
