@@ -82,12 +82,19 @@ class ModalityEncoder:
 
         Raises:
             ModelNotFound: the model has no such modality here.
+            PackageError: the network fails, or returns another shape than model.toml states.
         """
         network, package = self._network(model), self._packages[model]
         spec = package.modalities[self.modality]
         batch = networks.example_payload(package, self.modality, batch_size)
         tensor = networks.to_tensor(batch, spec.dtype, self._device)
-        return networks.timed_ms(lambda: network(tensor).cpu(), repeats)
+
+        def run() -> torch.Tensor:
+            embeddings: torch.Tensor = network(tensor).cpu()
+            return embeddings
+
+        networks.check_runs(package, spec.encoder, run, batch_size, spec.embedding)
+        return networks.timed_ms(run, repeats)
 
     def _network(self, model: str) -> torch.nn.Module:
         if model not in self._networks:

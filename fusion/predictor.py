@@ -81,6 +81,7 @@ class Predictor:
         Raises:
             ModelNotFound: there is no such model.
             InvalidRequest: the model does not have these modalities.
+            PackageError: the network fails, or returns another shape than model.toml states.
         """
         network, package = self._network(model), self._packages[model]
         modalities = parse_set(modality_set)
@@ -89,7 +90,13 @@ class Predictor:
                 f"modality_set is '{modality_set}'; expected a subset of {format_set(package.modalities)}"
             )
         batch = {m: torch.rand(batch_size, *package.modalities[m].embedding, device=self._device) for m in modalities}
-        return networks.timed_ms(lambda: network(batch).cpu(), repeats)
+
+        def run() -> torch.Tensor:
+            output: torch.Tensor = network(batch).cpu()
+            return output
+
+        networks.check_runs(package, f"{package.fusion} with {modality_set}", run, batch_size, package.output.shape)
+        return networks.timed_ms(run, repeats)
 
     def _gather(self, package: ModelPackage, modality: str, groups: Sequence[EmbeddingRows]) -> torch.Tensor:
         rows = [part for group in groups for part in group[modality]]

@@ -203,6 +203,10 @@ def _options(max_message_mib: int) -> list[tuple[str, int | str]]:
     return [
         ("grpc.max_send_message_length", limit),
         ("grpc.max_receive_message_length", limit),
+        # As short as among the services: a gateway that starts again is found at once.
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+        # With http_proxy set, grpc would look for 127.0.0.1 behind the proxy.
+        ("grpc.enable_http_proxy", 0),
     ]
 
 

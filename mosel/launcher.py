@@ -59,8 +59,8 @@ class Launcher:
                 "(README, 'Other platforms'); the Python client mosel.Client works here"
             )
         self.packages = find_packages(settings.models_dir.resolve(), settings.models)
+        port = _usable_port(settings.gateway.grpc_host, settings.gateway.grpc_port)
         self._folder = Path(tempfile.mkdtemp(prefix="mosel-", dir=_runtime_folder()))
-        port = settings.gateway.grpc_port or _free_port(settings.gateway.grpc_host)
         self.settings = settings.model_copy(
             update={
                 "models_dir": settings.models_dir.resolve(),
@@ -78,7 +78,6 @@ class Launcher:
 
     def __enter__(self) -> "Launcher":
         try:
-            self._refuse_taken_port()
             self._start("fusion", "fusion")
             for modality in sorted({m for package in self.packages.values() for m in package.modalities}):
                 self._start(f"encoder/{modality}", "encoders", "--modality", modality)
@@ -146,15 +145,6 @@ class Launcher:
             )
         self.children[name] = Child(name, process, log)
 
-    def _refuse_taken_port(self) -> None:
-        host, port = self.settings.gateway.grpc_host, self.settings.gateway.grpc_port
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                raise ConfigError(f"--grpc-port {port}: cannot listen on {host}:{port}: {error.strerror}") from None
-
     def _stop(self) -> None:
         """Stops the edge first, so that what was admitted can finish behind it."""
         behind = [name for name in self.children if name not in ("gateway", "selector")]
@@ -180,7 +170,17 @@ def _runtime_folder() -> str:
     return private if os.access(private, os.W_OK) else tempfile.gettempdir()
 
 
-def _free_port(host: str) -> int:
+def _usable_port(host: str, port: int) -> int:
+    """The port, or a free one for 0.
+
+    Raises:
+        ConfigError: nobody can listen there.
+    """
     with socket.socket() as probe:
-        probe.bind((host, 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            flag = f"--host {host}" if isinstance(error, socket.gaierror) else f"--grpc-port {port}"
+            raise ConfigError(f"{flag}: cannot listen on {host}:{port}: {error.strerror}") from None
         return int(probe.getsockname()[1])

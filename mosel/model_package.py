@@ -344,4 +344,8 @@ def _import(model: str, folder: Path, module: str) -> ModuleType:
                 del sys.modules[stale]
     if not module.isidentifier() or importlib.util.find_spec(qualified) is None:
         raise PackageError(f"{folder / module}.py: no such file, but model.toml of '{model}' names it")
-    return importlib.import_module(qualified)
+    try:
+        return importlib.import_module(qualified)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise PackageError(f"{folder / module}.py cannot be imported: {reason}") from error

@@ -80,11 +80,34 @@ def check_shape(package: ModelPackage, what: str, got: torch.Tensor, rows: int, 
         )
 
 
+def check_runs(
+    package: ModelPackage, what: str, run: Callable[[], torch.Tensor], rows: int, expected: Iterable[int]
+) -> None:
+    """Runs a network once and checks what it returns.
+
+    Raises:
+        PackageError: it fails, or its shape is not [rows, *expected].
+    """
+    try:
+        output = run()
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise PackageError(
+            f"{package.folder / 'model.toml'}: {what} fails on an input of the shape stated there: {reason}"
+        ) from error
+    check_shape(package, what, output, rows, expected)
+
+
 def _load(package: ModelPackage, path: str, prefix: str, device: torch.device) -> torch.nn.Module:
     network_class = package.load_attribute(path)
     if not (isinstance(network_class, type) and issubclass(network_class, torch.nn.Module)):
         raise PackageError(f"{package.folder / 'model.toml'}: '{path}' is no torch.nn.Module class")
-    network = network_class()
+    try:
+        network = network_class()
+    except Exception as error:
+        raise PackageError(
+            f"{package.folder / 'model.toml'}: '{path}' cannot be made without arguments: {error}"
+        ) from error
     try:
         network.load_state_dict(_weights(package.weights, prefix))
     except RuntimeError as error:

@@ -85,4 +85,4 @@ def error_from_rpc(error: grpc.RpcError, peer: str) -> MoselError:
         return ServiceUnavailable(details if details.startswith("service ") else f"service {peer} is not reachable")
     trailers = {pair[0]: pair[1] for pair in cast(Iterable[tuple[str, str]], error.trailing_metadata() or ())}
     retry = int(trailers.get(RETRY_AFTER, 0))
-    return error_from(status, details, retry)
+    return error_from(status, details or f"service {peer} answered {status.name}", retry)

@@ -89,10 +89,12 @@ class Peers:
         """Follows a service's health for as long as this object lives."""
         stub = health_pb2_grpc.HealthStub(self._channels[name])
         while True:
+            watch = stub.Watch(health_pb2.HealthCheckRequest())  # type: ignore[attr-defined]
             try:
-                async for reply in stub.Watch(health_pb2.HealthCheckRequest()):  # type: ignore[attr-defined]
+                async for reply in watch:
                     if reply.status != health_pb2.HealthCheckResponse.SERVING:
-                        # Not kept open, or a service that stops would wait for this stream.
+                        # Leaving the loop does not end the stream, and a service that stops would wait for it.
+                        watch.cancel()
                         break
                     await self._note(name, serving=True)
             except grpc.RpcError as error:

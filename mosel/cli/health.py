@@ -19,14 +19,14 @@ def health(
     from mosel.errors import ServiceUnavailable
     from mosel.status import error_from_rpc
 
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
             reply = stub.Check(  # type: ignore[attr-defined]
                 health_pb2.HealthCheckRequest(service=service), timeout=timeout_s
             )
         except grpc.RpcError as error:
-            raise error_from_rpc(error, f"at {address}") from None
+            raise error_from_rpc(error, f"{service} at {address}".lstrip()) from None
     state = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
     if reply.status != health_pb2.HealthCheckResponse.SERVING:
         raise ServiceUnavailable(f"{address} is {state}")

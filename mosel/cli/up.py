@@ -18,17 +18,17 @@ def up(
 ) -> None:
     """Start gateway, selector, encoders and fusion; Ctrl-C stops them."""
     from mosel.cli.options import settings_from
-    from mosel.cli.starting import console, started
+    from mosel.cli.starting import started
 
     settings = settings_from(models, model, device, host, grpc_port)
     with started(settings, ready_timeout_s) as launcher:
         names = ", ".join(launcher.packages)
-        console.print(f"ready: gRPC on {launcher.address}, models: {names} (Ctrl-C stops)")
+        typer.echo(f"ready: gRPC on {launcher.address}, models: {names} (Ctrl-C stops)")
         reported: set[str] = set()
         while not reported & {"gateway", "selector", "fusion"}:
             for child in launcher.ended():
                 if child.name not in reported:
-                    console.print(f"{child.name} ended with exit code {child.process.returncode}: {child.last_line()}")
+                    typer.echo(f"{child.name} ended with exit code {child.process.returncode}: {child.last_line()}")
                     reported.add(child.name)
             time.sleep(0.2)
     # Without one of these three nothing can be answered.

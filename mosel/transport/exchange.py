@@ -143,9 +143,9 @@ class Reader:
             return self._views[key]
 
     def _forget_gone(self) -> None:
-        """Unmaps arenas whose producers have gone; their memory is freed with the last map."""
+        """Drops arenas whose producers have gone; each is unmapped when the last thread that reads it is done."""
         for key in [key for key, view in self._views.items() if view.is_gone()]:
-            self._views.pop(key).close()
+            del self._views[key]
 
     def __enter__(self) -> "Reader":
         return self

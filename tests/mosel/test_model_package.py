@@ -172,7 +172,7 @@ def test_a_package_needs_a_modality_and_a_file(folder: Path) -> None:
     with pytest.raises(PackageError, match="'modalities' holds no modality"):
         load_package(folder)
     (folder / "model.toml").unlink()
-    with pytest.raises(PackageError, match="no such file; a model package is a folder with a model.toml"):
+    with pytest.raises(PackageError, match=r"no such file; a model package is a folder with a model\.toml"):
         load_package(folder)
 
 
@@ -251,7 +251,7 @@ def test_loading_a_package_runs_none_of_its_code(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", ["nowhere", "a.b", "../networks", "networks.Fusion", ""])
 def test_a_module_that_is_not_there_is_named(folder: Path, module: str) -> None:
-    with pytest.raises(PackageError, match="no such file, but model.toml of 'drinks' names it"):
+    with pytest.raises(PackageError, match=r"no such file, but model\.toml of 'drinks' names it"):
         load_package(folder).load_module(module)
 
 

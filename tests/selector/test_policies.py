@@ -170,6 +170,7 @@ SETS = [format_set(s) for s in subsets(ALL)]
     encoder_ms=st.fixed_dictionaries({name: st.floats(0.01, 100) for name in sorted(ALL)}),
     default_floor=st.none() | fractions,
     floor=st.none() | fractions,
+    exact=st.booleans(),
     sent=st.sampled_from(subsets(ALL)),
     away=st.sets(st.sampled_from(sorted(ALL)), max_size=2),
     budget_ms=st.floats(0.01, 1000),
@@ -181,6 +182,7 @@ def test_what_is_chosen_meets_floor_and_deadline_and_nothing_preferred_would(
     encoder_ms: dict[str, float],
     default_floor: float | None,
     floor: float | None,
+    exact: bool,
     sent: ModalitySet,
     away: set[str],
     budget_ms: float,
@@ -188,14 +190,14 @@ def test_what_is_chosen_meets_floor_and_deadline_and_nothing_preferred_would(
     queue: dict[str, float],
 ) -> None:
     profile = profile_of(accuracy, encoder_ms, default_floor)
-    job = Demand(size, sent, floor, budget_ms)
+    job = Demand(size, sent, floor, budget_ms, exact)
 
     def predicted(modality_set: ModalitySet) -> float:
         return profile.idle_latency_ms(modality_set, size) + max(queue[m] for m in modality_set)
 
     full = accuracy[format_set(sent)]
     effective = floor if floor is not None else full if default_floor is None else min(full, default_floor)
-    accurate = [s for s in subsets(sent) if profile.accuracy[s] >= effective]
+    accurate = [s for s in ([sent] if exact else subsets(sent)) if profile.accuracy[s] >= effective]
     running = [s for s in accurate if s.isdisjoint(away)]
     allowed = [s for s in running if predicted(s) <= budget_ms]
     try:

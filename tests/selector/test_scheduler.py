@@ -77,13 +77,14 @@ def test_a_job_goes_through_its_encoders_and_fusion_and_leaves_nothing(scheduler
 def test_jobs_of_one_model_share_a_call_in_deadline_order_and_large_jobs_are_cut(scheduler: Scheduler) -> None:
     scheduler.submit(job("late", deadline=9, size=7), 0.0)
     scheduler.submit(job("soon", deadline=5, size=3), 0.0)
+    scheduler.submit(job("next", deadline=6, size=4), 0.0)
     scheduler.submit(job("other", deadline=7, size=1, model="two"), 0.0)
-    assert encode_call(scheduler).rows == (Rows(b"soon", 0, 3), Rows(b"late", 0, 5))
+    assert encode_call(scheduler).rows == (Rows(b"soon", 0, 3), Rows(b"next", 0, 4), Rows(b"late", 0, 1))
     second = encode_call(scheduler)
     assert (second.model, second.rows) == ("two", (Rows(b"other", 0, 1),))
     assert isinstance(scheduler.next(0.0), Wait), "two calls are under way"
     scheduler.completed(second, 0.001)
-    assert encode_call(scheduler).rows == (Rows(b"late", 5, 2),)
+    assert encode_call(scheduler).rows == (Rows(b"late", 1, 6),)
     assert fuse_call(scheduler).model == "two"
 
 
@@ -101,6 +102,19 @@ def test_a_cancelled_job_does_not_hurt_the_others_in_its_call(scheduler: Schedul
     assert not scheduler.cancelled(b"a")
     scheduler.completed(call, 0.001)
     assert [job_id for job_id, _ in fuse_call(scheduler).jobs] == [b"b"]
+
+
+def test_a_job_that_is_cancelled_while_it_waits_for_fusion_is_not_fused(scheduler: Scheduler) -> None:
+    calls = []
+    for name in "abc":
+        scheduler.submit(job(name), 0.0)
+        scheduler.completed(encode_call(scheduler), 0.001)
+        calls.append(scheduler.next(0.001))
+    assert [type(call) for call in calls] == [FuseCall, FuseCall, Wait]
+    assert scheduler.cancelled(b"c")
+    assert isinstance(calls[0], FuseCall)
+    scheduler.completed(calls[0], 0.002)
+    assert isinstance(scheduler.next(0.002), Wait)
 
 
 def test_a_failed_call_loses_its_jobs_once(scheduler: Scheduler) -> None:
@@ -124,6 +138,17 @@ def test_calls_slower_than_their_profile_raise_the_prediction(scheduler: Schedul
     scheduler.completed(encode_call(scheduler), 0.051)
     after = scheduler.predicted_ms(job("next"), frozenset({"pen"}), 0.051)
     assert after == pytest.approx(before + 5.0), "a tenth of 50 ms"
+
+
+def test_what_slow_calls_taught_is_forgotten_when_none_confirm_it(scheduler: Scheduler) -> None:
+    pen = frozenset({"pen"})
+    before = scheduler.predicted_ms(job("next"), pen, 0.0)
+    scheduler.submit(job("a", deadline=100.0), 0.0)
+    scheduler.completed(encode_call(scheduler), 50.0)
+    later = [scheduler.predicted_ms(job("next", deadline=1000.0), pen, now) for now in (50.0, 52.0, 60.0, 1e6)]
+    assert later == sorted(later, reverse=True)
+    assert later[0] > before + 1000
+    assert later[-1] == pytest.approx(before)
 
 
 def test_a_service_that_goes_loses_the_jobs_that_still_need_it(scheduler: Scheduler) -> None:
@@ -196,12 +221,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         size=st.integers(1, 15),
         pick=st.sets(st.sampled_from(MODALITIES), min_size=1),
         floor=st.none() | st.floats(0, 1),
+        exact=st.booleans(),
         budget_ms=st.sampled_from([5.0, 30.0, 100.0, 1000.0]),
     )
-    def submit(self, model: str, size: int, pick: set[str], floor: float | None, budget_ms: float) -> None:
+    def submit(self, model: str, size: int, pick: set[str], floor: float | None, exact: bool, budget_ms: float) -> None:
         profile = PROFILES[model]
         sent = frozenset(pick if model == "three" else (pick - {"image"}) or {"pen"})
-        new = Job(len(self.jobs).to_bytes(16, "big"), model, size, sent, floor, self.now + budget_ms / 1000)
+        new = Job(len(self.jobs).to_bytes(16, "big"), model, size, sent, floor, self.now + budget_ms / 1000, exact)
         queued = sum(self.jobs[job_id].size for job_id in self.alive())
         try:
             progress = self.scheduler.submit(new, self.now)
@@ -210,6 +236,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.jobs[new.id], self.chosen[new.id] = new, progress.modality_set
         assert queued + size <= MAX_QUEUED
         assert progress.modality_set <= sent
+        assert progress.modality_set == sent or not exact
         assert progress.modality_set | {FUSION} <= self.up
         lowest = floor if floor is not None else min(profile.accuracy[sent], 0.4)
         assert progress.expected_accuracy == profile.accuracy[progress.modality_set] >= lowest

@@ -3,6 +3,7 @@
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -153,6 +154,28 @@ def test_readers_drop_arenas_that_are_gone(shm: Path, reader: Reader) -> None:
             assert len(reader._views) == 1
     with Reader(shm) as late, pytest.raises(ReadNotProven, match="not there"):
         late.gather([slice_rows(ref, 0, 2)], "FP32", ITEM)
+
+
+def test_an_arena_that_is_gone_stays_mapped_for_a_thread_that_still_reads_it(shm: Path, reader: Reader) -> None:
+    array = tensor("UINT8", 4)
+    with Arena(shm, MIB, "setting") as gone:
+        old = publish(Publisher(gone, 0), "UINT8", array)
+        view = reader._view(gone.arena_id, gone.epoch)
+        source = view.bytes_of(old.shared_memory.slot, old.nbytes)
+    with Arena(shm, MIB, "setting") as arena:
+        reader.gather([slice_rows(publish(Publisher(arena, 0), "UINT8", array), 0, 4)], "UINT8", ITEM)
+    assert len(reader._views) == 1
+    assert source.tobytes() == array.tobytes()
+    view.prove(old.shared_memory.slot, old.shared_memory.generation)
+
+
+def test_threads_share_a_reader(shm: Path, reader: Reader) -> None:
+    with Arena(shm, MIB, "one") as one, Arena(shm, MIB, "two") as two, ThreadPoolExecutor(4) as threads:
+        array = tensor("FP32", 100)
+        parts = [slice_rows(publish(Publisher(arena, 0), "FP32", array), 10, 50) for arena in (one, two)]
+        for batch in threads.map(lambda i: reader.gather([parts[i % 2]], "FP32", ITEM), range(64)):
+            assert np.array_equal(batch, array[10:60])
+    assert reader.bytes_read == 64 * 50 * 60
 
 
 def test_an_opened_arena_follows_the_settings(shm: Path) -> None:

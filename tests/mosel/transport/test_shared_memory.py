@@ -231,13 +231,13 @@ def test_a_forged_header_is_not_believed(shm: Path, header: tuple[object, ...]) 
 
 def test_the_janitor_removes_what_killed_processes_left_and_only_that(shm: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from mosel.transport import Arena\n"
-        "arena = Arena(Path(sys.argv[1]), 1 << 20, 'setting'); print('ready', flush=True); time.sleep(600)"
+        "import sys; from pathlib import Path; from mosel.transport import Arena\n"
+        "arena = Arena(Path(sys.argv[1]), 1 << 20, 'setting'); print('ready', flush=True); sys.stdin.read()"
     )
     with Arena(shm, MIB, SETTING) as mine:
         slot = write(mine, b"mine")
         command = [sys.executable, "-c", script, str(shm)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as child:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as child:
             assert child.stdout is not None
             assert child.stdout.readline() == b"ready\n"
             assert remove_orphans(shm) == 0, "both owners live"
