@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mosel import Client
-from mosel.errors import FloorUnreachable
+from mosel.errors import Unreachable
 from mosel.launcher import Launcher
 from mosel.model_package import ModelPackage
 from mosel.networks import example_payload
@@ -31,7 +31,7 @@ def measure_hops(launcher: Launcher, package: ModelPackage, console: Console) ->
         def refused() -> None:
             try:
                 client.predict(package.name, {first: payloads[first]}, min_accuracy=1.0)
-            except FloorUnreachable:
+            except Unreachable:
                 return
             raise AssertionError("a network that does nothing is not always right")
 

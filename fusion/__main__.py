@@ -10,7 +10,7 @@ from fusion.servicer import FusionServicer
 from mosel import networks
 from mosel.compute import Workers
 from mosel.config import Settings
-from mosel.modality import format_set
+from mosel.modality import format_set, subsets
 from mosel.model_package import find_packages
 from mosel.service import Service, run_service
 from mosel.transport import Reader
@@ -43,7 +43,8 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
         register = partial(fusion_pb2_grpc.add_FusionServicer_to_server, servicer)
         async with Service(settings, address, "fusion.address", register) as service:
             for name, package in packages.items():
-                predictor.measure_ms(name, format_set(package.modalities), 1, repeats=1)
+                for modality_set in subsets(package.modalities):
+                    predictor.measure_ms(name, format_set(modality_set), 1, repeats=1)
             await service.set_ready(True)
             await stop.wait()
 

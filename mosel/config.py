@@ -10,9 +10,9 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
@@ -122,6 +122,12 @@ class Settings(BaseSettings):
         file = TomlConfigSettingsSource(settings_cls, toml_file=config_file())
         return init_settings, env_settings, file
 
+    @model_validator(mode="after")
+    def _largest_job_fits(self) -> Self:
+        if self.gateway.max_items_per_job > self.selector.max_queued_items:
+            raise ValueError("gateway.max_items_per_job is above selector.max_queued_items: such jobs never fit")
+        return self
+
     @property
     def gateway_address(self) -> str:
         """Where the gateway listens."""
@@ -181,6 +187,8 @@ def load_settings(**flags: Any) -> Settings:
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             raise ConfigError(f"'{key}' is no setting; `mosel config` lists them all") from None
+        if not key:
+            raise ConfigError(first["msg"].removeprefix("Value error, ")) from None
         raise ConfigError(f"setting '{key}' holds {first['input']!r}: {first['msg']}") from None
     except SettingsError as error:
         raise ConfigError(str(error)) from None

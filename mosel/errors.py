@@ -5,8 +5,9 @@
     │   ├── InvalidRequest          a field is wrong                        INVALID_ARGUMENT
     │   ├── PayloadTooLarge         beyond a limit the message names        INVALID_ARGUMENT
     │   ├── ModelNotFound           no such model                           NOT_FOUND
-    │   ├── FloorUnreachable        no modality set is accurate enough      FAILED_PRECONDITION
-    │   └── DeadlineUnreachable     no modality set is fast enough          FAILED_PRECONDITION
+    │   └── Unreachable             no modality set is good enough          FAILED_PRECONDITION
+    │       ├── FloorUnreachable    not accurate enough                     FAILED_PRECONDITION
+    │       └── DeadlineUnreachable accurate enough, but not fast enough    FAILED_PRECONDITION
     ├── ServiceError            this system's state
     │   ├── Overloaded              a bound is reached; try again later     RESOURCE_EXHAUSTED
     │   ├── DeadlineExceeded        the time the caller gave is over        DEADLINE_EXCEEDED
@@ -44,11 +45,15 @@ class ModelNotFound(RequestError):
     """The request names a model that is not served here."""
 
 
-class FloorUnreachable(RequestError):
+class Unreachable(RequestError):
+    """No modality set meets what the request demands; what a client gets for both kinds below."""
+
+
+class FloorUnreachable(Unreachable):
     """No modality set that could be run is as accurate as the request demands."""
 
 
-class DeadlineUnreachable(RequestError):
+class DeadlineUnreachable(Unreachable):
     """No modality set that is accurate enough is as fast as the request demands, even on an idle system."""
 
 

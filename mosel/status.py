@@ -18,6 +18,7 @@ from mosel.errors import (
     PayloadTooLarge,
     ReadNotProven,
     ServiceUnavailable,
+    Unreachable,
 )
 
 RETRY_AFTER = "retry-after-ms"
@@ -26,6 +27,7 @@ STATUS: dict[type[MoselError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     PayloadTooLarge: grpc.StatusCode.INVALID_ARGUMENT,
     ModelNotFound: grpc.StatusCode.NOT_FOUND,
+    Unreachable: grpc.StatusCode.FAILED_PRECONDITION,
     FloorUnreachable: grpc.StatusCode.FAILED_PRECONDITION,
     DeadlineUnreachable: grpc.StatusCode.FAILED_PRECONDITION,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -39,7 +41,6 @@ STATUS: dict[type[MoselError], grpc.StatusCode] = {
 
 # Several errors share a status; the way back takes the one that says least.
 _ERRORS = {status: error for error, status in reversed(STATUS.items())} | {
-    grpc.StatusCode.FAILED_PRECONDITION: FloorUnreachable,
     grpc.StatusCode.UNIMPLEMENTED: InvalidRequest,
 }
 _BY_NUMBER = {int(status.value[0]): status for status in grpc.StatusCode}

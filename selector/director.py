@@ -14,7 +14,7 @@ from operator import itemgetter
 
 import grpc
 
-from mosel.errors import DeadlineExceeded, InvalidRequest, MoselError, ServiceUnavailable
+from mosel.errors import DeadlineExceeded, InternalError, InvalidRequest, MoselError, ServiceUnavailable
 from mosel.modality import format_set
 from mosel.status import error_from_rpc, retry_after_ms, status_number
 from mosel.transport import slice_rows
@@ -181,8 +181,8 @@ class Director:
     async def _encode(self, call: EncodeCall, request: encoder_pb2.EncodeRequest, timeout: float) -> None:
         try:
             reply = await self._peer().encoders[call.modality].Encode(request, timeout=timeout)
-        except grpc.RpcError as error:
-            self._lose(call, error_from_rpc(error, _shown(call.modality)))
+        except Exception as error:  # noqa: BLE001 (whatever it is, the call must leave its lane)
+            self._lose(call, error, _shown(call.modality))
         else:
             self._keep(call, reply.embeddings)
             self._scheduler.completed(call, time.monotonic())
@@ -193,8 +193,8 @@ class Director:
         job_ids = [job_id for job_id, _ in call.jobs]
         try:
             reply = await self._peer().fusion.Fuse(request, timeout=timeout)
-        except grpc.RpcError as error:
-            self._lose(call, error_from_rpc(error, FUSION))
+        except Exception as error:  # noqa: BLE001 (whatever it is, the call must leave its lane)
+            self._lose(call, error, FUSION)
         else:
             for job_id, output in zip(job_ids, reply.outputs, strict=True):
                 self._answer(job_id, output)
@@ -240,10 +240,15 @@ class Director:
                 self._jobs[rows.job_id].embeddings[call.modality].append((rows.start, part))
             start += rows.count
 
-    def _lose(self, call: EncodeCall | FuseCall, error: MoselError) -> None:
-        log.warning("call failed", extra={"call": type(call).__name__, "reason": str(error)})
+    def _lose(self, call: EncodeCall | FuseCall, error: Exception, peer: str) -> None:
+        if isinstance(error, grpc.RpcError):
+            reason = error_from_rpc(error, peer)
+            log.warning("call failed", extra={"peer": peer, "reason": str(reason)})
+        else:
+            reason = InternalError(f"service selector could not use the answer of {peer}")
+            log.error("unexpected error", exc_info=error, extra={"peer": peer})
         for job_id in self._scheduler.failed(call, time.monotonic()):
-            self._fail(job_id, error)
+            self._fail(job_id, reason)
 
     # How a job ends
 

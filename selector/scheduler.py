@@ -17,8 +17,8 @@ import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mosel.errors import ModelNotFound, Overloaded
-from mosel.modality import ModalitySet
+from mosel.errors import InvalidRequest, ModelNotFound, Overloaded
+from mosel.modality import ModalitySet, format_set
 from selector.policies import Demand, choose, preferred_sets
 from selector.profile import ModelProfile
 
@@ -149,10 +149,12 @@ class Scheduler:
         """Admits a job and chooses its modality set.
 
         Raises:
-            ModelNotFound, FloorUnreachable, DeadlineUnreachable, Overloaded, ServiceUnavailable.
+            ModelNotFound, InvalidRequest, FloorUnreachable, DeadlineUnreachable, Overloaded, ServiceUnavailable.
         """
         if job.model not in self._profiles:
             raise ModelNotFound(f"model '{job.model}' is not served; known: {', '.join(sorted(self._profiles))}")
+        if job.modalities not in self._profiles[job.model].accuracy:
+            raise InvalidRequest(f"modalities are {format_set(job.modalities)}; model '{job.model}' has no such set")
         if self._queued_items + job.size > self._max_queued_items:
             raise Overloaded(f"{self._queued_items} items are queued, at most {self._max_queued_items} may be")
         profile = self._profiles[job.model]

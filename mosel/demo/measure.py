@@ -11,7 +11,7 @@ import numpy as np
 
 from mosel.client import Client, Prediction
 from mosel.demo.plan import Setting
-from mosel.errors import DeadlineExceeded, DeadlineUnreachable, FloorUnreachable, MoselError, Overloaded
+from mosel.errors import DeadlineExceeded, MoselError, Overloaded, Unreachable
 from mosel.samples import Samples
 
 
@@ -131,7 +131,7 @@ def _ask(client: Client, model: str, job: Samples, setting: Setting) -> Answer:
             latency_slo_ms=setting.deadline_ms,
             modalities=setting.modalities,
         )
-    except (FloorUnreachable, DeadlineUnreachable, DeadlineExceeded, Overloaded) as error:
+    except (Unreachable, DeadlineExceeded, Overloaded) as error:
         return Answer(len(job), 0, (time.perf_counter() - start) * 1000, None, error)
     elapsed_ms = (time.perf_counter() - start) * 1000
     right = int((prediction.output.reshape(len(job), -1).argmax(axis=1) == job.labels).sum())

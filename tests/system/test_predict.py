@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mosel.client import AsyncClient, Client, Prediction
-from mosel.errors import DeadlineExceeded, FloorUnreachable, PayloadTooLarge, RequestError
+from mosel.errors import DeadlineExceeded, PayloadTooLarge, RequestError, Unreachable
 from mosel.launcher import Launcher
 from mosel.modality import format_set, subsets
 from mosel.model_package import ModelPackage
@@ -68,10 +68,10 @@ def test_a_floor_beyond_the_model_is_refused_with_the_best_that_could_be_had(
     client: Client, fruit: ModelPackage, draw: Draw
 ) -> None:
     best = fruit.accuracy.sets[frozenset(fruit.modalities)]
-    with pytest.raises(FloorUnreachable, match=f"min_accuracy 0.999 .* {best:.4g} with photo\\+scent"):
+    with pytest.raises(Unreachable, match=f"min_accuracy 0.999 .* {best:.4g} with photo\\+scent"):
         client.predict("fruit", draw(3), min_accuracy=0.999)
     only_scent = {"scent": draw(3)["scent"]}
-    with pytest.raises(FloorUnreachable, match=r"with scent; the best that could be had is 0\.\d+ with scent"):
+    with pytest.raises(Unreachable, match=r"with scent; the best that could be had is 0\.\d+ with scent"):
         client.predict("fruit", only_scent, min_accuracy=best)
 
 

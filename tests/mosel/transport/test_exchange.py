@@ -18,6 +18,7 @@ from mosel.errors import InvalidRequest, MoselError, Overloaded, PayloadTooLarge
 from mosel.tensors import DTYPES
 from mosel.transport import Arena, Publisher, Reader, open_arena, slice_rows
 from mosel.transport.layout import KIB, MIB
+from mosel.transport.shared_memory import ArenaView
 from mosel.v1 import tensor_pb2
 
 ITEM = (3, 5)
@@ -139,6 +140,24 @@ def test_a_slot_that_was_used_again_is_not_read(arena: Arena, reader: Reader) ->
         reader.gather([slice_rows(ref, 0, 4)], "FP32", ITEM)
     with pytest.raises(Overloaded):
         publish(publisher, "FP32", tensor("FP32", 1))
+
+
+def test_a_slot_that_is_used_again_during_the_copy_is_noticed(shm: Path, arena: Arena, reader: Reader) -> None:
+    publisher = Publisher(arena, 0)
+    ref = publish(publisher, "FP32", tensor("FP32", 4))
+
+    class Overtaken(ArenaView):
+        """The producer reuses the slot right after the first check."""
+
+        def prove(self, slot: int, generation: int) -> None:
+            super().prove(slot, generation)
+            publisher.release([ref.shared_memory])
+            while publish(publisher, "FP32", tensor("FP32", 1)).shared_memory.slot != slot:
+                pass
+
+    reader._views[arena.arena_id, arena.epoch] = Overtaken(shm, arena.arena_id, arena.epoch)
+    with pytest.raises(ReadNotProven, match="reused"):
+        reader.gather([slice_rows(ref, 0, 4)], "FP32", ITEM)
 
 
 def test_a_tensor_larger_than_every_slot_is_refused(arena: Arena) -> None:

@@ -1,14 +1,16 @@
 """Where the slots of an arena are."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosel.transport.layout import HEADER_BYTES, KIB, MIB, SLOT_SIZES, Layout
 
-layouts = st.tuples(*[st.integers(0, 5) for _ in SLOT_SIZES]).map(Layout)
+# 700 generations take more than one page.
+layouts = st.tuples(*[st.integers(0, 5) | st.just(700) for _ in SLOT_SIZES]).map(Layout)
 
 
+@settings(deadline=None, max_examples=30)
 @given(layout=layouts)
 def test_slots_are_aligned_and_fill_the_arena_without_overlap(layout: Layout) -> None:
     end = layout.data_start
@@ -19,6 +21,7 @@ def test_slots_are_aligned_and_fill_the_arena_without_overlap(layout: Layout) ->
     assert end == layout.total_bytes
 
 
+@settings(deadline=None, max_examples=30)
 @given(layout=layouts)
 def test_every_slot_has_a_generation_before_the_data(layout: Layout) -> None:
     assert HEADER_BYTES % 8 == 0

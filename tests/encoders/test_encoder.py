@@ -1,0 +1,104 @@
+"""One modality's networks, with payloads in a real arena."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from encoders.encoder import ModalityEncoder
+from mosel import networks
+from mosel.config import TransportSettings
+from mosel.errors import InvalidRequest, ModelNotFound, PackageError
+from mosel.model_package import ModelPackage
+from mosel.transport import Arena, Publisher, Reader, open_arena, slice_rows
+from mosel.v1 import tensor_pb2
+
+Draw = Callable[..., dict[str, NDArray[Any]]]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def transport(tmp_path: Path) -> TransportSettings:
+    return TransportSettings(shm_dir=tmp_path, inline_max_kib=0)
+
+
+@pytest.fixture
+def arena(transport: TransportSettings) -> Iterator[tuple[Arena, Publisher]]:
+    with open_arena(transport, 1, "test") as opened:
+        yield opened
+
+
+@pytest.fixture
+def reader(transport: TransportSettings) -> Iterator[Reader]:
+    with Reader(transport.shm_dir) as reader:
+        yield reader
+
+
+@pytest.fixture
+def encoder(fruit: ModelPackage, arena: tuple[Arena, Publisher], reader: Reader) -> ModalityEncoder:
+    return ModalityEncoder("scent", {"fruit": fruit}, CPU, reader, arena[1])
+
+
+def published(publisher: Publisher, array: NDArray[Any], dtype: str = "FP32") -> tensor_pb2.TensorRef:
+    return publisher.publish(dtype, array.shape, array.data.cast("B"), lease_s=60)
+
+
+def test_rows_of_several_payloads_are_one_batch(
+    encoder: ModalityEncoder, fruit: ModelPackage, arena: tuple[Arena, Publisher], reader: Reader, draw: Draw
+) -> None:
+    first, second = draw(5, seed=1)["scent"], draw(9, seed=2)["scent"]
+    rows = [slice_rows(published(arena[1], first), 3, 2), slice_rows(published(arena[1], second), 0, 9)]
+    ref, seconds = encoder.encode("fruit", rows, lease_s=60)
+    embeddings = reader.gather([slice_rows(ref, 0, 11)], "FP32", (8,))
+    network = networks.load_encoder(fruit, "scent", CPU)
+    expected = network(torch.from_numpy(np.concatenate([first[3:], second]))).numpy()
+    np.testing.assert_allclose(embeddings.astype(np.float32), expected, atol=1e-5)
+    assert seconds > 0
+    assert encoder.counters == {"calls": 1, "items": 11, "payload_bytes_read": 11 * 6 * 4}
+    assert arena[0].statistics().published == 3
+
+
+def test_payloads_that_are_not_this_modality_s_are_refused(
+    encoder: ModalityEncoder, arena: tuple[Arena, Publisher], draw: Draw
+) -> None:
+    photo = slice_rows(published(arena[1], draw(2)["photo"], "UINT8"), 0, 2)
+    with pytest.raises(InvalidRequest, match=r"ref is UINT8 \[2, 24, 24, 3\]; expected FP32 \[rows, 6\]"):
+        encoder.encode("fruit", [photo], lease_s=60)
+    beyond = slice_rows(published(arena[1], draw(2)["scent"]), 1, 2)
+    with pytest.raises(InvalidRequest, match="of a tensor with 2 rows"):
+        encoder.encode("fruit", [beyond], lease_s=60)
+    assert encoder.counters == {}
+
+
+def test_only_models_that_have_the_modality_are_known(
+    fruit: ModelPackage, arena: tuple[Arena, Publisher], reader: Reader
+) -> None:
+    deaf = replace(fruit, name="deaf", modalities={"photo": fruit.modalities["photo"]})
+    encoder = ModalityEncoder("scent", {"fruit": fruit, "deaf": deaf}, CPU, reader, arena[1])
+    assert encoder.models == ["fruit"]
+    with pytest.raises(ModelNotFound, match="model 'deaf' has no modality 'scent' here"):
+        encoder.encode("deaf", [], lease_s=60)
+
+
+def test_it_can_be_timed(encoder: ModalityEncoder) -> None:
+    assert encoder.measure_ms("fruit", 4, repeats=3) > 0
+    # Measuring is no work for a caller.
+    assert encoder.counters == {}
+
+
+def test_a_network_that_contradicts_its_description_is_found_by_measuring(
+    fruit: ModelPackage, arena: tuple[Arena, Publisher], reader: Reader
+) -> None:
+    wrong = replace(fruit, modalities={"scent": replace(fruit.modalities["scent"], embedding=(7,))})
+    encoder = ModalityEncoder("scent", {"fruit": wrong}, CPU, reader, arena[1])
+    with pytest.raises(PackageError, match=r"model\.toml: networks:Scent returned \[2, 8\]; expected \[2, 7\]"):
+        encoder.measure_ms("fruit", 2, repeats=1)
+    wrong = replace(fruit, modalities={"scent": replace(fruit.modalities["scent"], shape=(5,))})
+    encoder = ModalityEncoder("scent", {"fruit": wrong}, CPU, reader, arena[1])
+    with pytest.raises(PackageError, match=r"model\.toml: networks:Scent fails on an input of the shape stated there"):
+        encoder.measure_ms("fruit", 2, repeats=1)

@@ -1,0 +1,110 @@
+"""The fusion network, fed with embedding rows."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from fusion.predictor import Predictor
+from mosel import networks
+from mosel.errors import InvalidRequest, ModelNotFound, PackageError
+from mosel.model_package import ModelPackage
+from mosel.tensors import from_proto
+from mosel.transport import Reader, slice_rows
+from mosel.v1 import tensor_pb2
+
+CPU = torch.device("cpu")
+Embeddings = dict[str, NDArray[np.float32]]
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Iterator[Reader]:
+    with Reader(tmp_path) as reader:
+        yield reader
+
+
+@pytest.fixture
+def predictor(fruit: ModelPackage, reader: Reader) -> Predictor:
+    return Predictor({"fruit": fruit}, CPU, reader)
+
+
+@pytest.fixture
+def fused(fruit: ModelPackage) -> Callable[[Embeddings], NDArray[np.float32]]:
+    network = networks.load_fusion(fruit, CPU)
+
+    def fuse(embeddings: Embeddings) -> NDArray[np.float32]:
+        output: NDArray[np.float32] = network({m: torch.from_numpy(e) for m, e in embeddings.items()}).numpy()
+        return output
+
+    return fuse
+
+
+def embeddings_of(rows: int, *modalities: str) -> Embeddings:
+    rng = np.random.default_rng(rows)
+    return {name: rng.normal(0, 1, (rows, 8)).astype(np.float32) for name in modalities}
+
+
+def group_of(embeddings: Embeddings) -> dict[str, list[tensor_pb2.RowSlice]]:
+    """As the selector sends them; every modality in two parts."""
+    group = {}
+    for name, array in embeddings.items():
+        ref = tensor_pb2.TensorRef(
+            dtype=tensor_pb2.FP32, shape=array.shape, nbytes=array.nbytes, inline=array.tobytes()
+        )
+        group[name] = [slice_rows(ref, 0, 1), slice_rows(ref, 1, len(array) - 1)]
+    return group
+
+
+def test_groups_with_different_sets_keep_their_places(
+    predictor: Predictor, fused: Callable[[Embeddings], NDArray[np.float32]]
+) -> None:
+    groups = [
+        embeddings_of(2, "photo"),
+        embeddings_of(3, "photo", "scent"),
+        embeddings_of(4, "scent"),
+        embeddings_of(5, "photo"),
+    ]
+    outputs, seconds = predictor.fuse("fruit", [group_of(group) for group in groups])
+    assert seconds > 0
+    for output, group in zip(outputs, groups, strict=True):
+        np.testing.assert_allclose(from_proto(output, "output").astype(np.float32), fused(group), atol=1e-5)
+    assert predictor.counters["items"] == 14
+    assert predictor.counters["calls"] == 1
+    assert predictor.counters["embedding_bytes_read"] == (2 + 3 + 3 + 4 + 5) * 8 * 4
+
+
+def test_groups_that_make_no_sense_are_refused(predictor: Predictor) -> None:
+    with pytest.raises(InvalidRequest, match=r"a group has modalities \[\]; expected some of \['photo', 'scent'\]"):
+        predictor.fuse("fruit", [{}])
+    with pytest.raises(InvalidRequest, match=r"a group has modalities \['taste'\]"):
+        predictor.fuse("fruit", [group_of(embeddings_of(2, "taste"))])
+    uneven = group_of(embeddings_of(2, "photo")) | group_of(embeddings_of(3, "scent"))
+    with pytest.raises(InvalidRequest, match=r"a group has rows .*; expected as many for every modality"):
+        predictor.fuse("fruit", [uneven])
+    with pytest.raises(ModelNotFound, match="model 'tree' is not served here"):
+        predictor.fuse("tree", [group_of(embeddings_of(2, "photo"))])
+    assert predictor.counters == {}
+
+
+@pytest.mark.parametrize("modality_set", ["photo", "scent", "photo+scent"])
+def test_every_set_can_be_timed(predictor: Predictor, modality_set: str) -> None:
+    assert predictor.measure_ms("fruit", modality_set, 4, repeats=3) > 0
+    assert predictor.counters == {}
+
+
+def test_sets_of_another_model_cannot(predictor: Predictor) -> None:
+    with pytest.raises(InvalidRequest, match=r"modality_set is 'taste'; expected a subset of photo\+scent"):
+        predictor.measure_ms("fruit", "taste", 4, repeats=1)
+
+
+def test_an_output_that_is_not_as_described_is_refused(fruit: ModelPackage, reader: Reader) -> None:
+    wrong = replace(fruit, output=replace(fruit.output, shape=(4,)))
+    predictor = Predictor({"fruit": wrong}, CPU, reader)
+    with pytest.raises(PackageError, match=r"networks:Fusion with scent returned \[2, 3\]; expected \[2, 4\]"):
+        predictor.measure_ms("fruit", "scent", 2, repeats=1)
+    with pytest.raises(PackageError, match=r"networks:Fusion returned \[2, 3\]; expected \[2, 4\]"):
+        predictor.fuse("fruit", [group_of(embeddings_of(2, "scent"))])
