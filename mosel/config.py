@@ -101,7 +101,8 @@ class Settings(BaseSettings):
     # Calls that one encoder or fusion process computes at the same time; the selector keeps as many under way.
     workers: int = Field(2, ge=1)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    exit_with_parent: bool = False
+    # The process to end with; 0: none.
+    parent_pid: int = Field(0, ge=0)
     stop_grace_ms: float = Field(5_000, ge=0)
     gateway: GatewaySettings = GatewaySettings()
     selector: SelectorSettings = SelectorSettings()
@@ -152,7 +153,8 @@ class Settings(BaseSettings):
         if len(os.fsencode(path)) >= MAX_SOCKET_PATH_BYTES:
             raise ConfigError(
                 f"run_dir: the socket path {path} has {len(os.fsencode(path))} bytes; "
-                f"expected fewer than {MAX_SOCKET_PATH_BYTES}: choose a shorter run_dir"
+                f"expected fewer than {MAX_SOCKET_PATH_BYTES}: choose a shorter run_dir "
+                "(for mosel up: XDG_RUNTIME_DIR or TMPDIR)"
             )
         return f"unix:{path}"
 

@@ -65,7 +65,7 @@ class Launcher:
             update={
                 "models_dir": settings.models_dir.resolve(),
                 "run_dir": self._folder,
-                "exit_with_parent": True,
+                "parent_pid": os.getpid(),
                 "gateway": settings.gateway.model_copy(update={"grpc_port": port}),
             }
         )

@@ -149,7 +149,7 @@ def load_package(folder: Path) -> ModelPackage:
     for table in (output, fusion, samples, train, root):
         if table:
             table.refuse_unknown()
-    _check_labels(file, package.output)
+    _check_output(file, package.output)
     return package
 
 
@@ -280,12 +280,17 @@ def _identifier(root: _Table, key: str) -> str:
     return value
 
 
-def _check_labels(file: Path, output: OutputSpec) -> None:
-    classes = output.shape[-1] if output.shape else 1
-    if output.labels and len(output.labels) != classes:
+def _check_output(file: Path, output: OutputSpec) -> None:
+    if output.dtype == "BF16":
+        raise PackageError(
+            f"{file}: key 'output.dtype' holds 'BF16'; expected a type that callers can hold, such as FP32"
+        )
+    if output.labels and len(output.shape) != 1:
+        raise PackageError(f"{file}: key 'output.shape' holds {list(output.shape)}; expected one dimension with labels")
+    if output.labels and len(output.labels) != output.shape[0]:
         raise PackageError(
             f"{file}: key 'output.labels' holds {len(output.labels)} labels; "
-            f"expected {classes}, the last dimension of output.shape"
+            f"expected {output.shape[0]}, the dimension of output.shape"
         )
 
 

@@ -19,7 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from mosel.config import Settings, load_settings
 from mosel.deadline import Deadline
-from mosel.errors import ConfigError, MoselError
+from mosel.errors import ConfigError, MoselError, ServiceUnavailable
 from mosel.logs import configure_logs
 from mosel.status import RETRY_AFTER, retry_after_ms, status_of
 
@@ -118,8 +118,8 @@ def run_service(name: str, serve: Callable[[Settings, asyncio.Event], Coroutine[
 
     try:
         settings = load_settings()
-        if settings.exit_with_parent:
-            _exit_with_parent()
+        if settings.parent_pid:
+            _end_with(settings.parent_pid)
         configure_logs(name, settings.log_level)
         uvloop.run(with_signals(settings))
     except MoselError as error:
@@ -181,10 +181,16 @@ class _RefuseGarbage(grpc.aio.ServerInterceptor):
         return grpc.unary_unary_rpc_method_handler(parse, None, handler.response_serializer)
 
 
-def _exit_with_parent() -> None:
-    """Asks Linux for SIGTERM when the process that started this one dies, however it dies."""
+def _end_with(parent_pid: int) -> None:
+    """Asks Linux for SIGTERM when the process that started this one dies, however it dies.
+
+    Raises:
+        ServiceUnavailable: it is dead already.
+    """
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    if os.getppid() != parent_pid:
+        raise ServiceUnavailable(f"process {parent_pid}, which started this service, is gone")
 
 
 def _prepare_socket(path: Path) -> None:

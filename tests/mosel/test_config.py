@@ -145,7 +145,7 @@ text = st.text(st.characters(exclude_categories=["C"]), max_size=12)
     threads=st.dictionaries(st.sampled_from(["pen", "IMAGE"]), st.integers(1, 64)),
     grace=st.floats(0, 1e6),
     sizes=st.lists(st.integers(1, 64), min_size=1, max_size=4),
-    exit_with_parent=st.booleans(),
+    parent_pid=st.integers(0, 2**22),
 )
 def test_a_child_process_gets_the_same_settings_from_its_environment(
     models: list[str],
@@ -155,12 +155,12 @@ def test_a_child_process_gets_the_same_settings_from_its_environment(
     threads: dict[str, int],
     grace: float,
     sizes: list[int],
-    exit_with_parent: bool,
+    parent_pid: int,
 ) -> None:
     settings = load_settings(
         models=models,
         run_dir=run_dir,
-        exit_with_parent=exit_with_parent,
+        parent_pid=parent_pid,
         gateway={"grpc_host": host, "grpc_port": 0},
         encoders={"addresses": addresses, "torch_threads": threads},
         selector={"profile_batch_sizes": sizes},
