@@ -26,8 +26,8 @@ def started(settings: "Settings", ready_timeout_s: float) -> Iterator["Launcher"
     """
     from mosel.launcher import Launcher
 
-    # As for Ctrl-C, so that a supervisor's SIGTERM takes the services along.
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    # A supervisor's SIGTERM takes the services along, and so does SIGINT where a shell had it ignored.
+    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with Launcher(settings) as launcher:
             _wait(launcher, ready_timeout_s)
@@ -35,7 +35,8 @@ def started(settings: "Settings", ready_timeout_s: float) -> Iterator["Launcher"
     except KeyboardInterrupt:
         raise typer.Exit from None
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _wait(launcher: "Launcher", timeout_s: float) -> None:

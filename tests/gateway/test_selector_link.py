@@ -11,7 +11,7 @@ import pytest
 from gateway.selector_link import SelectorLink
 from mosel.config import Settings
 from mosel.deadline import Deadline
-from mosel.errors import DeadlineExceeded, FloorUnreachable, MoselError, Overloaded, ServiceUnavailable
+from mosel.errors import DeadlineExceeded, MoselError, Overloaded, ServiceUnavailable, Unreachable
 from mosel.service import Context
 from mosel.v1 import selector_pb2, selector_pb2_grpc, service_pb2, tensor_pb2
 
@@ -118,7 +118,7 @@ async def test_answers_find_their_jobs_in_any_order(settings: Settings) -> None:
 @pytest.mark.parametrize(
     ("status", "kind", "retry"),
     [
-        (grpc.StatusCode.FAILED_PRECONDITION, FloorUnreachable, 0),
+        (grpc.StatusCode.FAILED_PRECONDITION, Unreachable, 0),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, Overloaded, 250),
         (grpc.StatusCode.UNAVAILABLE, ServiceUnavailable, 0),
     ],
