@@ -15,7 +15,7 @@ from gateway.selector_link import SelectorLink
 from gateway.servicer import GatewayServicer
 from mosel.config import Settings
 from mosel.model_package import find_packages
-from mosel.service import Service, run_service
+from mosel.service import RefuseGarbage, Service, run_service
 from mosel.transport import open_arena
 from mosel.v1 import gateway_pb2, gateway_pb2_grpc
 
@@ -44,7 +44,7 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
             register = partial(_register, servicer)
             address = listen or settings.gateway_address
             async with (
-                Service(settings, address, "--grpc-port", register) as service,
+                Service(settings, address, "--grpc-port", register, (RefuseGarbage(),)) as service,
                 _following_models(service, link, list(packages), models_changed),
             ):
                 await service.set_ready(True)

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -56,12 +56,20 @@ class Service:
         address: `host:port` or `unix:/path`.
         setting: the setting or flag that states the address, for messages.
         register: adds the servicer.
+        interceptors: what sees each call first; each costs time in every call.
     """
 
-    def __init__(self, settings: Settings, address: str, setting: str, register: Register) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        address: str,
+        setting: str,
+        register: Register,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    ) -> None:
         self.address = address
         self._settings, self._setting = settings, setting
-        self._server = grpc.aio.server(options=channel_options(settings), interceptors=(_RefuseGarbage(),))
+        self._server = grpc.aio.server(options=channel_options(settings), interceptors=interceptors)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         register(self._server)
@@ -157,7 +165,7 @@ def deadline_of(context: Context) -> Deadline:
     return Deadline.after(MAX_DEADLINE_S if remaining is None else min(remaining, MAX_DEADLINE_S))
 
 
-class _RefuseGarbage(grpc.aio.ServerInterceptor):
+class RefuseGarbage(grpc.aio.ServerInterceptor):
     """Answers INVALID_ARGUMENT to bytes that are no message of a unary method; grpc itself calls them UNKNOWN."""
 
     async def intercept_service(
@@ -165,6 +173,7 @@ class _RefuseGarbage(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
+        """Puts the check in front of the method's own handler."""
         handler = await continuation(handler_call_details)
         if handler is None or handler.unary_unary is None:
             return handler
