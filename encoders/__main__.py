@@ -2,7 +2,9 @@
 
 import argparse
 import asyncio
+import logging
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 from encoders.encoder import ModalityEncoder
@@ -14,7 +16,13 @@ from mosel.errors import ConfigError
 from mosel.model_package import find_packages
 from mosel.service import Service, run_service
 from mosel.transport import Reader, open_arena
+from mosel.transport.cupy_ipc import device_ipc_for
+from mosel.transport.device_arena import DeviceArena
+from mosel.transport.layout import MIB
+from mosel.transport.torch_exchange import TensorPublisher
 from mosel.v1 import encoder_pb2_grpc
+
+log = logging.getLogger(__name__)
 
 
 def main() -> int:
@@ -40,13 +48,20 @@ async def serve(modality: str, listen: str, settings: Settings, stop: asyncio.Ev
         raise ConfigError(f"--modality: no model has '{modality}'; expected one of {', '.join(known)}")
     address = listen or settings.encoder_address(modality)
     transport = settings.transport
+    device = networks.choose_device(settings.device)
+    ipc, no_ipc = device_ipc_for(device)
+    log.info("device", extra={"device": str(device), "no_cuda_ipc": no_ipc})
+    setting = "transport.encoder_arena_mib"
+    arena_bytes = transport.encoder_arena_mib * MIB
     with (
-        open_arena(transport, transport.encoder_arena_mib, "transport.encoder_arena_mib") as (arena, publisher),
+        open_arena(transport, transport.encoder_arena_mib, setting) as (_, host_publisher),
+        DeviceArena(transport.shm_dir, arena_bytes, setting, ipc) if ipc else nullcontext() as device_arena,
         Reader(transport.shm_dir) as reader,
         Workers(settings.workers, settings.encoders.torch_threads.get(modality, 1)) as workers,
     ):
-        encoder = ModalityEncoder(modality, packages, networks.choose_device(settings.device), reader, publisher)
-        servicer = EncoderServicer(encoder, workers, arena, publisher, address, transport.lease_grace_ms / 1000)
+        publisher = TensorPublisher(host_publisher, device_arena)
+        encoder = ModalityEncoder(modality, packages, device, reader, publisher)
+        servicer = EncoderServicer(encoder, workers, reader, publisher, address, transport)
         register = partial(encoder_pb2_grpc.add_EncoderServicer_to_server, servicer)
         async with Service(settings, address, "encoders.addresses", register) as service:
             for model in encoder.models:

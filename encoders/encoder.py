@@ -10,7 +10,8 @@ import torch
 from mosel import networks
 from mosel.errors import ModelNotFound
 from mosel.model_package import ModelPackage
-from mosel.transport import Publisher, Reader
+from mosel.transport import Reader
+from mosel.transport.torch_exchange import TensorPublisher
 from mosel.v1 import tensor_pb2
 
 
@@ -34,7 +35,7 @@ class ModalityEncoder:
         packages: Mapping[str, ModelPackage],
         device: torch.device,
         reader: Reader,
-        publisher: Publisher,
+        publisher: TensorPublisher,
     ) -> None:
         self.modality = modality
         self.counters: Counter[str] = Counter()
@@ -51,14 +52,21 @@ class ModalityEncoder:
         return list(self._packages)
 
     def encode(
-        self, model: str, rows: Sequence[tensor_pb2.RowSlice], lease_s: float
+        self,
+        model: str,
+        rows: Sequence[tensor_pb2.RowSlice],
+        rung: tensor_pb2.Rung.ValueType,
+        lease_s: float,
+        wait_s: float = 0.0,
     ) -> tuple[tensor_pb2.TensorRef, float]:
         """Encodes rows of one or more payloads as one batch.
 
         Args:
             model: whose network.
             rows: payload rows; every payload is [B, *shape] of the modality's dtype.
-            lease_s: seconds for which the embeddings are kept.
+            rung: where fusion reaches the embeddings.
+            lease_s: seconds for which they are kept.
+            wait_s: seconds to wait for room for them.
 
         Returns:
             A ref to the embeddings [rows, *embedding], and the seconds that the network took.
@@ -70,12 +78,13 @@ class ModalityEncoder:
         spec = package.modalities[self.modality]
         batch = self._reader.gather(rows, spec.dtype, spec.shape)
         started = time.perf_counter()
-        embeddings = network(networks.to_tensor(batch, spec.dtype, self._device)).float().cpu()
+        embeddings = network(networks.to_tensor(batch, spec.dtype, self._device)).float()
+        networks.synchronize(self._device)
         seconds = time.perf_counter() - started
         networks.check_shape(package, spec.encoder, embeddings, len(batch), spec.embedding)
         with self._lock:
             self.counters.update(calls=1, items=len(batch), payload_bytes_read=batch.nbytes)
-        return self._publisher.publish_array(embeddings.numpy(), lease_s), seconds
+        return self._publisher.publish(embeddings, rung, lease_s, wait_s), seconds
 
     def measure_ms(self, model: str, batch_size: int, repeats: int) -> float:
         """Median milliseconds of the network for a batch of this size.

@@ -1,13 +1,17 @@
 """gRPC in front of `ModalityEncoder`: convert, call, convert back."""
 
+import asyncio
 import os
 from functools import partial
 
 from encoders.encoder import ModalityEncoder
 from mosel.compute import Workers
+from mosel.config import TransportSettings
 from mosel.service import Context, answers_with_status, deadline_of
-from mosel.transport import Arena, Publisher
-from mosel.v1 import encoder_pb2, encoder_pb2_grpc, service_pb2, tensor_pb2
+from mosel.transport import Reader
+from mosel.transport.preflight import preflight
+from mosel.transport.torch_exchange import TensorPublisher
+from mosel.v1 import arena_pb2, encoder_pb2, encoder_pb2_grpc, service_pb2, tensor_pb2
 
 
 class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
@@ -16,30 +20,46 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
     Args:
         encoder: the networks.
         workers: the threads that they run on.
-        arena: where embeddings are kept.
-        publisher: gives slots back.
+        reader: opens the arenas of gateways.
+        publisher: keeps embeddings, and gives slots back.
         address: where this service listens.
-        lease_grace_s: seconds for which embeddings outlive the deadline of their call.
+        transport: how long embeddings are kept, and how long to wait for room.
     """
 
     def __init__(
         self,
         encoder: ModalityEncoder,
         workers: Workers,
-        arena: Arena,
-        publisher: Publisher,
+        reader: Reader,
+        publisher: TensorPublisher,
         address: str,
-        lease_grace_s: float,
+        transport: TransportSettings,
     ) -> None:
-        self._encoder, self._workers, self._arena, self._publisher = encoder, workers, arena, publisher
-        self._address, self._lease_grace_s = address, lease_grace_s
+        self._encoder, self._workers, self._reader, self._publisher = encoder, workers, reader, publisher
+        self._address = address
+        self._lease_grace_s, self._full_wait_s = transport.lease_grace_ms / 1000, transport.full_wait_ms / 1000
+
+    @answers_with_status
+    async def Announce(self, request: arena_pb2.AnnounceRequest, context: Context) -> arena_pb2.Announcement:
+        return self._publisher.announcement()
+
+    @answers_with_status
+    async def OpenArena(self, request: arena_pb2.OpenArenaRequest, context: Context) -> arena_pb2.PreflightReport:
+        return await asyncio.to_thread(preflight, self._reader, request)
+
+    @answers_with_status
+    async def CloseArena(self, request: arena_pb2.CloseArenaRequest, context: Context) -> arena_pb2.CloseArenaReply:
+        await asyncio.to_thread(self._reader.close, request.arena_id, request.epoch)
+        return arena_pb2.CloseArenaReply()
 
     @answers_with_status
     async def Encode(self, request: encoder_pb2.EncodeRequest, context: Context) -> encoder_pb2.EncodeReply:
         deadline = deadline_of(context)
         lease_s = deadline.remaining + self._lease_grace_s
         ref, seconds = await self._workers.run(
-            lambda: self._encoder.encode(request.model, request.rows, lease_s), deadline, "encoding"
+            lambda: self._encoder.encode(request.model, request.rows, request.rung, lease_s, self._full_wait_s),
+            deadline,
+            "encoding",
         )
         return encoder_pb2.EncodeReply(embeddings=ref, compute_us=round(seconds * 1e6))
 
@@ -62,8 +82,8 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
 
     @answers_with_status
     async def Status(self, request: service_pb2.StatusRequest, context: Context) -> service_pb2.ServiceStatus:
-        slots = self._arena.statistics()
-        counters = dict(self._encoder.counters) | self._workers.statistics() | slots.as_counters()
+        counters = dict(self._encoder.counters) | self._workers.statistics() | self._publisher.statistics()
+        counters["arenas_open"] = self._reader.arenas_open()
         name = f"encoder/{self._encoder.modality}"
         return service_pb2.ServiceStatus(
             name=name, address=self._address, ready=True, pid=os.getpid(), counters=counters

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import logging
 import sys
 from functools import partial
 
@@ -14,7 +15,11 @@ from mosel.modality import format_set, subsets
 from mosel.model_package import find_packages
 from mosel.service import Service, run_service
 from mosel.transport import Reader
+from mosel.transport.cupy_ipc import device_ipc_for
+from mosel.transport.torch_exchange import TensorReader
 from mosel.v1 import fusion_pb2_grpc
+
+log = logging.getLogger(__name__)
 
 
 def main() -> int:
@@ -34,12 +39,17 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
     """
     packages = find_packages(settings.models_dir, settings.models)
     address = listen or settings.fusion_address
+    device = networks.choose_device(settings.device)
+    ipc, no_ipc = device_ipc_for(device)
+    log.info("device", extra={"device": str(device), "no_cuda_ipc": no_ipc})
+    shm_dir = settings.transport.shm_dir
     with (
-        Reader(settings.transport.shm_dir) as reader,
+        Reader(shm_dir) as host_reader,
+        TensorReader(host_reader, shm_dir, device, ipc, no_ipc) as reader,
         Workers(settings.workers, settings.fusion.torch_threads) as workers,
     ):
-        predictor = Predictor(packages, networks.choose_device(settings.device), reader)
-        servicer = FusionServicer(predictor, workers, address)
+        predictor = Predictor(packages, device, reader)
+        servicer = FusionServicer(predictor, workers, reader, address)
         register = partial(fusion_pb2_grpc.add_FusionServicer_to_server, servicer)
         async with Service(settings, address, "fusion.address", register) as service:
             for name, package in packages.items():

@@ -12,7 +12,7 @@ from mosel.errors import InvalidRequest, ModelNotFound
 from mosel.modality import format_set, parse_set
 from mosel.model_package import ModelPackage
 from mosel.tensors import DTYPES, to_proto
-from mosel.transport import Reader
+from mosel.transport.torch_exchange import TensorReader
 from mosel.v1 import tensor_pb2
 
 # The rows of one group's embeddings by modality.
@@ -31,7 +31,7 @@ class Predictor:
         PackageError: a network or its weights are wrong.
     """
 
-    def __init__(self, packages: Mapping[str, ModelPackage], device: torch.device, reader: Reader) -> None:
+    def __init__(self, packages: Mapping[str, ModelPackage], device: torch.device, reader: TensorReader) -> None:
         self.counters: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._packages, self._device, self._reader = packages, device, reader
@@ -100,8 +100,7 @@ class Predictor:
 
     def _gather(self, package: ModelPackage, modality: str, groups: Sequence[EmbeddingRows]) -> torch.Tensor:
         rows = [part for group in groups for part in group[modality]]
-        array = self._reader.gather(rows, "FP32", package.modalities[modality].embedding)
-        return networks.to_tensor(array, "FP32", self._device)
+        return self._reader.gather(rows, "FP32", package.modalities[modality].embedding)
 
     def _network(self, model: str) -> torch.nn.Module:
         if model not in self._networks:

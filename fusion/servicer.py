@@ -1,12 +1,15 @@
 """gRPC in front of `Predictor`: convert, call, convert back."""
 
+import asyncio
 import os
 from functools import partial
 
 from fusion.predictor import Predictor
 from mosel.compute import Workers
 from mosel.service import Context, answers_with_status, deadline_of
-from mosel.v1 import fusion_pb2, fusion_pb2_grpc, service_pb2
+from mosel.transport.preflight import preflight
+from mosel.transport.torch_exchange import TensorReader
+from mosel.v1 import arena_pb2, fusion_pb2, fusion_pb2_grpc, service_pb2
 
 
 class FusionServicer(fusion_pb2_grpc.FusionServicer):
@@ -15,11 +18,12 @@ class FusionServicer(fusion_pb2_grpc.FusionServicer):
     Args:
         predictor: the networks.
         workers: the threads that they run on.
+        reader: opens the arenas of encoders.
         address: where this service listens.
     """
 
-    def __init__(self, predictor: Predictor, workers: Workers, address: str) -> None:
-        self._predictor, self._workers, self._address = predictor, workers, address
+    def __init__(self, predictor: Predictor, workers: Workers, reader: TensorReader, address: str) -> None:
+        self._predictor, self._workers, self._reader, self._address = predictor, workers, reader, address
 
     @answers_with_status
     async def Fuse(self, request: fusion_pb2.FuseRequest, context: Context) -> fusion_pb2.FuseReply:
@@ -28,6 +32,15 @@ class FusionServicer(fusion_pb2_grpc.FusionServicer):
             lambda: self._predictor.fuse(request.model, groups), deadline_of(context), "fusing"
         )
         return fusion_pb2.FuseReply(outputs=outputs, compute_us=round(seconds * 1e6))
+
+    @answers_with_status
+    async def OpenArena(self, request: arena_pb2.OpenArenaRequest, context: Context) -> arena_pb2.PreflightReport:
+        return await asyncio.to_thread(preflight, self._reader, request)
+
+    @answers_with_status
+    async def CloseArena(self, request: arena_pb2.CloseArenaRequest, context: Context) -> arena_pb2.CloseArenaReply:
+        await asyncio.to_thread(self._reader.close, request.arena_id, request.epoch)
+        return arena_pb2.CloseArenaReply()
 
     @answers_with_status
     async def Profile(self, request: fusion_pb2.ProfileFusionRequest, context: Context) -> service_pb2.ProfileReply:
@@ -44,6 +57,7 @@ class FusionServicer(fusion_pb2_grpc.FusionServicer):
     @answers_with_status
     async def Status(self, request: service_pb2.StatusRequest, context: Context) -> service_pb2.ServiceStatus:
         counters = dict(self._predictor.counters) | self._workers.statistics()
+        counters["arenas_open"] = self._reader.arenas_open()
         return service_pb2.ServiceStatus(
             name="fusion", address=self._address, ready=True, pid=os.getpid(), counters=counters
         )

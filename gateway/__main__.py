@@ -17,7 +17,7 @@ from mosel.config import Settings
 from mosel.model_package import find_packages
 from mosel.service import RefuseGarbage, Service, run_service
 from mosel.transport import open_arena
-from mosel.v1 import gateway_pb2, gateway_pb2_grpc
+from mosel.v1 import arena_pb2, gateway_pb2, gateway_pb2_grpc, tensor_pb2
 
 
 def main() -> int:
@@ -39,7 +39,15 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
     models_changed = asyncio.Event()
     transport = settings.transport
     with open_arena(transport, transport.gateway_arena_mib, "transport.gateway_arena_mib") as (arena, publisher):
-        async with SelectorLink(settings, publisher.release, models_changed.set) as link:
+        announcement = arena_pb2.Announcement(arenas=[arena.announcement()])
+
+        def transport_changed(rung: tensor_pb2.Rung.ValueType) -> None:
+            publisher.rung = rung
+            models_changed.set()
+
+        async with SelectorLink(
+            settings, announcement, publisher.release, transport_changed, models_changed.set
+        ) as link:
             servicer = GatewayServicer(settings, packages, arena, publisher, link)
             register = partial(_register, servicer)
             address = listen or settings.gateway_address
@@ -71,7 +79,7 @@ async def _following_models(
         while True:
             for model in models:
                 state = link.models.get(model)
-                await service.set_ready(state is not None and state.ready, model)
+                await service.set_ready(state is not None and state.ready and not link.refused, model)
             await changed.wait()
             changed.clear()
 

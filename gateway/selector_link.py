@@ -12,7 +12,7 @@ from mosel.deadline import Deadline
 from mosel.errors import DeadlineExceeded, ServiceUnavailable
 from mosel.service import channel_options
 from mosel.status import error_from_number
-from mosel.v1 import selector_pb2, selector_pb2_grpc, service_pb2, tensor_pb2
+from mosel.v1 import arena_pb2, selector_pb2, selector_pb2_grpc, service_pb2, tensor_pb2
 
 _RECONNECT_S = 0.1
 _STATUS_TIMEOUT_S = 2.0
@@ -25,21 +25,28 @@ class SelectorLink:
 
     Attributes:
         models: what the selector last said of each model; empty while there is no selector.
+        refused: why no job may be sent although the selector is there; empty if it may.
 
     Args:
         settings: the selector's address.
+        announcement: the gateway's arena, told to each selector first.
         release: takes back payload slots that nobody reads any more.
+        transport_changed: called when the selector says how payloads reach the encoders.
         models_changed: called when the selector says which models are ready.
     """
 
     def __init__(
         self,
         settings: Settings,
-        release: Callable[[Iterable[tensor_pb2.SharedMemorySlot]], None],
+        announcement: arena_pb2.Announcement,
+        release: Callable[[Iterable[tensor_pb2.ArenaSlot]], None],
+        transport_changed: Callable[[tensor_pb2.Rung.ValueType], None],
         models_changed: Callable[[], None],
     ) -> None:
         self.models: dict[str, selector_pb2.ModelState] = {}
-        self._settings, self._release, self._models_changed = settings, release, models_changed
+        self.refused = ""
+        self._settings, self._announcement = settings, announcement
+        self._release, self._transport_changed, self._models_changed = release, transport_changed, models_changed
         self._outbox: asyncio.Queue[selector_pb2.GatewayMessage] | None = None
         self._answers: dict[bytes, asyncio.Future[selector_pb2.JobResult]] = {}
 
@@ -61,9 +68,11 @@ class SelectorLink:
         return len(self._answers)
 
     def check_connected(self) -> None:
-        """Raises ServiceUnavailable unless the selector is there."""
+        """Raises ServiceUnavailable unless the selector is there and takes jobs."""
         if self._outbox is None:
             raise ServiceUnavailable("service selector is not reachable")
+        if self.refused:
+            raise ServiceUnavailable(f"service gateway must not send payloads: {self.refused}")
 
     async def predict(self, description: selector_pb2.JobDescription, deadline: Deadline) -> selector_pb2.JobResult:
         """Sends a job and waits for its answer, at most until the deadline.
@@ -103,6 +112,7 @@ class SelectorLink:
     async def _stay_connected(self) -> None:
         while True:
             outbox: asyncio.Queue[selector_pb2.GatewayMessage] = asyncio.Queue()
+            outbox.put_nowait(selector_pb2.GatewayMessage(announcement=self._announcement))
             try:
                 async for message in self._stub.Connect(_drain(outbox)):
                     # The first message says that the selector is there.
@@ -126,6 +136,9 @@ class SelectorLink:
                 answer.set_exception(error_from_number(failure.status_code, failure.message, failure.retry_after_ms))
         elif kind == "release":
             self._release(message.release.slots)
+        elif kind == "transport":
+            self.refused = message.transport.refused
+            self._transport_changed(message.transport.rung)
         elif kind == "models":
             self.models = {state.model: state for state in message.models.models}
             self._models_changed()
@@ -135,6 +148,8 @@ class SelectorLink:
         if self._outbox is not None:
             log.warning("selector went away", extra={"jobs_lost": len(self._answers)})
         self._outbox = None
+        # Another selector knows nothing of this gateway's arena yet.
+        self._transport_changed(tensor_pb2.INLINE)
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(ServiceUnavailable("service selector went away"))
@@ -143,9 +158,9 @@ class SelectorLink:
             self._models_changed()
 
 
-def slots_of(description: selector_pb2.JobDescription) -> list[tensor_pb2.SharedMemorySlot]:
+def slots_of(description: selector_pb2.JobDescription) -> list[tensor_pb2.ArenaSlot]:
     """The slots that hold a job's payloads."""
-    return [ref.shared_memory for ref in description.payloads.values() if ref.HasField("shared_memory")]
+    return [ref.slot for ref in description.payloads.values() if ref.HasField("slot")]
 
 
 async def _drain(

@@ -18,7 +18,7 @@ from mosel.errors import MoselError, Overloaded
 from mosel.model_package import ModelPackage
 from mosel.service import Context, answers_with_status, deadline_of
 from mosel.tensors import dtype_value
-from mosel.transport import Arena, Publisher
+from mosel.transport import Publisher, SharedMemoryArena
 from mosel.v1 import gateway_pb2, gateway_pb2_grpc, selector_pb2, service_pb2
 
 # Above this many elements, checking and copying payloads would hold up other calls.
@@ -43,7 +43,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         self,
         settings: Settings,
         packages: Mapping[str, ModelPackage],
-        arena: Arena,
+        arena: SharedMemoryArena,
         publisher: Publisher,
         link: SelectorLink,
     ) -> None:
@@ -64,13 +64,18 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         if sum(math.prod(payload.shape) for payload in request.payloads.values()) > _OFF_LOOP_ELEMENTS:
             job, description, deadline = await self._prepare_off_loop(request, context)
         else:
-            job, description, deadline = self._prepare(request, context)
+            try:
+                job, description, deadline = self._prepare(request, context, wait_s=0.0)
+            except Overloaded:
+                # The arena is full: wait for a slot where it holds up nobody.
+                job, description, deadline = await self._prepare_off_loop(request, context)
         result = await self._link.predict(description, deadline)
         self.counters.update(answered=1, items=job.size)
         return reply_from(job, result, deadline.remaining * 1000)
 
     async def _prepare_off_loop(self, request: gateway_pb2.PredictRequest, context: Context) -> _Prepared:
-        preparing = asyncio.ensure_future(asyncio.to_thread(self._prepare, request, context))
+        wait_s = self._settings.transport.full_wait_ms / 1000
+        preparing = asyncio.ensure_future(asyncio.to_thread(self._prepare, request, context, wait_s))
         try:
             return await asyncio.shield(preparing)
         except asyncio.CancelledError:
@@ -82,7 +87,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         if not preparing.cancelled() and preparing.exception() is None:
             self._publisher.release(slots_of(preparing.result()[1]))
 
-    def _prepare(self, request: gateway_pb2.PredictRequest, context: Context) -> _Prepared:
+    def _prepare(self, request: gateway_pb2.PredictRequest, context: Context, wait_s: float) -> _Prepared:
         limits = self._settings.gateway
         job = check_request(request, self._packages, limits.max_items_per_job)
         slo_ms = limits.default_deadline_ms if job.latency_slo_ms is None else job.latency_slo_ms
@@ -98,7 +103,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         try:
             for name in job.modalities:
                 dtype, array = job.package.modalities[name].dtype, job.payloads[name]
-                ref = self._publisher.publish(dtype, array.shape, array.data.cast("B"), lease_s)
+                ref = self._publisher.publish(dtype, array.shape, array.data.cast("B"), lease_s, wait_s)
                 description.payloads[name].CopyFrom(ref)
         except MoselError:
             self._publisher.release(slots_of(description))
@@ -133,8 +138,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         reply.services.add(
             name="gateway",
             address=self._settings.gateway_address,
-            ready=any(state.ready for state in self._link.models.values()),
-            detail="" if self._link.models else "selector is not reachable",
+            ready=not self._link.refused and any(state.ready for state in self._link.models.values()),
+            detail=self._link.refused or ("" if self._link.models else "selector is not reachable"),
             pid=os.getpid(),
             counters=counters | {"jobs_in_flight": self._link.jobs_in_flight},
         )

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from mosel.errors import MoselError, PayloadTooLarge
 from mosel.status import error_from_rpc
 from mosel.tensors import dtype_name, from_proto, to_proto
-from mosel.v1 import gateway_pb2, gateway_pb2_grpc, service_pb2
+from mosel.v1 import gateway_pb2, gateway_pb2_grpc, service_pb2, tensor_pb2
 
 _MIB = 1024 * 1024
 # What the rest of a request may take beside its payloads.
@@ -73,8 +73,18 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
+class EdgeInfo:
+    """How tensors get from a producer to a consumer (`inline`, `posix_shm`, `cuda_ipc`), and why not better."""
+
+    producer: str
+    consumer: str
+    rung: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class ServiceInfo:
-    """State and counters of one service."""
+    """State and counters of one service; `edges` are those that the selector knows of."""
 
     name: str
     address: str
@@ -82,6 +92,7 @@ class ServiceInfo:
     detail: str
     pid: int
     counters: dict[str, int]
+    edges: tuple[EdgeInfo, ...] = ()
 
 
 class Client:
@@ -262,4 +273,11 @@ def _models(reply: gateway_pb2.ListModelsReply) -> list[ModelInfo]:
 
 
 def _services(reply: service_pb2.StatusReply) -> list[ServiceInfo]:
-    return [ServiceInfo(s.name, s.address, s.ready, s.detail, s.pid, dict(s.counters)) for s in reply.services]
+    return [
+        ServiceInfo(s.name, s.address, s.ready, s.detail, s.pid, dict(s.counters), tuple(map(_edge, s.edges)))
+        for s in reply.services
+    ]
+
+
+def _edge(edge: service_pb2.EdgeStatus) -> EdgeInfo:
+    return EdgeInfo(edge.producer, edge.consumer, tensor_pb2.Rung.Name(edge.rung).lower(), edge.reason)

@@ -85,6 +85,11 @@ class TransportSettings(_Section):
     gateway_arena_mib: int = Field(256, ge=1)
     encoder_arena_mib: int = Field(64, ge=1)
     inline_max_kib: int = Field(64, ge=0)
+    # When every slot is in use: how long to wait for one, and what may travel inline instead.
+    full_wait_ms: float = Field(50, ge=0)
+    inline_when_full_max_kib: int = Field(1024, ge=0)
+    # The worst path that is accepted; what falls below it is not used, and the service says why.
+    require: Literal["inline", "posix_shm", "cuda_ipc"] = "inline"
     lease_grace_ms: float = Field(5_000, ge=0)
     max_message_mib: int = Field(64, ge=1)
 

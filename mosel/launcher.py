@@ -16,7 +16,7 @@ from mosel.client import Client, ModelInfo
 from mosel.config import Settings
 from mosel.errors import ConfigError, MoselError, ServiceUnavailable
 from mosel.model_package import find_packages
-from mosel.transport.shared_memory import remove_orphans
+from mosel.transport.control import remove_orphans
 
 _POLL_S = 0.1
 # Called with the names of the services that are ready and of those that are not.
@@ -104,12 +104,16 @@ class Launcher:
         Raises:
             ServiceUnavailable: a service ended, or not all were ready in time; gives its last log line.
         """
+        ready: set[str] = set()
+        details: dict[str, str] = {}
         until = time.monotonic() + timeout_s
         with Client(self.address) as client:
             while time.monotonic() < until:
                 self._check_alive()
                 try:
-                    ready = {service.name for service in client.status() if service.ready}
+                    services = client.status()
+                    ready = {service.name for service in services if service.ready}
+                    details = {service.name: f"({service.detail})" for service in services if service.detail}
                     models = client.models()
                 except MoselError:
                     ready, models = set(), []
@@ -117,7 +121,7 @@ class Launcher:
                 if models and all(model.ready for model in models) and ready.issuperset(self.children):
                     return models
                 time.sleep(_POLL_S)
-        waiting = ", ".join(name for name in self.children if name not in ready)
+        waiting = ", ".join(f"{n} {details.get(n, '')}".strip() for n in self.children if n not in ready)
         raise ServiceUnavailable(f"not ready after {timeout_s:.0f} s: {waiting or 'measuring latencies'}")
 
     def ended(self) -> list[Child]:

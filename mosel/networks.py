@@ -50,6 +50,12 @@ def to_tensor(array: NDArray[np.generic], dtype: str, device: torch.device) -> t
     return (tensor.view(torch.bfloat16) if dtype == "BF16" else tensor).to(device)
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits until what this thread started on a GPU is complete, so that its time can be read."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def example_payload(package: ModelPackage, modality: str, rows: int) -> NDArray[np.generic]:
     """Ordinary-looking rows [rows, *shape] for warming up and timing."""
     spec = package.modalities[modality]

@@ -31,9 +31,10 @@ log = logging.getLogger(__name__)
 
 
 class Session:
-    """One connected gateway: what is to be sent to it; None ends the stream."""
+    """One connected gateway: its name, and what is to be sent to it; None ends the stream."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.outbox: asyncio.Queue[selector_pb2.SelectorMessage | None] = asyncio.Queue()
 
     def send(self, **message: object) -> None:
@@ -203,7 +204,8 @@ class Director:
             self._end(job_ids)
 
     def _encode_request(self, call: EncodeCall) -> encoder_pb2.EncodeRequest:
-        request = encoder_pb2.EncodeRequest(model=call.model)
+        rung = self._peer().attachments.rung(call.modality, FUSION)
+        request = encoder_pb2.EncodeRequest(model=call.model, rung=rung)
         for rows in call.rows:
             payload = self._jobs[rows.job_id].payloads[call.modality]
             request.rows.append(slice_rows(payload, rows.start, rows.count))
@@ -286,10 +288,10 @@ class Director:
 
     def _send_releases(self) -> None:
         self._flush = None
-        by_producer: dict[Session | str, list[tensor_pb2.SharedMemorySlot]] = defaultdict(list)
+        by_producer: dict[Session | str, list[tensor_pb2.ArenaSlot]] = defaultdict(list)
         for producer, arena_id, epoch, slot, generation in self._ledger.take_released():
             by_producer[producer].append(
-                tensor_pb2.SharedMemorySlot(arena_id=arena_id, epoch=epoch, slot=slot, generation=generation)
+                tensor_pb2.ArenaSlot(arena_id=arena_id, epoch=epoch, slot=slot, generation=generation)
             )
         for producer, slots in by_producer.items():
             if isinstance(producer, Session):
@@ -359,11 +361,11 @@ def _send_failure(session: Session, job_id: bytes, error: MoselError) -> None:
     session.send(failure=failure)
 
 
-def _slots(refs: Iterable[tensor_pb2.TensorRef]) -> list[tensor_pb2.SharedMemorySlot]:
-    return [ref.shared_memory for ref in refs if ref.WhichOneof("place") == "shared_memory"]
+def _slots(refs: Iterable[tensor_pb2.TensorRef]) -> list[tensor_pb2.ArenaSlot]:
+    return [ref.slot for ref in refs if ref.WhichOneof("place") == "slot"]
 
 
-def _key(producer: Session | str, slot: tensor_pb2.SharedMemorySlot) -> SlotKey:
+def _key(producer: Session | str, slot: tensor_pb2.ArenaSlot) -> SlotKey:
     return producer, slot.arena_id, slot.epoch, slot.slot, slot.generation
 
 

@@ -1,6 +1,7 @@
 """The services that compute: channels to them, whether they are there, and how fast they are."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 
@@ -10,7 +11,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mosel.config import Settings
 from mosel.modality import format_set
 from mosel.service import channel_options
-from mosel.v1 import encoder_pb2, encoder_pb2_grpc, fusion_pb2, fusion_pb2_grpc, service_pb2, tensor_pb2
+from mosel.v1 import (
+    arena_pb2,
+    encoder_pb2,
+    encoder_pb2_grpc,
+    fusion_pb2,
+    fusion_pb2_grpc,
+    selector_pb2,
+    service_pb2,
+    tensor_pb2,
+)
+from selector.attachments import Attachments
 from selector.profile import LatencyCurve, ModelProfile
 from selector.scheduler import FUSION
 
@@ -18,6 +29,7 @@ from selector.scheduler import FUSION
 _ALL_THERE_S = 30.0
 _PROFILE_TIMEOUT_S = 60.0
 _STATUS_TIMEOUT_S = 1.0
+_ATTACH_TIMEOUT_S = 5.0
 _RECONNECT_S = 0.1
 
 log = logging.getLogger(__name__)
@@ -30,6 +42,9 @@ class Peers:
         settings: addresses and what to measure.
         profiles: by model; measured latencies are put into them.
         changed: called with a lane's name and whether it is up, each time that changes.
+
+    Attributes:
+        attachments: how tensors get from each producer to each consumer.
     """
 
     def __init__(
@@ -42,6 +57,9 @@ class Peers:
         self._all_serving = asyncio.Event()
         self._measuring = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
+        self._refused: dict[str, str] = {}
+        self._gateways: dict[str, Callable[[selector_pb2.PayloadTransport], None]] = {}
+        self.attachments = Attachments(self._open_arena)
 
     async def __aenter__(self) -> "Peers":
         options = channel_options(self._settings)
@@ -64,12 +82,36 @@ class Peers:
         """The lanes that are not serving now."""
         return [name for name, serving in self._serving.items() if not serving]
 
-    async def release(self, name: str, slots: list[tensor_pb2.SharedMemorySlot]) -> None:
+    async def release(self, name: str, slots: list[tensor_pb2.ArenaSlot]) -> None:
         """Tells an encoder that nobody reads these slots any more; if it is away, they expire there."""
         try:
             await self.encoders[name].Release(tensor_pb2.ReleaseSlots(slots=slots), timeout=_STATUS_TIMEOUT_S)
         except grpc.RpcError as error:
             log.info("release not delivered", extra={"peer": name, "reason": error.code().name})
+
+    async def gateway_came(
+        self,
+        name: str,
+        announcement: arena_pb2.Announcement,
+        tell: Callable[[selector_pb2.PayloadTransport], None],
+    ) -> None:
+        """Has every encoder open a gateway's arena.
+
+        Args:
+            name: the gateway's.
+            announcement: its arena.
+            tell: how payloads reach every encoder; called now and after each change.
+        """
+        self.attachments.announce(name, announcement)
+        self._gateways[name] = tell
+        for encoder in self._serving_encoders():
+            await self.attachments.attach(name, encoder)
+        self._tell_gateways()
+
+    async def gateway_went(self, name: str) -> None:
+        """Has every encoder close a gateway's arena."""
+        self._gateways.pop(name, None)
+        await self._close_arenas(name)
 
     async def statuses(self) -> list[service_pb2.ServiceStatus]:
         """The state of every service that computes; one that does not answer is not ready."""
@@ -78,7 +120,10 @@ class Peers:
     async def _status(self, name: str) -> service_pb2.ServiceStatus:
         stub = self.fusion if name == FUSION else self.encoders[name]
         try:
-            return await stub.Status(service_pb2.StatusRequest(), timeout=_STATUS_TIMEOUT_S)
+            status = await stub.Status(service_pb2.StatusRequest(), timeout=_STATUS_TIMEOUT_S)
+            if name in self._refused:
+                status.ready, status.detail = False, self._refused[name]
+            return status
         except grpc.RpcError as error:
             shown = FUSION if name == FUSION else f"encoder/{name}"
             return service_pb2.ServiceStatus(
@@ -110,8 +155,63 @@ class Peers:
         if serving:
             if not self.missing():
                 self._all_serving.set()
+            await self._attach(name)
             await self._measure(name)
-        self._changed(name, serving)
+            self._check_requirement(name)
+        else:
+            self._refused.pop(name, None)
+            await self._close_arenas(name)
+        self._tell_gateways()
+        self._changed(name, serving and name not in self._refused)
+
+    async def _attach(self, name: str) -> None:
+        """Proves the paths to and from a service before anything is sent along them."""
+        if name == FUSION:
+            for encoder in self._serving_encoders():
+                await self.attachments.attach(encoder, FUSION)
+            return
+        announcement = await self.encoders[name].Announce(arena_pb2.AnnounceRequest(), timeout=_STATUS_TIMEOUT_S)
+        self.attachments.announce(name, announcement)
+        if self._serving[FUSION]:
+            await self.attachments.attach(name, FUSION)
+        for gateway in list(self._gateways):
+            await self.attachments.attach(gateway, name)
+
+    def _check_requirement(self, name: str) -> None:
+        """Refuses a service whose embeddings travel worse than `transport.require` allows."""
+        required = self._settings.transport.require
+        for encoder in self._serving_encoders() if name == FUSION else [name]:
+            edge = self.attachments.worst(encoder, [FUSION] if self._serving[FUSION] else [])
+            if self._serving[FUSION] and edge.rung < tensor_pb2.Rung.Value(required.upper()):
+                rung = tensor_pb2.Rung.Name(edge.rung).lower()
+                self._refused[name] = f"transport.require is {required}, but embeddings travel {rung}: {edge.reason}"
+                log.error("refused", extra={"peer": name, "reason": self._refused[name]})
+
+    def _tell_gateways(self) -> None:
+        for name, tell in self._gateways.items():
+            edge = self.attachments.worst(name, self._serving_encoders())
+            refused = ""
+            if edge.rung == tensor_pb2.INLINE and self._settings.transport.require != "inline":
+                refused = f"transport.require is {self._settings.transport.require}, but payloads travel inline"
+                refused += f": {edge.reason}"
+            tell(selector_pb2.PayloadTransport(rung=edge.rung, refused=refused))
+
+    def _serving_encoders(self) -> list[str]:
+        return [name for name, serving in self._serving.items() if serving and name != FUSION]
+
+    async def _open_arena(self, consumer: str, arena: arena_pb2.ArenaDescription) -> arena_pb2.PreflightReport:
+        stub = self.fusion if consumer == FUSION else self.encoders[consumer]
+        try:
+            return await stub.OpenArena(arena_pb2.OpenArenaRequest(arena=arena), timeout=_ATTACH_TIMEOUT_S)
+        except grpc.RpcError as error:
+            return arena_pb2.PreflightReport(reason=f"the consumer does not answer: {error.code().name}")
+
+    async def _close_arenas(self, producer: str) -> None:
+        for consumer, arena in self.attachments.forget(producer):
+            request = arena_pb2.CloseArenaRequest(arena_id=arena.arena_id, epoch=arena.epoch)
+            stub = self.fusion if consumer == FUSION else self.encoders[consumer]
+            with contextlib.suppress(grpc.RpcError):
+                await stub.CloseArena(request, timeout=_STATUS_TIMEOUT_S)
 
     async def _measure(self, name: str) -> None:
         """Measures a service's latencies unless they are known; one service at a time."""

@@ -1,6 +1,7 @@
 """gRPC in front of `Director`: convert, call, convert back."""
 
 import asyncio
+import itertools
 import os
 from collections.abc import AsyncIterator
 
@@ -21,11 +22,12 @@ class SelectorServicer(selector_pb2_grpc.SelectorServicer):
 
     def __init__(self, director: Director, peers: Peers, address: str) -> None:
         self._director, self._peers, self._address = director, peers, address
+        self._numbers = itertools.count(1)
 
     async def Connect(
         self, request_iterator: AsyncIterator[selector_pb2.GatewayMessage], context: Context
     ) -> AsyncIterator[selector_pb2.SelectorMessage]:
-        session = Session()
+        session = Session(f"gateway-{next(self._numbers)}")
         self._director.connect(session)
         reading = asyncio.create_task(self._read(session, request_iterator))
         try:
@@ -34,6 +36,7 @@ class SelectorServicer(selector_pb2_grpc.SelectorServicer):
         finally:
             reading.cancel()
             self._director.disconnect(session)
+            await self._peers.gateway_went(session.name)
 
     async def _read(self, session: Session, messages: AsyncIterator[selector_pb2.GatewayMessage]) -> None:
         try:
@@ -42,12 +45,21 @@ class SelectorServicer(selector_pb2_grpc.SelectorServicer):
                     self._director.submit(session, message.job)
                 elif message.HasField("cancel"):
                     self._director.cancel(message.cancel.job_id)
+                elif message.HasField("announcement"):
+                    await self._peers.gateway_came(
+                        session.name, message.announcement, lambda transport: session.send(transport=transport)
+                    )
         finally:
             session.outbox.put_nowait(None)
 
     @answers_with_status
     async def Status(self, request: service_pb2.StatusRequest, context: Context) -> service_pb2.StatusReply:
         own = service_pb2.ServiceStatus(
-            name="selector", address=self._address, ready=True, pid=os.getpid(), counters=self._director.statistics()
+            name="selector",
+            address=self._address,
+            ready=True,
+            pid=os.getpid(),
+            counters=self._director.statistics() | self._peers.attachments.statistics(),
+            edges=self._peers.attachments.statuses(),
         )
         return service_pb2.StatusReply(services=[own, *await self._peers.statuses()])

@@ -151,9 +151,11 @@ def _show_deadline(
 
 
 def _show_transport(console: "Console", client: "Client", settings: "Settings") -> None:
-    slots = sum(service.counters.get("slots_acquired_total", 0) for service in client.status())
+    services = client.status()
+    slots = sum(value for s in services for name, value in s.counters.items() if name.endswith("slots_acquired_total"))
+    rungs = sorted({edge.rung for service in services for edge in service.edges})
     console.print(
-        f"\ntransport: {slots} tensors through shared memory, those up to {settings.transport.inline_max_kib} KiB "
-        "in messages",
+        f"\ntransport: {', '.join(rungs)}: {slots} tensors, and those up to {settings.transport.inline_max_kib} KiB "
+        "inside messages",
         highlight=False,
     )

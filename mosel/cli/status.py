@@ -17,4 +17,9 @@ def status(address: Address = DEFAULT_ADDRESS) -> None:
         state = "ready" if service.ready else f"not ready: {service.detail or 'starting'}"
         counters = ", ".join(f"{name} {value}" for name, value in sorted(service.counters.items()))
         table.add_row(service.name, state, str(service.pid or "-"), service.address, counters)
-    Console().print(table)
+    edges = Table("from", "to", "tensors travel by", "why not better")
+    for edge in (edge for service in services for edge in service.edges):
+        edges.add_row(edge.producer, edge.consumer, edge.rung, edge.reason)
+    console = Console()
+    console.print(table)
+    console.print(edges)

@@ -1,15 +1,23 @@
 """Tensor transport: how a tensor gets from one process to another.
 
 A producer *publishes* a tensor and gets a tensor ref, a small message. Whoever holds the ref *gathers* rows of it.
-Small tensors travel inside the ref; larger ones stay in a slot of the producer's arena in POSIX shared memory.
+Small tensors travel inside the ref; larger ones stay in a slot of one of the producer's arenas, in POSIX shared memory
+or in device memory, until the selector releases the slot or its lease is over.
 
-    layout         where the slots of an arena are; both sides compute it, so no offset travels
-    slots          which slots are free, being filled or published; plain Python, time is an argument
-    shared_memory  the arena as a file in /dev/shm: created by the producer, mapped read-only by consumers
-    exchange       Publisher and Reader: tensors in, refs out, and back
+    layout          where the slots of an arena are; both sides compute it, so no offset travels
+    slots           which slots are free, being filled or published; plain Python, time is an argument
+    control         the control file: header, nonce, generations; and the proof of a read
+    arena           slots + control + leases, whatever memory the bytes are in
+    shared_memory   arenas in POSIX shared memory
+    device_arena    arenas in device memory, through CUDA IPC; device_ipc: what they need of a GPU runtime
+    refs            refs from a peer, checked
+    exchange        Publisher and Reader, for tensors in host memory
+    torch_exchange  the same for torch tensors, wherever they are; imports torch
+    host            who shares a host, namespaces, and a clock
 """
 
-from mosel.transport.exchange import Publisher, Reader, open_arena, slice_rows
-from mosel.transport.shared_memory import Arena
+from mosel.transport.exchange import Publisher, Reader, open_arena
+from mosel.transport.refs import slice_rows
+from mosel.transport.shared_memory import SharedMemoryArena
 
-__all__ = ["Arena", "Publisher", "Reader", "open_arena", "slice_rows"]
+__all__ = ["Publisher", "Reader", "SharedMemoryArena", "open_arena", "slice_rows"]

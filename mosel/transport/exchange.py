@@ -1,22 +1,25 @@
-"""Publisher and Reader: tensors in, refs out, and back."""
+"""Publisher and Reader: tensors in, refs out, and back. For tensors in host memory."""
 
 import contextlib
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mosel.config import TransportSettings
-from mosel.errors import InvalidRequest
-from mosel.tensors import DTYPES, byte_count, checked_shape, dtype_name, dtype_value
-from mosel.transport.layout import KIB, MIB, SLOT_SIZES
-from mosel.transport.shared_memory import Arena, ArenaView, remove_orphans
-from mosel.v1 import tensor_pb2
+from mosel.errors import Overloaded, ReadNotProven
+from mosel.tensors import DTYPES, dtype_value
+from mosel.transport.arena import NANOSECONDS, Arena
+from mosel.transport.control import remove_orphans
+from mosel.transport.host import no_shared_clock
+from mosel.transport.layout import KIB, MIB
+from mosel.transport.refs import CheckedSlice, checked_slice
+from mosel.transport.shared_memory import SharedMemoryArena, SharedMemoryView
+from mosel.transport.slots import Slot
+from mosel.v1 import arena_pb2, tensor_pb2
 
 
 class Publisher:
@@ -24,14 +27,27 @@ class Publisher:
 
     Args:
         arena: this process's arena.
-        inline_max_bytes: the largest tensor that travels inside its ref.
+        settings: the limits.
+
+    Attributes:
+        rung: how consumers are known to reach the arena; INLINE until the selector says otherwise.
+        arena: this process's arena.
+        settings: the limits.
     """
 
-    def __init__(self, arena: Arena, inline_max_bytes: int) -> None:
-        self._arena = arena
-        self._inline_max_bytes = inline_max_bytes
+    def __init__(self, arena: SharedMemoryArena, settings: TransportSettings) -> None:
+        self.rung: tensor_pb2.Rung.ValueType = tensor_pb2.INLINE
+        self.arena, self.settings = arena, settings
 
-    def publish(self, dtype: str, shape: tuple[int, ...], data: memoryview, lease_s: float) -> tensor_pb2.TensorRef:
+    def publish(
+        self,
+        dtype: str,
+        shape: tuple[int, ...],
+        data: memoryview,
+        lease_s: float,
+        wait_s: float = 0.0,
+        rung: tensor_pb2.Rung.ValueType | None = None,
+    ) -> tensor_pb2.TensorRef:
         """Publishes a tensor; when this returns, its bytes are complete.
 
         Args:
@@ -39,46 +55,36 @@ class Publisher:
             shape: shape of the tensor.
             data: its contiguous bytes.
             lease_s: seconds for which a slot is kept if nobody releases it.
+            wait_s: seconds to wait for a slot when all are in use.
+            rung: how the consumers of this tensor reach the arena, if not as `rung` of this publisher says.
 
         Raises:
             PayloadTooLarge: it does not fit into any slot.
-            Overloaded: the arena is full.
+            Overloaded: the arena is full, and it is too large to travel inline instead.
         """
         ref = tensor_pb2.TensorRef(dtype=dtype_value(dtype), shape=shape, nbytes=data.nbytes)
-        if data.nbytes <= self._inline_max_bytes:
+        rung = self.rung if rung is None else rung
+        if rung == tensor_pb2.INLINE or data.nbytes <= self.settings.inline_max_kib * KIB:
             ref.inline = bytes(data)
             return ref
-        slot = self._arena.write(data, time.monotonic() + lease_s)
-        ref.shared_memory.arena_id, ref.shared_memory.epoch = self._arena.arena_id, self._arena.epoch
-        ref.shared_memory.slot, ref.shared_memory.generation = slot.index, slot.generation
+        expires_at = time.monotonic() + lease_s
+        try:
+            slot = self.arena.write(data, expires_at, wait_s)
+        except Overloaded:
+            if data.nbytes > self.settings.inline_when_full_max_kib * KIB:
+                raise
+            ref.inline = bytes(data)
+            return ref
+        set_slot(ref, self.arena, slot, expires_at)
         return ref
 
-    def publish_array(self, array: NDArray[np.float32], lease_s: float) -> tensor_pb2.TensorRef:
-        """Publishes an FP32 array."""
-        contiguous = np.ascontiguousarray(array)
-        return self.publish("FP32", contiguous.shape, contiguous.data.cast("B"), lease_s)
-
-    def release(self, slots: Iterable[tensor_pb2.SharedMemorySlot]) -> None:
+    def release(self, slots: Iterable[tensor_pb2.ArenaSlot]) -> None:
         """Takes slots back that nobody reads any more; stale ones and those of other arenas are passed over."""
-        for slot in slots:
-            if (slot.arena_id, slot.epoch) == (self._arena.arena_id, self._arena.epoch):
-                self._arena.release(slot.slot, slot.generation)
-
-
-@dataclass(frozen=True, slots=True)
-class _Slice:
-    """A checked RowSlice: all fields are plain integers within bounds."""
-
-    ref: tensor_pb2.TensorRef
-    dtype: str
-    item_shape: tuple[int, ...]
-    row_bytes: int
-    start: int
-    count: int
+        release_slots(self.arena, slots)
 
 
 class Reader:
-    """Gathers rows from refs. Maps each arena once, at its first ref. Thread-safe.
+    """Gathers rows from refs into host memory. Reads only arenas that were opened before. Thread-safe.
 
     Attributes:
         bytes_read: bytes of the rows gathered so far.
@@ -90,8 +96,32 @@ class Reader:
     def __init__(self, directory: Path) -> None:
         self.bytes_read = 0
         self._directory = directory
-        self._views: dict[tuple[int, int], ArenaView] = {}
+        self._views: dict[tuple[int, int], SharedMemoryView] = {}
         self._lock = threading.Lock()
+
+    def open(self, arena: arena_pb2.ArenaDescription) -> bytes:
+        """Opens a producer's arena, once, and reads its nonce through the path that tensors will take.
+
+        Raises:
+            ReadNotProven: the path does not work; says why.
+        """
+        reason = no_shared_clock(arena.host)
+        if not reason and arena.rung != tensor_pb2.POSIX_SHM:
+            reason = "this consumer reads shared memory only"
+        if reason:
+            raise ReadNotProven(reason)
+        key = (arena.arena_id, arena.epoch)
+        with self._lock:
+            # A selector that died could not tell which producers went before it came again.
+            self._views = {known: view for known, view in self._views.items() if not view.is_gone()}
+            if key not in self._views:
+                self._views[key] = SharedMemoryView(self._directory, *key)
+            return self._views[key].nonce
+
+    def close(self, arena_id: int, epoch: int) -> None:
+        """Forgets an arena whose producer is gone; it is unmapped when the last thread that reads it is done."""
+        with self._lock:
+            self._views.pop((arena_id, epoch), None)
 
     def gather(
         self, slices: Iterable[tensor_pb2.RowSlice], dtype: str, item_shape: tuple[int, ...]
@@ -108,58 +138,53 @@ class Reader:
 
         Raises:
             InvalidRequest: a slice is out of bounds, or a tensor has another type or shape.
-            ReadNotProven: a slot was reused, or its arena is gone.
+            ReadNotProven: a slot was reused, its lease was over, or its arena is not open.
         """
-        checked = [_checked(s, dtype, item_shape) for s in slices]
-        rows = sum(s.count for s in checked)
+        checked = [checked_slice(s, dtype, item_shape) for s in slices]
+        rows = sum(s.rows for s in checked)
         batch = np.empty((rows, *item_shape), DTYPES[dtype])
-        flat = batch.reshape(rows, -1).view(np.uint8) if rows else batch
+        flat = batch.reshape(-1).view(np.uint8)
         done = 0
         for part in checked:
-            self._copy(part, flat[done : done + part.count])
-            done += part.count
-        with self._lock:
-            self.bytes_read += batch.nbytes
+            nbytes = part.end - part.begin
+            self.copy(part, flat[done : done + nbytes])
+            done += nbytes
+        self.count(batch.nbytes)
         return batch
 
-    def _copy(self, part: _Slice, target: NDArray[np.generic]) -> None:
-        start, end = part.start * part.row_bytes, (part.start + part.count) * part.row_bytes
-        if part.ref.WhichOneof("place") == "inline":
-            target[:] = np.frombuffer(part.ref.inline, np.uint8)[start:end].reshape(target.shape)
+    def copy(self, part: CheckedSlice, target: NDArray[np.uint8]) -> None:
+        """Copies the bytes of a slice, and proves what was copied."""
+        if part.inline is not None:
+            target[:] = np.frombuffer(part.inline, np.uint8)[part.begin : part.end]
             return
-        slot = part.ref.shared_memory
-        view = self._view(slot.arena_id, slot.epoch)
-        source = view.bytes_of(slot.slot, part.ref.nbytes)
-        view.prove(slot.slot, slot.generation)
-        target[:] = source[start:end].reshape(target.shape)
-        view.prove(slot.slot, slot.generation)
-
-    def _view(self, arena_id: int, epoch: int) -> ArenaView:
-        key = (arena_id, epoch)
+        slot = part.slot
         with self._lock:
-            if key not in self._views:
-                self._forget_gone()
-                self._views[key] = ArenaView(self._directory, arena_id, epoch)
-            return self._views[key]
+            view = self._views.get((slot.arena_id, slot.epoch))
+        if view is None:
+            raise ReadNotProven("the arena that the ref names is not open here")
+        target[:] = view.bytes_of(slot.slot, part.nbytes)[part.begin : part.end]
+        view.prove(slot.slot, slot.generation, slot.lease_expires_ns)
 
-    def _forget_gone(self) -> None:
-        """Drops arenas whose producers have gone; each is unmapped when the last thread that reads it is done."""
-        for key in [key for key, view in self._views.items() if view.is_gone()]:
-            del self._views[key]
+    def count(self, nbytes: int) -> None:
+        """Adds to `bytes_read`."""
+        with self._lock:
+            self.bytes_read += nbytes
+
+    def arenas_open(self) -> int:
+        """How many arenas are open."""
+        return len(self._views)
 
     def __enter__(self) -> "Reader":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         for view in self._views.values():
             view.close()
         self._views.clear()
 
 
 @contextlib.contextmanager
-def open_arena(settings: TransportSettings, mib: int, setting: str) -> Iterator[tuple[Arena, Publisher]]:
+def open_arena(settings: TransportSettings, mib: int, setting: str) -> Iterator[tuple[SharedMemoryArena, Publisher]]:
     """A new arena with its publisher, after orphans of dead processes have been removed.
 
     Args:
@@ -171,34 +196,19 @@ def open_arena(settings: TransportSettings, mib: int, setting: str) -> Iterator[
         ConfigError: shared memory is too small for it.
     """
     remove_orphans(settings.shm_dir)
-    with Arena(settings.shm_dir, mib * MIB, setting) as arena:
-        yield arena, Publisher(arena, settings.inline_max_kib * KIB)
+    with SharedMemoryArena(settings.shm_dir, mib * MIB, setting) as arena:
+        yield arena, Publisher(arena, settings)
 
 
-def _checked(part: tensor_pb2.RowSlice, dtype: str, item_shape: tuple[int, ...]) -> _Slice:
-    ref = part.ref
-    name = dtype_name(ref.dtype)
-    shape = checked_shape(tuple(ref.shape), "ref.shape")
-    if name != dtype or shape[1:] != item_shape or not shape:
-        raise InvalidRequest(f"ref is {name} {list(shape)}; expected {dtype} [rows, {', '.join(map(str, item_shape))}]")
-    if ref.nbytes != byte_count(name, shape):
-        raise InvalidRequest(f"ref.nbytes is {ref.nbytes}; {name} {list(shape)} has {byte_count(name, shape)}")
-    if ref.WhichOneof("place") is None:
-        raise InvalidRequest("ref says no place; expected inline bytes or a shared-memory slot")
-    if ref.WhichOneof("place") == "inline" and len(ref.inline) != ref.nbytes:
-        raise InvalidRequest(f"ref.inline has {len(ref.inline)} bytes; expected {ref.nbytes}")
-    if ref.WhichOneof("place") == "shared_memory" and ref.nbytes > SLOT_SIZES[-1]:
-        raise InvalidRequest(f"ref.nbytes is {ref.nbytes}; the largest slot has {SLOT_SIZES[-1]}")
-    if part.row_start + part.row_count > shape[0]:
-        raise InvalidRequest(f"rows {part.row_start}..+{part.row_count} of a tensor with {shape[0]} rows")
-    return _Slice(ref, name, item_shape, byte_count(name, item_shape), part.row_start, part.row_count)
+def set_slot(ref: tensor_pb2.TensorRef, arena: Arena, slot: Slot, expires_at: float) -> None:
+    """Lets a ref name a published slot."""
+    ref.slot.arena_id, ref.slot.epoch = arena.arena_id, arena.epoch
+    ref.slot.slot, ref.slot.generation = slot.index, slot.generation
+    ref.slot.lease_expires_ns = int(expires_at * NANOSECONDS)
 
 
-def slice_rows(ref: tensor_pb2.TensorRef, start: int, count: int) -> tensor_pb2.RowSlice:
-    """Rows [start, start + count) of a tensor, for the wire. Of an inline tensor only those rows travel on."""
-    if ref.WhichOneof("place") != "inline" or (start == 0 and count == ref.shape[0]):
-        return tensor_pb2.RowSlice(ref=ref, row_start=start, row_count=count)
-    row_bytes = len(ref.inline) // max(ref.shape[0], 1)
-    rows = ref.inline[start * row_bytes : (start + count) * row_bytes]
-    part = tensor_pb2.TensorRef(dtype=ref.dtype, shape=[count, *ref.shape[1:]], nbytes=len(rows), inline=rows)
-    return tensor_pb2.RowSlice(ref=part, row_start=0, row_count=count)
+def release_slots(arena: Arena, slots: Iterable[tensor_pb2.ArenaSlot]) -> None:
+    """Takes an arena's slots back; stale ones and those of other arenas are passed over."""
+    for slot in slots:
+        if (slot.arena_id, slot.epoch) == (arena.arena_id, arena.epoch):
+            arena.release(slot.slot, slot.generation)

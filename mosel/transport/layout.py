@@ -1,7 +1,7 @@
 """Where the slots of an arena are.
 
-An arena is a header, a control page with one generation number per slot, and the slots, sorted by size class. Producer
-and consumer compute the same offsets from the number of slots per class.
+An arena is a header, a control page with a generation and a size per slot, and the slots, sorted by size class.
+Producer and consumer compute the same offsets from the number of slots per class.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from functools import cached_property
 KIB, MIB = 1024, 1024 * 1024
 SLOT_SIZES = (64 * KIB, 256 * KIB, 1 * MIB, 4 * MIB, 16 * MIB, 64 * MIB)
 HEADER_BYTES = 256
+ENTRY_BYTES = 16  # of the control page, per slot: generation and size
 PAGE_BYTES = 4096
 MAX_SLOTS = 1 << 20
 
@@ -43,7 +44,7 @@ class Layout:
     @cached_property
     def data_start(self) -> int:
         """Offset of the first slot in bytes; the control page lies before it."""
-        control = HEADER_BYTES + 8 * self.slot_count
+        control = HEADER_BYTES + ENTRY_BYTES * self.slot_count
         return -(-control // PAGE_BYTES) * PAGE_BYTES
 
     @cached_property

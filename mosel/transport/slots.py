@@ -80,8 +80,11 @@ class SlotTable:
                 slot.state, slot.generation = SlotState.FILLING, slot.generation + 1
                 self._acquired += 1
                 return slot
-        self._refused += 1
         return None
+
+    def refuse(self) -> None:
+        """Counts a tensor for which no slot was free, however often that was tried."""
+        self._refused += 1
 
     def publish(self, slot: Slot, expires_at: float) -> None:
         """The slot is filled; its lease ends at `expires_at` seconds on the monotonic clock."""
@@ -116,6 +119,10 @@ class SlotTable:
                 expired += 1
         self._expired += expired
         return expired
+
+    def next_expiry(self) -> float | None:
+        """When the next lease may end, seconds on the monotonic clock; None without leases."""
+        return self._leases[0][0] if self._leases else None
 
     def statistics(self) -> SlotStatistics:
         """Counts for metrics and tests."""

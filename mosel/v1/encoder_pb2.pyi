@@ -25,7 +25,10 @@ class EncodeRequest(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
+    RUNG_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    rung: _tensor_pb2.Rung.ValueType
+    """Where the embeddings are to be left: what fusion reaches."""
     @_builtins.property
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.RowSlice]:
         """Payload rows in the order of the batch."""
@@ -35,10 +38,11 @@ class EncodeRequest(_message.Message):
         *,
         model: _builtins.str = ...,
         rows: _abc.Iterable[_tensor_pb2.RowSlice] | None = ...,
+        rung: _tensor_pb2.Rung.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "rows", b"rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "rows", b"rows", "rung", b"rung"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

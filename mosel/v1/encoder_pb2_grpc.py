@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from mosel.v1 import arena_pb2 as mosel_dot_v1_dot_arena__pb2
 from mosel.v1 import encoder_pb2 as mosel_dot_v1_dot_encoder__pb2
 from mosel.v1 import service_pb2 as mosel_dot_v1_dot_service__pb2
 from mosel.v1 import tensor_pb2 as mosel_dot_v1_dot_tensor__pb2
@@ -41,6 +42,21 @@ class EncoderStub(object):
                 request_serializer=mosel_dot_v1_dot_encoder__pb2.EncodeRequest.SerializeToString,
                 response_deserializer=mosel_dot_v1_dot_encoder__pb2.EncodeReply.FromString,
                 _registered_method=True)
+        self.Announce = channel.unary_unary(
+                '/mosel.v1.Encoder/Announce',
+                request_serializer=mosel_dot_v1_dot_arena__pb2.AnnounceRequest.SerializeToString,
+                response_deserializer=mosel_dot_v1_dot_arena__pb2.Announcement.FromString,
+                _registered_method=True)
+        self.OpenArena = channel.unary_unary(
+                '/mosel.v1.Encoder/OpenArena',
+                request_serializer=mosel_dot_v1_dot_arena__pb2.OpenArenaRequest.SerializeToString,
+                response_deserializer=mosel_dot_v1_dot_arena__pb2.PreflightReport.FromString,
+                _registered_method=True)
+        self.CloseArena = channel.unary_unary(
+                '/mosel.v1.Encoder/CloseArena',
+                request_serializer=mosel_dot_v1_dot_arena__pb2.CloseArenaRequest.SerializeToString,
+                response_deserializer=mosel_dot_v1_dot_arena__pb2.CloseArenaReply.FromString,
+                _registered_method=True)
         self.Profile = channel.unary_unary(
                 '/mosel.v1.Encoder/Profile',
                 request_serializer=mosel_dot_v1_dot_encoder__pb2.ProfileEncoderRequest.SerializeToString,
@@ -66,6 +82,29 @@ class EncoderServicer(object):
         Sets off: the rows are read, the network runs, the embeddings stay in this service's arena.
         Deadline: the latest of the jobs inside. Errors: NOT_FOUND (model), INVALID_ARGUMENT (a ref is wrong),
         ABORTED (a payload slot was reused while it was read), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (arena full).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Announce(self, request, context):
+        """Called by the selector when it meets this process. Deadline: 1 s. Errors: none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OpenArena(self, request, context):
+        """Called by the selector for each producer whose tensors this service will read.
+        Sets off: the arena is opened, once, and its nonce is read through the path that tensors will take.
+        Deadline: 5 s. Errors: none; a path that does not work is a report with a reason.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CloseArena(self, request, context):
+        """Called by the selector when a producer is gone. Deadline: 1 s. Errors: none; an unknown arena is passed over.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -101,6 +140,21 @@ def add_EncoderServicer_to_server(servicer, server):
                     servicer.Encode,
                     request_deserializer=mosel_dot_v1_dot_encoder__pb2.EncodeRequest.FromString,
                     response_serializer=mosel_dot_v1_dot_encoder__pb2.EncodeReply.SerializeToString,
+            ),
+            'Announce': grpc.unary_unary_rpc_method_handler(
+                    servicer.Announce,
+                    request_deserializer=mosel_dot_v1_dot_arena__pb2.AnnounceRequest.FromString,
+                    response_serializer=mosel_dot_v1_dot_arena__pb2.Announcement.SerializeToString,
+            ),
+            'OpenArena': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenArena,
+                    request_deserializer=mosel_dot_v1_dot_arena__pb2.OpenArenaRequest.FromString,
+                    response_serializer=mosel_dot_v1_dot_arena__pb2.PreflightReport.SerializeToString,
+            ),
+            'CloseArena': grpc.unary_unary_rpc_method_handler(
+                    servicer.CloseArena,
+                    request_deserializer=mosel_dot_v1_dot_arena__pb2.CloseArenaRequest.FromString,
+                    response_serializer=mosel_dot_v1_dot_arena__pb2.CloseArenaReply.SerializeToString,
             ),
             'Profile': grpc.unary_unary_rpc_method_handler(
                     servicer.Profile,
@@ -145,6 +199,87 @@ class Encoder(object):
             '/mosel.v1.Encoder/Encode',
             mosel_dot_v1_dot_encoder__pb2.EncodeRequest.SerializeToString,
             mosel_dot_v1_dot_encoder__pb2.EncodeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Announce(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mosel.v1.Encoder/Announce',
+            mosel_dot_v1_dot_arena__pb2.AnnounceRequest.SerializeToString,
+            mosel_dot_v1_dot_arena__pb2.Announcement.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenArena(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mosel.v1.Encoder/OpenArena',
+            mosel_dot_v1_dot_arena__pb2.OpenArenaRequest.SerializeToString,
+            mosel_dot_v1_dot_arena__pb2.PreflightReport.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CloseArena(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mosel.v1.Encoder/CloseArena',
+            mosel_dot_v1_dot_arena__pb2.CloseArenaRequest.SerializeToString,
+            mosel_dot_v1_dot_arena__pb2.CloseArenaReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,6 +5,7 @@ One modality's networks. Only the selector calls it."""
 
 from collections import abc as _abc
 from grpc import aio as _aio
+from mosel.v1 import arena_pb2 as _arena_pb2
 from mosel.v1 import encoder_pb2 as _encoder_pb2
 from mosel.v1 import service_pb2 as _service_pb2
 from mosel.v1 import tensor_pb2 as _tensor_pb2
@@ -39,6 +40,15 @@ class EncoderStub:
     Deadline: the latest of the jobs inside. Errors: NOT_FOUND (model), INVALID_ARGUMENT (a ref is wrong),
     ABORTED (a payload slot was reused while it was read), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (arena full).
     """
+    Announce: _grpc.UnaryUnaryMultiCallable[_arena_pb2.AnnounceRequest, _arena_pb2.Announcement]
+    """Called by the selector when it meets this process. Deadline: 1 s. Errors: none."""
+    OpenArena: _grpc.UnaryUnaryMultiCallable[_arena_pb2.OpenArenaRequest, _arena_pb2.PreflightReport]
+    """Called by the selector for each producer whose tensors this service will read.
+    Sets off: the arena is opened, once, and its nonce is read through the path that tensors will take.
+    Deadline: 5 s. Errors: none; a path that does not work is a report with a reason.
+    """
+    CloseArena: _grpc.UnaryUnaryMultiCallable[_arena_pb2.CloseArenaRequest, _arena_pb2.CloseArenaReply]
+    """Called by the selector when a producer is gone. Deadline: 1 s. Errors: none; an unknown arena is passed over."""
     Profile: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.ProfileEncoderRequest, _service_pb2.ProfileReply]
     """Called by the selector when it first meets this process: times the network for each batch size, alone.
     Deadline: the caller's. Errors: NOT_FOUND.
@@ -59,6 +69,15 @@ class EncoderAsyncStub(EncoderStub):
     Deadline: the latest of the jobs inside. Errors: NOT_FOUND (model), INVALID_ARGUMENT (a ref is wrong),
     ABORTED (a payload slot was reused while it was read), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (arena full).
     """
+    Announce: _aio.UnaryUnaryMultiCallable[_arena_pb2.AnnounceRequest, _arena_pb2.Announcement]  # type: ignore[assignment]
+    """Called by the selector when it meets this process. Deadline: 1 s. Errors: none."""
+    OpenArena: _aio.UnaryUnaryMultiCallable[_arena_pb2.OpenArenaRequest, _arena_pb2.PreflightReport]  # type: ignore[assignment]
+    """Called by the selector for each producer whose tensors this service will read.
+    Sets off: the arena is opened, once, and its nonce is read through the path that tensors will take.
+    Deadline: 5 s. Errors: none; a path that does not work is a report with a reason.
+    """
+    CloseArena: _aio.UnaryUnaryMultiCallable[_arena_pb2.CloseArenaRequest, _arena_pb2.CloseArenaReply]  # type: ignore[assignment]
+    """Called by the selector when a producer is gone. Deadline: 1 s. Errors: none; an unknown arena is passed over."""
     Profile: _aio.UnaryUnaryMultiCallable[_encoder_pb2.ProfileEncoderRequest, _service_pb2.ProfileReply]  # type: ignore[assignment]
     """Called by the selector when it first meets this process: times the network for each batch size, alone.
     Deadline: the caller's. Errors: NOT_FOUND.
@@ -82,6 +101,33 @@ class EncoderServicer(metaclass=_abc_1.ABCMeta):
         Deadline: the latest of the jobs inside. Errors: NOT_FOUND (model), INVALID_ARGUMENT (a ref is wrong),
         ABORTED (a payload slot was reused while it was read), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (arena full).
         """
+
+    @_abc_1.abstractmethod
+    def Announce(
+        self,
+        request: _arena_pb2.AnnounceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_arena_pb2.Announcement, _abc.Awaitable[_arena_pb2.Announcement]]:
+        """Called by the selector when it meets this process. Deadline: 1 s. Errors: none."""
+
+    @_abc_1.abstractmethod
+    def OpenArena(
+        self,
+        request: _arena_pb2.OpenArenaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_arena_pb2.PreflightReport, _abc.Awaitable[_arena_pb2.PreflightReport]]:
+        """Called by the selector for each producer whose tensors this service will read.
+        Sets off: the arena is opened, once, and its nonce is read through the path that tensors will take.
+        Deadline: 5 s. Errors: none; a path that does not work is a report with a reason.
+        """
+
+    @_abc_1.abstractmethod
+    def CloseArena(
+        self,
+        request: _arena_pb2.CloseArenaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_arena_pb2.CloseArenaReply, _abc.Awaitable[_arena_pb2.CloseArenaReply]]:
+        """Called by the selector when a producer is gone. Deadline: 1 s. Errors: none; an unknown arena is passed over."""
 
     @_abc_1.abstractmethod
     def Profile(

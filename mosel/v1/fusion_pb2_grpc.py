@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from mosel.v1 import arena_pb2 as mosel_dot_v1_dot_arena__pb2
 from mosel.v1 import fusion_pb2 as mosel_dot_v1_dot_fusion__pb2
 from mosel.v1 import service_pb2 as mosel_dot_v1_dot_service__pb2
 
@@ -40,6 +41,16 @@ class FusionStub(object):
                 request_serializer=mosel_dot_v1_dot_fusion__pb2.FuseRequest.SerializeToString,
                 response_deserializer=mosel_dot_v1_dot_fusion__pb2.FuseReply.FromString,
                 _registered_method=True)
+        self.OpenArena = channel.unary_unary(
+                '/mosel.v1.Fusion/OpenArena',
+                request_serializer=mosel_dot_v1_dot_arena__pb2.OpenArenaRequest.SerializeToString,
+                response_deserializer=mosel_dot_v1_dot_arena__pb2.PreflightReport.FromString,
+                _registered_method=True)
+        self.CloseArena = channel.unary_unary(
+                '/mosel.v1.Fusion/CloseArena',
+                request_serializer=mosel_dot_v1_dot_arena__pb2.CloseArenaRequest.SerializeToString,
+                response_deserializer=mosel_dot_v1_dot_arena__pb2.CloseArenaReply.FromString,
+                _registered_method=True)
         self.Profile = channel.unary_unary(
                 '/mosel.v1.Fusion/Profile',
                 request_serializer=mosel_dot_v1_dot_fusion__pb2.ProfileFusionRequest.SerializeToString,
@@ -59,6 +70,22 @@ class FusionServicer(object):
         """Called by the selector when the embeddings of one or more groups of items are there.
         Sets off: the embedding rows are read, fused and predicted. Deadline: the latest of the jobs inside.
         Errors: as Encoder.Encode.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OpenArena(self, request, context):
+        """Called by the selector for each producer whose tensors this service will read.
+        Sets off: the arena is opened, once, and its nonce is read through the path that tensors will take.
+        Deadline: 5 s. Errors: none; a path that does not work is a report with a reason.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CloseArena(self, request, context):
+        """Called by the selector when a producer is gone. Deadline: 1 s. Errors: none; an unknown arena is passed over.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,6 +112,16 @@ def add_FusionServicer_to_server(servicer, server):
                     servicer.Fuse,
                     request_deserializer=mosel_dot_v1_dot_fusion__pb2.FuseRequest.FromString,
                     response_serializer=mosel_dot_v1_dot_fusion__pb2.FuseReply.SerializeToString,
+            ),
+            'OpenArena': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenArena,
+                    request_deserializer=mosel_dot_v1_dot_arena__pb2.OpenArenaRequest.FromString,
+                    response_serializer=mosel_dot_v1_dot_arena__pb2.PreflightReport.SerializeToString,
+            ),
+            'CloseArena': grpc.unary_unary_rpc_method_handler(
+                    servicer.CloseArena,
+                    request_deserializer=mosel_dot_v1_dot_arena__pb2.CloseArenaRequest.FromString,
+                    response_serializer=mosel_dot_v1_dot_arena__pb2.CloseArenaReply.SerializeToString,
             ),
             'Profile': grpc.unary_unary_rpc_method_handler(
                     servicer.Profile,
@@ -124,6 +161,60 @@ class Fusion(object):
             '/mosel.v1.Fusion/Fuse',
             mosel_dot_v1_dot_fusion__pb2.FuseRequest.SerializeToString,
             mosel_dot_v1_dot_fusion__pb2.FuseReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenArena(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mosel.v1.Fusion/OpenArena',
+            mosel_dot_v1_dot_arena__pb2.OpenArenaRequest.SerializeToString,
+            mosel_dot_v1_dot_arena__pb2.PreflightReport.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CloseArena(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mosel.v1.Fusion/CloseArena',
+            mosel_dot_v1_dot_arena__pb2.CloseArenaRequest.SerializeToString,
+            mosel_dot_v1_dot_arena__pb2.CloseArenaReply.FromString,
             options,
             channel_credentials,
             insecure,

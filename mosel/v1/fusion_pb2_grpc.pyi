@@ -5,6 +5,7 @@ The service that predicts. Only the selector calls it."""
 
 from collections import abc as _abc
 from grpc import aio as _aio
+from mosel.v1 import arena_pb2 as _arena_pb2
 from mosel.v1 import fusion_pb2 as _fusion_pb2
 from mosel.v1 import service_pb2 as _service_pb2
 import abc as _abc_1
@@ -37,6 +38,13 @@ class FusionStub:
     Sets off: the embedding rows are read, fused and predicted. Deadline: the latest of the jobs inside.
     Errors: as Encoder.Encode.
     """
+    OpenArena: _grpc.UnaryUnaryMultiCallable[_arena_pb2.OpenArenaRequest, _arena_pb2.PreflightReport]
+    """Called by the selector for each producer whose tensors this service will read.
+    Sets off: the arena is opened, once, and its nonce is read through the path that tensors will take.
+    Deadline: 5 s. Errors: none; a path that does not work is a report with a reason.
+    """
+    CloseArena: _grpc.UnaryUnaryMultiCallable[_arena_pb2.CloseArenaRequest, _arena_pb2.CloseArenaReply]
+    """Called by the selector when a producer is gone. Deadline: 1 s. Errors: none; an unknown arena is passed over."""
     Profile: _grpc.UnaryUnaryMultiCallable[_fusion_pb2.ProfileFusionRequest, _service_pb2.ProfileReply]
     """Called by the selector when it first meets this process. Deadline: the caller's. Errors: NOT_FOUND."""
     Status: _grpc.UnaryUnaryMultiCallable[_service_pb2.StatusRequest, _service_pb2.ServiceStatus]
@@ -50,6 +58,13 @@ class FusionAsyncStub(FusionStub):
     Sets off: the embedding rows are read, fused and predicted. Deadline: the latest of the jobs inside.
     Errors: as Encoder.Encode.
     """
+    OpenArena: _aio.UnaryUnaryMultiCallable[_arena_pb2.OpenArenaRequest, _arena_pb2.PreflightReport]  # type: ignore[assignment]
+    """Called by the selector for each producer whose tensors this service will read.
+    Sets off: the arena is opened, once, and its nonce is read through the path that tensors will take.
+    Deadline: 5 s. Errors: none; a path that does not work is a report with a reason.
+    """
+    CloseArena: _aio.UnaryUnaryMultiCallable[_arena_pb2.CloseArenaRequest, _arena_pb2.CloseArenaReply]  # type: ignore[assignment]
+    """Called by the selector when a producer is gone. Deadline: 1 s. Errors: none; an unknown arena is passed over."""
     Profile: _aio.UnaryUnaryMultiCallable[_fusion_pb2.ProfileFusionRequest, _service_pb2.ProfileReply]  # type: ignore[assignment]
     """Called by the selector when it first meets this process. Deadline: the caller's. Errors: NOT_FOUND."""
     Status: _aio.UnaryUnaryMultiCallable[_service_pb2.StatusRequest, _service_pb2.ServiceStatus]  # type: ignore[assignment]
@@ -66,6 +81,25 @@ class FusionServicer(metaclass=_abc_1.ABCMeta):
         Sets off: the embedding rows are read, fused and predicted. Deadline: the latest of the jobs inside.
         Errors: as Encoder.Encode.
         """
+
+    @_abc_1.abstractmethod
+    def OpenArena(
+        self,
+        request: _arena_pb2.OpenArenaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_arena_pb2.PreflightReport, _abc.Awaitable[_arena_pb2.PreflightReport]]:
+        """Called by the selector for each producer whose tensors this service will read.
+        Sets off: the arena is opened, once, and its nonce is read through the path that tensors will take.
+        Deadline: 5 s. Errors: none; a path that does not work is a report with a reason.
+        """
+
+    @_abc_1.abstractmethod
+    def CloseArena(
+        self,
+        request: _arena_pb2.CloseArenaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_arena_pb2.CloseArenaReply, _abc.Awaitable[_arena_pb2.CloseArenaReply]]:
+        """Called by the selector when a producer is gone. Deadline: 1 s. Errors: none; an unknown arena is passed over."""
 
     @_abc_1.abstractmethod
     def Profile(

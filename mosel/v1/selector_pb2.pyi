@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from mosel.v1 import arena_pb2 as _arena_pb2
 from mosel.v1 import gateway_pb2 as _gateway_pb2
 from mosel.v1 import tensor_pb2 as _tensor_pb2
 import builtins as _builtins
@@ -26,21 +27,27 @@ class GatewayMessage(_message.Message):
 
     JOB_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    ANNOUNCEMENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def job(self) -> Global___JobDescription: ...
     @_builtins.property
     def cancel(self) -> Global___CancelJob: ...
+    @_builtins.property
+    def announcement(self) -> _arena_pb2.Announcement:
+        """The first message of each stream."""
+
     def __init__(
         self,
         *,
         job: Global___JobDescription | None = ...,
         cancel: Global___CancelJob | None = ...,
+        announcement: _arena_pb2.Announcement | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "job", b"job", "message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["announcement", b"announcement", "cancel", b"cancel", "job", b"job", "message", b"message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "job", b"job", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["announcement", b"announcement", "cancel", b"cancel", "job", b"job", "message", b"message"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["job", "cancel"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["job", "cancel", "announcement"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -148,6 +155,7 @@ class SelectorMessage(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def result(self) -> Global___JobResult: ...
     @_builtins.property
@@ -156,6 +164,8 @@ class SelectorMessage(_message.Message):
     def release(self) -> _tensor_pb2.ReleaseSlots: ...
     @_builtins.property
     def models(self) -> Global___ModelStates: ...
+    @_builtins.property
+    def transport(self) -> Global___PayloadTransport: ...
     def __init__(
         self,
         *,
@@ -163,12 +173,13 @@ class SelectorMessage(_message.Message):
         failure: Global___JobFailure | None = ...,
         release: _tensor_pb2.ReleaseSlots | None = ...,
         models: Global___ModelStates | None = ...,
+        transport: Global___PayloadTransport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "message", b"message", "models", b"models", "release", b"release", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "message", b"message", "models", b"models", "release", b"release", "result", b"result", "transport", b"transport"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "message", b"message", "models", b"models", "release", b"release", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "message", b"message", "models", b"models", "release", b"release", "result", b"result", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["result", "failure", "release", "models"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["result", "failure", "release", "models", "transport"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -318,3 +329,28 @@ class ModelState(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
+
+@_typing.final
+class PayloadTransport(_message.Message):
+    """How payloads reach every encoder that is there. Sent once the gateway's arena has been opened, and after each change."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNG_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    rung: _tensor_pb2.Rung.ValueType
+    refused: _builtins.str
+    """Why the gateway must not send jobs at all: transport.require forbids this rung. Empty if it may."""
+    def __init__(
+        self,
+        *,
+        rung: _tensor_pb2.Rung.ValueType = ...,
+        refused: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["refused", b"refused", "rung", b"rung"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PayloadTransport: _TypeAlias = PayloadTransport  # noqa: Y015

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from mosel.v1 import tensor_pb2 as _tensor_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -63,6 +64,7 @@ class ServiceStatus(_message.Message):
     DETAIL_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     COUNTERS_FIELD_NUMBER: _builtins.int
+    EDGES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"gateway", "selector", "encoder/image", "fusion"."""
     address: _builtins.str
@@ -74,6 +76,10 @@ class ServiceStatus(_message.Message):
     def counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Whole numbers by name, such as payload_bytes_read, items, calls; counted since the service started."""
 
+    @_builtins.property
+    def edges(self) -> _containers.RepeatedCompositeFieldContainer[Global___EdgeStatus]:
+        """How tensors travel to and from other services; the selector tells."""
+
     def __init__(
         self,
         *,
@@ -83,14 +89,47 @@ class ServiceStatus(_message.Message):
         detail: _builtins.str = ...,
         pid: _builtins.int = ...,
         counters: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        edges: _abc.Iterable[Global___EdgeStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "counters", b"counters", "detail", b"detail", "name", b"name", "pid", b"pid", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "counters", b"counters", "detail", b"detail", "edges", b"edges", "name", b"name", "pid", b"pid", "ready", b"ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ServiceStatus: _TypeAlias = ServiceStatus  # noqa: Y015
+
+@_typing.final
+class EdgeStatus(_message.Message):
+    """From one producer to one consumer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PRODUCER_FIELD_NUMBER: _builtins.int
+    CONSUMER_FIELD_NUMBER: _builtins.int
+    RUNG_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    producer: _builtins.str
+    """"gateway", "encoder/image"."""
+    consumer: _builtins.str
+    rung: _tensor_pb2.Rung.ValueType
+    reason: _builtins.str
+    """Why it is not a better one; empty if there is nothing to add."""
+    def __init__(
+        self,
+        *,
+        producer: _builtins.str = ...,
+        consumer: _builtins.str = ...,
+        rung: _tensor_pb2.Rung.ValueType = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consumer", b"consumer", "producer", b"producer", "reason", b"reason", "rung", b"rung"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EdgeStatus: _TypeAlias = EdgeStatus  # noqa: Y015
 
 @_typing.final
 class StatusReply(_message.Message):

@@ -24,25 +24,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15mosel/v1/tensor.proto\x12\x08mosel.v1\"H\n\x06Tensor\x12!\n\x05\x64type\x18\x01 \x01(\x0e\x32\x12.mosel.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"U\n\x10SharedMemorySlot\x12\x10\n\x08\x61rena_id\x18\x01 \x01(\x06\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x0c\n\x04slot\x18\x03 \x01(\r\x12\x12\n\ngeneration\x18\x04 \x01(\x04\"\x9d\x01\n\tTensorRef\x12!\n\x05\x64type\x18\x01 \x01(\x0e\x32\x12.mosel.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\x12\x10\n\x06inline\x18\x04 \x01(\x0cH\x00\x12\x33\n\rshared_memory\x18\x05 \x01(\x0b\x32\x1a.mosel.v1.SharedMemorySlotH\x00\x42\x07\n\x05place\"R\n\x08RowSlice\x12 \n\x03ref\x18\x01 \x01(\x0b\x32\x13.mosel.v1.TensorRef\x12\x11\n\trow_start\x18\x02 \x01(\r\x12\x11\n\trow_count\x18\x03 \x01(\r\"9\n\x0cReleaseSlots\x12)\n\x05slots\x18\x01 \x03(\x0b\x32\x1a.mosel.v1.SharedMemorySlot\"\x0e\n\x0cReleaseReply*\x8d\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x08\n\x04\x42OOL\x10\x01\x12\t\n\x05UINT8\x10\x02\x12\x08\n\x04INT8\x10\x03\x12\t\n\x05INT16\x10\x04\x12\t\n\x05INT32\x10\x05\x12\t\n\x05INT64\x10\x06\x12\x08\n\x04\x46P16\x10\x07\x12\x08\n\x04\x42\x46\x31\x36\x10\x08\x12\x08\n\x04\x46P32\x10\t\x12\x08\n\x04\x46P64\x10\nb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15mosel/v1/tensor.proto\x12\x08mosel.v1\"H\n\x06Tensor\x12!\n\x05\x64type\x18\x01 \x01(\x0e\x32\x12.mosel.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"h\n\tArenaSlot\x12\x10\n\x08\x61rena_id\x18\x01 \x01(\x06\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x0c\n\x04slot\x18\x03 \x01(\r\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x18\n\x10lease_expires_ns\x18\x05 \x01(\x06\"\x8d\x01\n\tTensorRef\x12!\n\x05\x64type\x18\x01 \x01(\x0e\x32\x12.mosel.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\x12\x10\n\x06inline\x18\x04 \x01(\x0cH\x00\x12#\n\x04slot\x18\x05 \x01(\x0b\x32\x13.mosel.v1.ArenaSlotH\x00\x42\x07\n\x05place\"R\n\x08RowSlice\x12 \n\x03ref\x18\x01 \x01(\x0b\x32\x13.mosel.v1.TensorRef\x12\x11\n\trow_start\x18\x02 \x01(\r\x12\x11\n\trow_count\x18\x03 \x01(\r\"2\n\x0cReleaseSlots\x12\"\n\x05slots\x18\x01 \x03(\x0b\x32\x13.mosel.v1.ArenaSlot\"\x0e\n\x0cReleaseReply*\x8d\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x08\n\x04\x42OOL\x10\x01\x12\t\n\x05UINT8\x10\x02\x12\x08\n\x04INT8\x10\x03\x12\t\n\x05INT16\x10\x04\x12\t\n\x05INT32\x10\x05\x12\t\n\x05INT64\x10\x06\x12\x08\n\x04\x46P16\x10\x07\x12\x08\n\x04\x42\x46\x31\x36\x10\x08\x12\x08\n\x04\x46P32\x10\t\x12\x08\n\x04\x46P64\x10\n*E\n\x04Rung\x12\x14\n\x10RUNG_UNSPECIFIED\x10\x00\x12\n\n\x06INLINE\x10\x01\x12\r\n\tPOSIX_SHM\x10\x02\x12\x0c\n\x08\x43UDA_IPC\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mosel.v1.tensor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=516
-  _globals['_DATATYPE']._serialized_end=657
+  _globals['_DATATYPE']._serialized_start=512
+  _globals['_DATATYPE']._serialized_end=653
+  _globals['_RUNG']._serialized_start=655
+  _globals['_RUNG']._serialized_end=724
   _globals['_TENSOR']._serialized_start=35
   _globals['_TENSOR']._serialized_end=107
-  _globals['_SHAREDMEMORYSLOT']._serialized_start=109
-  _globals['_SHAREDMEMORYSLOT']._serialized_end=194
-  _globals['_TENSORREF']._serialized_start=197
-  _globals['_TENSORREF']._serialized_end=354
-  _globals['_ROWSLICE']._serialized_start=356
-  _globals['_ROWSLICE']._serialized_end=438
-  _globals['_RELEASESLOTS']._serialized_start=440
-  _globals['_RELEASESLOTS']._serialized_end=497
-  _globals['_RELEASEREPLY']._serialized_start=499
-  _globals['_RELEASEREPLY']._serialized_end=513
+  _globals['_ARENASLOT']._serialized_start=109
+  _globals['_ARENASLOT']._serialized_end=213
+  _globals['_TENSORREF']._serialized_start=216
+  _globals['_TENSORREF']._serialized_end=357
+  _globals['_ROWSLICE']._serialized_start=359
+  _globals['_ROWSLICE']._serialized_end=441
+  _globals['_RELEASESLOTS']._serialized_start=443
+  _globals['_RELEASESLOTS']._serialized_end=493
+  _globals['_RELEASEREPLY']._serialized_start=495
+  _globals['_RELEASEREPLY']._serialized_end=509
 # @@protoc_insertion_point(module_scope)

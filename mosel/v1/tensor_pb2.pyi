@@ -56,6 +56,32 @@ FP32: DataType.ValueType  # 9
 FP64: DataType.ValueType  # 10
 Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
+class _Rung:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RungEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Rung.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RUNG_UNSPECIFIED: _Rung.ValueType  # 0
+    INLINE: _Rung.ValueType  # 1
+    """The bytes travel inside the messages."""
+    POSIX_SHM: _Rung.ValueType  # 2
+    """A slot in POSIX shared memory."""
+    CUDA_IPC: _Rung.ValueType  # 3
+    """A slot in device memory, opened through a CUDA IPC handle."""
+
+class Rung(_Rung, metaclass=_RungEnumTypeWrapper):
+    """How a consumer reaches a producer's tensors, from worst to best."""
+
+RUNG_UNSPECIFIED: Rung.ValueType  # 0
+INLINE: Rung.ValueType  # 1
+"""The bytes travel inside the messages."""
+POSIX_SHM: Rung.ValueType  # 2
+"""A slot in POSIX shared memory."""
+CUDA_IPC: Rung.ValueType  # 3
+"""A slot in device memory, opened through a CUDA IPC handle."""
+Global___Rung: _TypeAlias = Rung  # noqa: Y015
+
 @_typing.final
 class Tensor(_message.Message):
     """A tensor by value: what callers send and get."""
@@ -86,9 +112,9 @@ class Tensor(_message.Message):
 Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
 
 @_typing.final
-class SharedMemorySlot(_message.Message):
-    """One slot of one arena in POSIX shared memory. All fields are plain integers; the reader derives the offset from the
-    arena's layout and never takes one from a peer.
+class ArenaSlot(_message.Message):
+    """One slot of one arena. All fields are plain integers; the reader derives the offset from the arena's layout and never
+    takes one from a peer.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -97,13 +123,16 @@ class SharedMemorySlot(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     SLOT_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
+    LEASE_EXPIRES_NS_FIELD_NUMBER: _builtins.int
     arena_id: _builtins.int
-    """Names the arena; its file name follows from it."""
+    """Names the arena; the name of its control file follows from it."""
     epoch: _builtins.int
     """Drawn at random at each start of the producer."""
     slot: _builtins.int
     generation: _builtins.int
     """Rises each time the slot is acquired."""
+    lease_expires_ns: _builtins.int
+    """The end of the lease on the host's monotonic clock, in nanoseconds. What is read later is not to be trusted."""
     def __init__(
         self,
         *,
@@ -111,14 +140,15 @@ class SharedMemorySlot(_message.Message):
         epoch: _builtins.int = ...,
         slot: _builtins.int = ...,
         generation: _builtins.int = ...,
+        lease_expires_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_id", b"arena_id", "epoch", b"epoch", "generation", b"generation", "slot", b"slot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_id", b"arena_id", "epoch", b"epoch", "generation", b"generation", "lease_expires_ns", b"lease_expires_ns", "slot", b"slot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___SharedMemorySlot: _TypeAlias = SharedMemorySlot  # noqa: Y015
+Global___ArenaSlot: _TypeAlias = ArenaSlot  # noqa: Y015
 
 @_typing.final
 class TensorRef(_message.Message):
@@ -130,7 +160,7 @@ class TensorRef(_message.Message):
     SHAPE_FIELD_NUMBER: _builtins.int
     NBYTES_FIELD_NUMBER: _builtins.int
     INLINE_FIELD_NUMBER: _builtins.int
-    SHARED_MEMORY_FIELD_NUMBER: _builtins.int
+    SLOT_FIELD_NUMBER: _builtins.int
     dtype: Global___DataType.ValueType
     nbytes: _builtins.int
     """Bytes of the whole tensor: prod(shape) * size of dtype."""
@@ -139,7 +169,9 @@ class TensorRef(_message.Message):
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
-    def shared_memory(self) -> Global___SharedMemorySlot: ...
+    def slot(self) -> Global___ArenaSlot:
+        """In an arena of either kind; which one, the consumer knows since the arena was opened."""
+
     def __init__(
         self,
         *,
@@ -147,13 +179,13 @@ class TensorRef(_message.Message):
         shape: _abc.Iterable[_builtins.int] | None = ...,
         nbytes: _builtins.int = ...,
         inline: _builtins.bytes = ...,
-        shared_memory: Global___SharedMemorySlot | None = ...,
+        slot: Global___ArenaSlot | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["inline", b"inline", "place", b"place", "shared_memory", b"shared_memory"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["inline", b"inline", "place", b"place", "slot", b"slot"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "inline", b"inline", "nbytes", b"nbytes", "place", b"place", "shape", b"shape", "shared_memory", b"shared_memory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "inline", b"inline", "nbytes", b"nbytes", "place", b"place", "shape", b"shape", "slot", b"slot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_place: _TypeAlias = _typing.Literal["inline", "shared_memory"]  # noqa: Y015
+    _WhichOneofReturnType_place: _TypeAlias = _typing.Literal["inline", "slot"]  # noqa: Y015
     _WhichOneofArgType_place: _TypeAlias = _typing.Literal["place", b"place"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_place) -> _WhichOneofReturnType_place | None: ...
 
@@ -195,11 +227,11 @@ class ReleaseSlots(_message.Message):
 
     SLOTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___SharedMemorySlot]: ...
+    def slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___ArenaSlot]: ...
     def __init__(
         self,
         *,
-        slots: _abc.Iterable[Global___SharedMemorySlot] | None = ...,
+        slots: _abc.Iterable[Global___ArenaSlot] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

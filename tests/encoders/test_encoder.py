@@ -15,11 +15,13 @@ from mosel import networks
 from mosel.config import TransportSettings
 from mosel.errors import InvalidRequest, ModelNotFound, PackageError
 from mosel.model_package import ModelPackage
-from mosel.transport import Arena, Publisher, Reader, open_arena, slice_rows
+from mosel.transport import Publisher, Reader, SharedMemoryArena, open_arena, slice_rows
+from mosel.transport.torch_exchange import TensorPublisher
 from mosel.v1 import tensor_pb2
 
 Draw = Callable[..., dict[str, NDArray[Any]]]
 CPU = torch.device("cpu")
+SHM = tensor_pb2.POSIX_SHM
 
 
 @pytest.fixture
@@ -28,20 +30,22 @@ def transport(tmp_path: Path) -> TransportSettings:
 
 
 @pytest.fixture
-def arena(transport: TransportSettings) -> Iterator[tuple[Arena, Publisher]]:
-    with open_arena(transport, 1, "test") as opened:
-        yield opened
+def arena(transport: TransportSettings) -> Iterator[tuple[SharedMemoryArena, Publisher]]:
+    with open_arena(transport, 1, "test") as (arena, publisher):
+        publisher.rung = SHM
+        yield arena, publisher
 
 
 @pytest.fixture
-def reader(transport: TransportSettings) -> Iterator[Reader]:
+def reader(transport: TransportSettings, arena: tuple[SharedMemoryArena, Publisher]) -> Iterator[Reader]:
     with Reader(transport.shm_dir) as reader:
+        assert reader.open(arena[0].announcement().arena) == arena[0].announcement().nonce
         yield reader
 
 
 @pytest.fixture
-def encoder(fruit: ModelPackage, arena: tuple[Arena, Publisher], reader: Reader) -> ModalityEncoder:
-    return ModalityEncoder("scent", {"fruit": fruit}, CPU, reader, arena[1])
+def encoder(fruit: ModelPackage, arena: tuple[SharedMemoryArena, Publisher], reader: Reader) -> ModalityEncoder:
+    return ModalityEncoder("scent", {"fruit": fruit}, CPU, reader, TensorPublisher(arena[1], None))
 
 
 def published(publisher: Publisher, array: NDArray[Any], dtype: str = "FP32") -> tensor_pb2.TensorRef:
@@ -49,11 +53,15 @@ def published(publisher: Publisher, array: NDArray[Any], dtype: str = "FP32") ->
 
 
 def test_rows_of_several_payloads_are_one_batch(
-    encoder: ModalityEncoder, fruit: ModelPackage, arena: tuple[Arena, Publisher], reader: Reader, draw: Draw
+    encoder: ModalityEncoder,
+    fruit: ModelPackage,
+    arena: tuple[SharedMemoryArena, Publisher],
+    reader: Reader,
+    draw: Draw,
 ) -> None:
     first, second = draw(5, seed=1)["scent"], draw(9, seed=2)["scent"]
     rows = [slice_rows(published(arena[1], first), 3, 2), slice_rows(published(arena[1], second), 0, 9)]
-    ref, seconds = encoder.encode("fruit", rows, lease_s=60)
+    ref, seconds = encoder.encode("fruit", rows, SHM, lease_s=60)
     embeddings = reader.gather([slice_rows(ref, 0, 11)], "FP32", (8,))
     network = networks.load_encoder(fruit, "scent", CPU)
     expected = network(torch.from_numpy(np.concatenate([first[3:], second]))).numpy()
@@ -64,25 +72,25 @@ def test_rows_of_several_payloads_are_one_batch(
 
 
 def test_payloads_that_are_not_this_modality_s_are_refused(
-    encoder: ModalityEncoder, arena: tuple[Arena, Publisher], draw: Draw
+    encoder: ModalityEncoder, arena: tuple[SharedMemoryArena, Publisher], draw: Draw
 ) -> None:
     photo = slice_rows(published(arena[1], draw(2)["photo"], "UINT8"), 0, 2)
     with pytest.raises(InvalidRequest, match=r"ref is UINT8 \[2, 24, 24, 3\]; expected FP32 \[rows, 6\]"):
-        encoder.encode("fruit", [photo], lease_s=60)
+        encoder.encode("fruit", [photo], SHM, lease_s=60)
     beyond = slice_rows(published(arena[1], draw(2)["scent"]), 1, 2)
     with pytest.raises(InvalidRequest, match="of a tensor with 2 rows"):
-        encoder.encode("fruit", [beyond], lease_s=60)
+        encoder.encode("fruit", [beyond], SHM, lease_s=60)
     assert encoder.counters == {}
 
 
 def test_only_models_that_have_the_modality_are_known(
-    fruit: ModelPackage, arena: tuple[Arena, Publisher], reader: Reader
+    fruit: ModelPackage, arena: tuple[SharedMemoryArena, Publisher], reader: Reader
 ) -> None:
     deaf = replace(fruit, name="deaf", modalities={"photo": fruit.modalities["photo"]})
-    encoder = ModalityEncoder("scent", {"fruit": fruit, "deaf": deaf}, CPU, reader, arena[1])
+    encoder = ModalityEncoder("scent", {"fruit": fruit, "deaf": deaf}, CPU, reader, TensorPublisher(arena[1], None))
     assert encoder.models == ["fruit"]
     with pytest.raises(ModelNotFound, match="model 'deaf' has no modality 'scent' here"):
-        encoder.encode("deaf", [], lease_s=60)
+        encoder.encode("deaf", [], SHM, lease_s=60)
 
 
 def test_it_can_be_timed(encoder: ModalityEncoder) -> None:
@@ -92,13 +100,13 @@ def test_it_can_be_timed(encoder: ModalityEncoder) -> None:
 
 
 def test_a_network_that_contradicts_its_description_is_found_by_measuring(
-    fruit: ModelPackage, arena: tuple[Arena, Publisher], reader: Reader
+    fruit: ModelPackage, arena: tuple[SharedMemoryArena, Publisher], reader: Reader
 ) -> None:
     wrong = replace(fruit, modalities={"scent": replace(fruit.modalities["scent"], embedding=(7,))})
-    encoder = ModalityEncoder("scent", {"fruit": wrong}, CPU, reader, arena[1])
+    encoder = ModalityEncoder("scent", {"fruit": wrong}, CPU, reader, TensorPublisher(arena[1], None))
     with pytest.raises(PackageError, match=r"model\.toml: networks:Scent returned \[2, 8\]; expected \[2, 7\]"):
         encoder.measure_ms("fruit", 2, repeats=1)
     wrong = replace(fruit, modalities={"scent": replace(fruit.modalities["scent"], shape=(5,))})
-    encoder = ModalityEncoder("scent", {"fruit": wrong}, CPU, reader, arena[1])
+    encoder = ModalityEncoder("scent", {"fruit": wrong}, CPU, reader, TensorPublisher(arena[1], None))
     with pytest.raises(PackageError, match=r"model\.toml: networks:Scent fails on an input of the shape stated there"):
         encoder.measure_ms("fruit", 2, repeats=1)

@@ -15,6 +15,7 @@ from mosel.errors import InvalidRequest, ModelNotFound, PackageError
 from mosel.model_package import ModelPackage
 from mosel.tensors import from_proto
 from mosel.transport import Reader, slice_rows
+from mosel.transport.torch_exchange import TensorReader
 from mosel.v1 import tensor_pb2
 
 CPU = torch.device("cpu")
@@ -22,13 +23,13 @@ Embeddings = dict[str, NDArray[np.float32]]
 
 
 @pytest.fixture
-def reader(tmp_path: Path) -> Iterator[Reader]:
-    with Reader(tmp_path) as reader:
+def reader(tmp_path: Path) -> Iterator[TensorReader]:
+    with Reader(tmp_path) as host, TensorReader(host, tmp_path, CPU, None) as reader:
         yield reader
 
 
 @pytest.fixture
-def predictor(fruit: ModelPackage, reader: Reader) -> Predictor:
+def predictor(fruit: ModelPackage, reader: TensorReader) -> Predictor:
     return Predictor({"fruit": fruit}, CPU, reader)
 
 
@@ -101,7 +102,7 @@ def test_sets_of_another_model_cannot(predictor: Predictor) -> None:
         predictor.measure_ms("fruit", "taste", 4, repeats=1)
 
 
-def test_an_output_that_is_not_as_described_is_refused(fruit: ModelPackage, reader: Reader) -> None:
+def test_an_output_that_is_not_as_described_is_refused(fruit: ModelPackage, reader: TensorReader) -> None:
     wrong = replace(fruit, output=replace(fruit.output, shape=(4,)))
     predictor = Predictor({"fruit": wrong}, CPU, reader)
     with pytest.raises(PackageError, match=r"networks:Fusion with scent returned \[2, 3\]; expected \[2, 4\]"):

@@ -13,7 +13,7 @@ from mosel.config import Settings
 from mosel.deadline import Deadline
 from mosel.errors import DeadlineExceeded, MoselError, Overloaded, ServiceUnavailable, Unreachable
 from mosel.service import Context
-from mosel.v1 import selector_pb2, selector_pb2_grpc, service_pb2, tensor_pb2
+from mosel.v1 import arena_pb2, selector_pb2, selector_pb2_grpc, service_pb2, tensor_pb2
 
 Messages = AsyncIterator[selector_pb2.GatewayMessage]
 
@@ -23,6 +23,7 @@ class ScriptedSelector(selector_pb2_grpc.SelectorServicer):
 
     def __init__(self) -> None:
         self.received: asyncio.Queue[selector_pb2.GatewayMessage] = asyncio.Queue()
+        self.announced: asyncio.Queue[selector_pb2.GatewayMessage] = asyncio.Queue()
         self.outbox: asyncio.Queue[selector_pb2.SelectorMessage | None] = asyncio.Queue()
 
     async def Connect(  # noqa: N802 (named by the proto)
@@ -44,21 +45,26 @@ class ScriptedSelector(selector_pb2_grpc.SelectorServicer):
 
     async def _read(self, messages: Messages) -> None:
         async for message in messages:
-            self.received.put_nowait(message)
+            kept = self.announced if message.HasField("announcement") else self.received
+            kept.put_nowait(message)
 
     def say(self, **message: object) -> None:
         self.outbox.put_nowait(selector_pb2.SelectorMessage(**message))  # type: ignore[arg-type]
+
+
+ANNOUNCEMENT = arena_pb2.Announcement(arenas=[arena_pb2.AnnouncedArena(nonce=b"n" * 16)])
 
 
 class Recorder:
     """What the link reports."""
 
     def __init__(self) -> None:
-        self.released: list[tensor_pb2.SharedMemorySlot] = []
+        self.released: list[tensor_pb2.ArenaSlot] = []
         self.something_released = asyncio.Event()
         self.models_changed = asyncio.Event()
+        self.rungs: asyncio.Queue[int] = asyncio.Queue()
 
-    def release(self, slots: Iterable[tensor_pb2.SharedMemorySlot]) -> None:
+    def release(self, slots: Iterable[tensor_pb2.ArenaSlot]) -> None:
         self.released.extend(slots)
         self.something_released.set()
 
@@ -82,7 +88,9 @@ def settings(settings_with: Callable[..., Settings], tmp_path: Path) -> Settings
 
 @asynccontextmanager
 async def linked(settings: Settings, recorder: Recorder) -> AsyncIterator[SelectorLink]:
-    async with SelectorLink(settings, recorder.release, recorder.models_changed.set) as link:
+    async with SelectorLink(
+        settings, ANNOUNCEMENT, recorder.release, recorder.rungs.put_nowait, recorder.models_changed.set
+    ) as link:
         yield link
 
 
@@ -94,8 +102,8 @@ async def connected(link: SelectorLink, recorder: Recorder) -> None:
 
 
 def job(number: int) -> selector_pb2.JobDescription:
-    slot = tensor_pb2.SharedMemorySlot(arena_id=1, epoch=2, slot=number, generation=1)
-    payloads = {"photo": tensor_pb2.TensorRef(shared_memory=slot), "scent": tensor_pb2.TensorRef(inline=b"..")}
+    slot = tensor_pb2.ArenaSlot(arena_id=1, epoch=2, slot=number, generation=1)
+    payloads = {"photo": tensor_pb2.TensorRef(slot=slot), "scent": tensor_pb2.TensorRef(inline=b"..")}
     return selector_pb2.JobDescription(job_id=bytes([number] * 16), model="fruit", size=1, payloads=payloads)
 
 
@@ -159,12 +167,32 @@ async def test_a_job_that_is_late_or_cancelled_is_cancelled_there(settings: Sett
         assert link.jobs_in_flight == 0
 
 
+async def test_the_arena_is_announced_first_and_the_transport_is_as_the_selector_says(settings: Settings) -> None:
+    recorder = Recorder()
+    async with serving(settings) as selector, linked(settings, recorder) as link:
+        await connected(link, recorder)
+        assert (await selector.announced.get()).announcement == ANNOUNCEMENT
+        selector.say(transport=selector_pb2.PayloadTransport(rung=tensor_pb2.POSIX_SHM))
+        await told(recorder, tensor_pb2.POSIX_SHM)
+        link.check_connected()
+        selector.say(transport=selector_pb2.PayloadTransport(rung=tensor_pb2.INLINE, refused="too slow a path"))
+        await told(recorder, tensor_pb2.INLINE)
+        with pytest.raises(ServiceUnavailable, match="too slow a path"):
+            link.check_connected()
+
+
+async def told(recorder: Recorder, rung: int) -> None:
+    async with asyncio.timeout(30):
+        while await recorder.rungs.get() != rung:
+            pass
+
+
 async def test_releases_are_handed_on(settings: Settings) -> None:
     recorder = Recorder()
     async with serving(settings) as selector, linked(settings, recorder) as link:
         await connected(link, recorder)
         assert (await link.statuses()).services[0].name == "selector"
-        slots = [tensor_pb2.SharedMemorySlot(arena_id=1, epoch=2, slot=n, generation=4) for n in range(3)]
+        slots = [tensor_pb2.ArenaSlot(arena_id=1, epoch=2, slot=n, generation=4) for n in range(3)]
         selector.say(release=tensor_pb2.ReleaseSlots(slots=slots))
         async with asyncio.timeout(30):
             await recorder.something_released.wait()

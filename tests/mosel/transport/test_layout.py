@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mosel.transport.layout import HEADER_BYTES, KIB, MIB, SLOT_SIZES, Layout
+from mosel.transport.layout import ENTRY_BYTES, HEADER_BYTES, KIB, MIB, SLOT_SIZES, Layout
 
-# 700 generations take more than one page.
+# 700 entries take more than one page.
 layouts = st.tuples(*[st.integers(0, 5) | st.just(700) for _ in SLOT_SIZES]).map(Layout)
 
 
@@ -23,9 +23,9 @@ def test_slots_are_aligned_and_fill_the_arena_without_overlap(layout: Layout) ->
 
 @settings(deadline=None, max_examples=30)
 @given(layout=layouts)
-def test_every_slot_has_a_generation_before_the_data(layout: Layout) -> None:
-    assert HEADER_BYTES % 8 == 0
-    assert HEADER_BYTES + 8 * layout.slot_count <= layout.data_start
+def test_every_slot_has_an_entry_before_the_data(layout: Layout) -> None:
+    assert HEADER_BYTES % ENTRY_BYTES == 0
+    assert HEADER_BYTES + ENTRY_BYTES * layout.slot_count <= layout.data_start
     sizes = [layout.slot_size(index) for index in range(layout.slot_count)]
     assert sizes == [size for size, count in zip(SLOT_SIZES, layout.counts, strict=True) for _ in range(count)]
 

@@ -25,6 +25,10 @@ def acquired(table: SlotTable, nbytes: int = SMALL, now: float = 0.0) -> Slot:
 def test_a_full_class_borrows_from_the_next_and_then_refuses(table: SlotTable) -> None:
     assert [acquired(table).size_class for _ in range(3)] == [0, 0, 1]
     assert table.acquire(SMALL, 0.0) is None
+
+
+def test_refusals_are_counted_when_the_arena_gives_up(table: SlotTable) -> None:
+    table.refuse()
     assert table.statistics().refused_total == 1
 
 
@@ -75,12 +79,17 @@ def test_a_slot_cannot_be_published_or_aborted_twice(table: SlotTable) -> None:
 
 
 class SlotMachine(RuleBasedStateMachine):
-    """Acquire, publish, abort, release and expiry in any order, beside a model of who holds what."""
+    """Acquire, publish, abort, release, expiry and restart in any order, beside a model of who holds what."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = SlotTable(Layout((3, 2, 1, 0, 0, 0)))
         self.now = 0.0
+        self.restart()
+
+    @rule()
+    def restart(self) -> None:
+        """The producer comes back with a new epoch: everything starts anew."""
+        self.table = SlotTable(Layout((3, 2, 1, 0, 0, 0)))
         self.filling: dict[int, Slot] = {}
         self.leases: dict[int, tuple[int, float]] = {}
         self.generations = [0] * len(self.table.slots)
@@ -136,6 +145,10 @@ class SlotMachine(RuleBasedStateMachine):
         over = [index for index, (_, expires_at) in self.leases.items() if expires_at <= self.now]
         self.old += [(index, self.leases.pop(index)[0]) for index in over]
         return len(over)
+
+    @invariant()
+    def generations_only_rise(self) -> None:
+        assert [slot.generation for slot in self.table.slots] == self.generations
 
     @invariant()
     def every_slot_is_in_exactly_the_state_that_it_was_brought_into(self) -> None:

@@ -1,0 +1,126 @@
+"""What every arena has: slots with leases, and a control file. Where the bytes are is for subclasses to say."""
+
+import contextlib
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+from mosel.errors import Overloaded, PayloadTooLarge
+from mosel.transport.control import ControlFile
+from mosel.transport.host import host_identity
+from mosel.transport.layout import MIB, SLOT_SIZES, Layout
+from mosel.transport.slots import Slot, SlotStatistics, SlotTable
+from mosel.v1 import arena_pb2, tensor_pb2
+
+NANOSECONDS = 1_000_000_000
+
+
+class Arena(ABC):
+    """The producer's side: fills slots and takes them back. Thread-safe; a context manager.
+
+    Args:
+        directory: where shared memory is mounted, /dev/shm.
+        nbytes: the budget in bytes.
+        holds_slots: whether the slots are in the control file.
+        setting: the setting that states the budget, for messages.
+
+    Raises:
+        ConfigError: the directory does not hold that much; gives the numbers and the setting.
+    """
+
+    rung: tensor_pb2.Rung.ValueType
+
+    def __init__(self, directory: Path, nbytes: int, holds_slots: bool, setting: str) -> None:
+        self.layout = Layout.for_budget(nbytes)
+        self._setting = setting
+        self._table = SlotTable(self.layout)
+        self._lock = threading.Lock()
+        self._freed = threading.Condition(self._lock)
+        self._control = ControlFile(directory, self.layout, holds_slots, setting)
+        self.arena_id, self.epoch = self._control.arena_id, self._control.epoch
+
+    @property
+    def largest_slot(self) -> int:
+        """Bytes of the largest slot."""
+        return max(size for size, count in zip(SLOT_SIZES, self.layout.counts, strict=True) if count)
+
+    def announcement(self) -> arena_pb2.AnnouncedArena:
+        """What the selector is told, so that consumers can open this arena."""
+        arena = arena_pb2.ArenaDescription(
+            arena_id=self.arena_id, epoch=self.epoch, rung=self.rung, host=host_identity()
+        )
+        self._describe(arena)
+        return arena_pb2.AnnouncedArena(arena=arena, nonce=self._control.nonce)
+
+    @contextlib.contextmanager
+    def filling(self, nbytes: int, expires_at: float, wait_s: float) -> Iterator[Slot]:
+        """A slot that the body fills; it is published when the body ends well, and free again when it does not.
+
+        Args:
+            nbytes: bytes to be stored.
+            expires_at: end of the lease, seconds on the monotonic clock.
+            wait_s: seconds to wait for a slot at most.
+
+        Raises:
+            PayloadTooLarge: no slot of this arena is that large.
+            Overloaded: every slot that fits is in use.
+        """
+        if nbytes > self.largest_slot:
+            raise PayloadTooLarge(
+                f"a tensor of {nbytes} bytes is larger than the largest slot, {self.largest_slot} bytes; "
+                f"send fewer items or raise {self._setting}"
+            )
+        slot = self._acquire(nbytes, wait_s)
+        try:
+            yield slot
+        except BaseException:
+            with self._lock:
+                self._table.abort(slot)
+                self._freed.notify_all()
+            raise
+        with self._lock:
+            self._table.publish(slot, expires_at)
+
+    def release(self, index: int, generation: int) -> bool:
+        """Ends a lease early; False if there is no such lease."""
+        with self._lock:
+            # All: the first to wait may need a larger slot than this one.
+            self._freed.notify_all()
+            return self._table.release(index, generation)
+
+    def statistics(self) -> SlotStatistics:
+        """Slots by state, after taking back expired leases."""
+        with self._lock:
+            self._table.expire(time.monotonic())
+            return self._table.statistics()
+
+    def close(self) -> None:
+        """Gives everything back; consumers that have the arena open keep what they opened until they close it."""
+        self._control.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def _describe(self, arena: arena_pb2.ArenaDescription) -> None:
+        """Adds what a consumer needs to reach the slots."""
+
+    def _acquire(self, nbytes: int, wait_s: float) -> Slot:
+        until = time.monotonic() + wait_s
+        with self._lock:
+            while (slot := self._table.acquire(nbytes, now := time.monotonic())) is None:
+                next_expiry = self._table.next_expiry()
+                if now >= until:
+                    self._table.refuse()
+                    megabytes = self.layout.total_bytes // MIB
+                    raise Overloaded(f"every slot for {nbytes} bytes is in use ({megabytes} MiB, {self._setting})")
+                self._freed.wait(min(until, next_expiry or until) - now)
+            # Before the first byte, so that a reader of an older generation finds out.
+            self._control.claim(slot.index, slot.generation, nbytes)
+            return slot

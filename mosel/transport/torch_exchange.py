@@ -1,0 +1,244 @@
+"""Publisher and Reader for torch tensors, wherever they are: device memory, shared memory or inline."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from mosel.errors import Overloaded, ReadNotProven
+from mosel.tensors import dtype_value
+from mosel.transport.device_arena import DeviceArena, DeviceLost, DeviceView, settled
+from mosel.transport.device_ipc import DeviceIpc
+from mosel.transport.exchange import Publisher, Reader, release_slots, set_slot
+from mosel.transport.layout import KIB
+from mosel.transport.refs import CheckedSlice, checked_slice
+from mosel.v1 import arena_pb2, tensor_pb2
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "UINT8": torch.uint8,
+    "INT8": torch.int8,
+    "INT16": torch.int16,
+    "INT32": torch.int32,
+    "INT64": torch.int64,
+    "FP16": torch.float16,
+    "BF16": torch.bfloat16,
+    "FP32": torch.float32,
+    "FP64": torch.float64,
+}
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_Views = Mapping[tuple[int, int], DeviceView]
+
+
+class TensorPublisher:
+    """Turns torch tensors into refs. Thread-safe.
+
+    Args:
+        publisher: for what goes through host memory.
+        device_arena: this process's device memory, if it has a GPU that supports it.
+    """
+
+    def __init__(self, publisher: Publisher, device_arena: DeviceArena | None) -> None:
+        self._publisher, self._device_arena = publisher, device_arena
+
+    def publish(
+        self, tensor: torch.Tensor, rung: tensor_pb2.Rung.ValueType, lease_s: float, wait_s: float = 0.0
+    ) -> tensor_pb2.TensorRef:
+        """Publishes a tensor; when this returns, its bytes are complete.
+
+        Args:
+            tensor: [rows, ...], of one of `TORCH_DTYPES`; on any device.
+            rung: how the consumers of this tensor reach this process.
+            lease_s: seconds for which a slot is kept if nobody releases it.
+            wait_s: seconds to wait for a slot when all are in use.
+
+        Raises:
+            PayloadTooLarge: it does not fit into any slot.
+            Overloaded: the arena is full, and it is too large to travel inline instead.
+            InternalError: the GPU failed.
+        """
+        arena, limits = self._device_arena, self._publisher.settings
+        if arena is None or rung != tensor_pb2.CUDA_IPC or tensor.nbytes <= limits.inline_max_kib * KIB:
+            return self._publish_from_host(tensor, rung, lease_s, wait_s)
+        expires_at = time.monotonic() + lease_s
+        try:
+            slot = arena.write(tensor.contiguous(), expires_at, wait_s)
+        except Overloaded:
+            if tensor.nbytes > limits.inline_when_full_max_kib * KIB:
+                raise
+            return self._publish_from_host(tensor, tensor_pb2.INLINE, lease_s, wait_s)
+        dtype = dtype_value(_NAMES[tensor.dtype])
+        ref = tensor_pb2.TensorRef(dtype=dtype, shape=tensor.shape, nbytes=tensor.nbytes)
+        set_slot(ref, arena, slot, expires_at)
+        return ref
+
+    def announcement(self) -> arena_pb2.Announcement:
+        """This process's arenas, best first."""
+        arenas = [self._device_arena] if self._device_arena else []
+        return arena_pb2.Announcement(arenas=[arena.announcement() for arena in (*arenas, self._publisher.arena)])
+
+    def release(self, slots: Iterable[tensor_pb2.ArenaSlot]) -> None:
+        """Takes slots of either arena back; stale ones and those of other arenas are passed over."""
+        slots = list(slots)
+        self._publisher.release(slots)
+        if self._device_arena:
+            release_slots(self._device_arena, slots)
+
+    def statistics(self) -> dict[str, int]:
+        """Counters of the arena in shared memory, `slots_free` and so on, and of the other, `device_slots_free`."""
+        counters = self._publisher.arena.statistics().as_counters()
+        if self._device_arena:
+            device = self._device_arena.statistics().as_counters()
+            counters |= {f"device_{name}": count for name, count in device.items()}
+        return counters
+
+    def _publish_from_host(
+        self, tensor: torch.Tensor, rung: tensor_pb2.Rung.ValueType, lease_s: float, wait_s: float
+    ) -> tensor_pb2.TensorRef:
+        host = tensor.detach().reshape(-1).view(torch.uint8).cpu()
+        data = host.numpy().data
+        return self._publisher.publish(_NAMES[tensor.dtype], tuple(tensor.shape), data, lease_s, wait_s, rung)
+
+
+class TensorReader:
+    """Gathers rows from refs into torch tensors. Reads only arenas that were opened before. Thread-safe.
+
+    A context manager that closes what it opened in device memory; `reader` is left to whoever made it.
+
+    Args:
+        reader: for what is in host memory.
+        directory: where shared memory is mounted.
+        device: where tensors are gathered.
+        ipc: the GPU, if there is one that supports it.
+        no_ipc: why there is none.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        directory: Path,
+        device: torch.device,
+        ipc: DeviceIpc | None,
+        no_ipc: str = "this consumer has no CUDA IPC",
+    ) -> None:
+        self._reader, self._directory, self._device = reader, directory, device
+        self._ipc, self._no_ipc = ipc, no_ipc
+        self._views: dict[tuple[int, int], DeviceView] = {}
+        self._lock, self._opening = threading.Lock(), threading.Lock()
+        # What copies may still be written to, or read from, for ever: the GPU failed and does not say.
+        self._lost: list[object] = []
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the rows gathered so far."""
+        return self._reader.bytes_read
+
+    def open(self, arena: arena_pb2.ArenaDescription) -> bytes:
+        """Opens a producer's arena, once, and reads its nonce through the path that tensors will take.
+
+        Raises:
+            ReadNotProven: the path does not work; says why.
+        """
+        if arena.rung != tensor_pb2.CUDA_IPC:
+            return self._reader.open(arena)
+        if self._ipc is None:
+            raise ReadNotProven(self._no_ipc)
+        key = (arena.arena_id, arena.epoch)
+        # Takes milliseconds, and other threads read meanwhile: not the lock that they take.
+        with self._opening:
+            view = self._views.get(key)
+            if view is None:
+                view = DeviceView(self._directory, arena, self._ipc)
+                with self._lock:
+                    self._views[key] = view
+        return view.nonce
+
+    def close(self, arena_id: int, epoch: int) -> None:
+        """Closes an arena whose producer is gone, once the last thread that reads it is done. Takes milliseconds."""
+        self._reader.close(arena_id, epoch)
+        with self._lock:
+            view = self._views.pop((arena_id, epoch), None)
+        if view:
+            view.close()
+
+    def gather(self, slices: Iterable[tensor_pb2.RowSlice], dtype: str, item_shape: tuple[int, ...]) -> torch.Tensor:
+        """Copies rows of several tensors into one; when this returns, they are complete and proven.
+
+        Args:
+            slices: the rows, in order.
+            dtype: the data type that every tensor must have.
+            item_shape: the shape that every row must have.
+
+        Returns:
+            [sum of row counts, *item_shape], on the device.
+
+        Raises:
+            InvalidRequest: a slice is out of bounds, or a tensor has another type or shape.
+            ReadNotProven: a slot was reused, its lease was over, its arena is not open, or the GPU failed.
+        """
+        slices = list(slices)
+        parts = [checked_slice(s, dtype, item_shape) for s in slices]
+        views = self._views_of(parts)
+        if self._ipc is None or not views:
+            host = torch.from_numpy(self._reader.gather(slices, dtype, item_shape))
+            return host.view(TORCH_DTYPES[dtype]).to(self._device)
+        rows = sum(part.rows for part in parts)
+        batch = torch.empty((rows, *item_shape), dtype=TORCH_DTYPES[dtype], device=self._device)
+        with contextlib.ExitStack() as held:
+            for opened in views.values():
+                held.enter_context(opened.held())
+            self._copy(self._ipc, parts, views, batch.reshape(-1).view(torch.uint8))
+            for part in parts:
+                if view := _view_of(part, views):
+                    view.prove(part.slot.slot, part.slot.generation, part.slot.lease_expires_ns)
+        self._reader.count(batch.nbytes)
+        return batch
+
+    def arenas_open(self) -> int:
+        """How many arenas are open."""
+        return self._reader.arenas_open() + len(self._views)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for arena_id, epoch in list(self._views):
+            self.close(arena_id, epoch)
+
+    def _views_of(self, parts: list[CheckedSlice]) -> _Views:
+        """Those of the parts' arenas that are in device memory."""
+        keys = {(part.slot.arena_id, part.slot.epoch) for part in parts if part.inline is None}
+        with self._lock:
+            return {key: self._views[key] for key in keys if key in self._views}
+
+    def _copy(self, ipc: DeviceIpc, parts: list[CheckedSlice], views: _Views, target: torch.Tensor) -> None:
+        """Copies all parts one after the other; whatever happens, no copy is under way when this ends."""
+        sources: list[torch.Tensor] = []
+        try:
+            with settled(ipc):
+                done = 0
+                for part in parts:
+                    nbytes = part.end - part.begin
+                    # Kept: a copy from host memory may read its source until it is settled.
+                    sources.append(self._source(part, _view_of(part, views)))
+                    ipc.copy(target[done : done + nbytes], sources[-1])
+                    done += nbytes
+        except RuntimeError as error:
+            if isinstance(error, DeviceLost):
+                self._lost.append((target, sources))
+            raise ReadNotProven("the GPU failed while it copied a tensor") from None
+
+    def _source(self, part: CheckedSlice, view: DeviceView | None) -> torch.Tensor:
+        if view:
+            return view.bytes_of(part.slot.slot, part.nbytes)[part.begin : part.end]
+        host = torch.empty(part.end - part.begin, dtype=torch.uint8)
+        self._reader.copy(part, host.numpy())
+        return host
+
+
+def _view_of(part: CheckedSlice, views: _Views) -> DeviceView | None:
+    return None if part.inline is not None else views.get((part.slot.arena_id, part.slot.epoch))

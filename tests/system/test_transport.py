@@ -1,0 +1,92 @@
+"""How tensors travel between real services: proven paths, and refusals where a path is required that is not there."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mosel import Client
+from mosel.config import Settings
+from mosel.errors import ServiceUnavailable
+from mosel.launcher import Child, Launcher
+
+Payloads = dict[str, NDArray[np.generic]]
+Draw = Callable[..., Payloads]
+EDGES = {("gateway", "photo"), ("gateway", "scent"), ("photo", "fusion"), ("scent", "fusion")}
+
+
+def rungs(client: Client) -> dict[tuple[str, str], str]:
+    edges = [edge for service in client.status() for edge in service.edges]
+    return {(edge.producer.partition("-")[0], edge.consumer): edge.rung for edge in edges}
+
+
+def test_every_edge_is_proven_and_shown(client: Client) -> None:
+    assert rungs(client) == dict.fromkeys(EDGES, "posix_shm")
+    selector = next(service for service in client.status() if service.name == "selector")
+    assert selector.counters["edges.posix_shm"] == len(EDGES)
+
+
+def test_large_payloads_are_written_once_and_read_by_the_chosen_alone(client: Client, draw: Draw) -> None:
+    def counted() -> dict[str, dict[str, int]]:
+        return {service.name: service.counters for service in client.status()}
+
+    payloads, before = draw(200), counted()
+    assert payloads["photo"].nbytes > 64 * 1024
+    answer = client.predict("fruit", payloads, modalities=["photo"])
+    assert set(answer.modality_sets) == {"photo"}
+    after = counted()
+    grown = {name: {key: after[name][key] - before[name].get(key, 0) for key in after[name]} for name in after}
+    assert grown["gateway"]["slots_acquired_total"] == 1
+    assert grown["encoder/photo"]["payload_bytes_read"] == payloads["photo"].nbytes
+    assert grown["encoder/scent"].get("payload_bytes_read", 0) == 0
+
+
+@pytest.fixture
+def restarted(settings_with: Callable[..., Settings]) -> Iterator[Launcher]:
+    with Launcher(
+        settings_with(transport={"inline_max_kib": 0, "gateway_arena_mib": 8, "encoder_arena_mib": 4})
+    ) as own:
+        own.wait_ready(120)
+        yield own
+
+
+def test_a_producer_that_comes_again_is_attached_under_its_new_epoch(
+    restarted: Launcher,
+    draw: Draw,
+    start_again: Callable[[Launcher, str], Child],
+    until: Callable[..., None],
+) -> None:
+    with Client(restarted.address) as client:
+        expected = client.predict("fruit", draw(40)).output
+        for name in ("encoder/photo", "fusion", "gateway"):
+            os.kill(restarted.children[name].process.pid, signal.SIGKILL)
+            restarted.children[name].process.wait()
+            start_again(restarted, name)
+            until(lambda: _is_whole(client), f"{name} is attached again")
+            np.testing.assert_array_equal(client.predict("fruit", draw(40)).output, expected)
+        opened = {service.name: service.counters.get("arenas_open") for service in client.status()}
+        assert opened["fusion"] == 2
+        assert opened["encoder/photo"] == opened["encoder/scent"] == 1
+
+
+def _is_whole(client: Client) -> bool:
+    try:
+        (model,) = client.models()
+    except ServiceUnavailable:
+        return False
+    return all(info.available for info in model.sets.values()) and rungs(client) == dict.fromkeys(EDGES, "posix_shm")
+
+
+def test_a_path_that_is_required_and_not_there_keeps_the_system_from_being_ready(
+    settings_with: Callable[..., Settings],
+) -> None:
+    with Launcher(settings_with(transport={"require": "cuda_ipc"})) as launcher:
+        with pytest.raises(ServiceUnavailable, match=r"encoder/photo \(transport\.require is cuda_ipc, but"):
+            launcher.wait_ready(12)
+        with Client(launcher.address) as client:
+            assert not any(model.ready for model in client.models())
+            detail = next(s.detail for s in client.status() if s.name == "encoder/scent")
+            assert "embeddings travel posix_shm" in detail
