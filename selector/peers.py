@@ -158,11 +158,12 @@ class Peers:
             await self._attach(name)
             await self._measure(name)
             self._check_requirement(name)
+            self._changed(name, name not in self._refused)
         else:
             self._refused.pop(name, None)
+            self._changed(name, False)
             await self._close_arenas(name)
         self._tell_gateways()
-        self._changed(name, serving and name not in self._refused)
 
     async def _attach(self, name: str) -> None:
         """Proves the paths to and from a service before anything is sent along them."""
