@@ -22,7 +22,7 @@ from mosel.v1 import encoder_pb2, fusion_pb2, gateway_pb2, selector_pb2, tensor_
 from selector.ledger import Ledger
 from selector.peers import Peers
 from selector.profile import ModelProfile
-from selector.scheduler import FUSION, EncodeCall, Expired, FuseCall, Job, Scheduler, Wait
+from selector.scheduler import FUSION, EncodeCall, Expired, FuseCall, Job, Scheduler, Wait, service_name
 
 # Releases wait this long for company.
 _RELEASE_EVERY_S = 0.005
@@ -126,7 +126,7 @@ class Director:
     def lane_changed(self, name: str, up: bool) -> None:
         """A service came or went."""
         for job_id in self._scheduler.lane(name, up):
-            self._fail(job_id, ServiceUnavailable(f"service {_shown(name)} went away"))
+            self._fail(job_id, ServiceUnavailable(f"service {service_name(name)} went away"))
         for session in self._sessions:
             session.send(models=self.model_states())
         self._advance()
@@ -183,7 +183,7 @@ class Director:
         try:
             reply = await self._peer().encoders[call.modality].Encode(request, timeout=timeout)
         except Exception as error:  # noqa: BLE001 (whatever it is, the call must leave its lane)
-            self._lose(call, error, _shown(call.modality))
+            self._lose(call, error, service_name(call.modality))
         else:
             self._keep(call, reply.embeddings)
             self._scheduler.completed(call, time.monotonic())
@@ -367,7 +367,3 @@ def _slots(refs: Iterable[tensor_pb2.TensorRef]) -> list[tensor_pb2.ArenaSlot]:
 
 def _key(producer: Session | str, slot: tensor_pb2.ArenaSlot) -> SlotKey:
     return producer, slot.arena_id, slot.epoch, slot.slot, slot.generation
-
-
-def _shown(lane: str) -> str:
-    return lane if lane == FUSION else f"encoder/{lane}"

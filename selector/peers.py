@@ -23,7 +23,7 @@ from mosel.v1 import (
 )
 from selector.attachments import Attachments
 from selector.profile import LatencyCurve, ModelProfile
-from selector.scheduler import FUSION
+from selector.scheduler import FUSION, service_name
 
 # How long the first measurement waits for services that are still starting, so that they do not disturb it.
 _ALL_THERE_S = 30.0
@@ -117,6 +117,15 @@ class Peers:
         """The state of every service that computes; one that does not answer is not ready."""
         return list(await asyncio.gather(*(self._status(name) for name in self._addresses)))
 
+    def edges(self) -> list[service_pb2.EdgeStatus]:
+        """How tensors travel, from every producer to every consumer."""
+        edges = self.attachments.statuses()
+        for edge in edges:
+            edge.consumer = service_name(edge.consumer)
+            if edge.producer in self._addresses:
+                edge.producer = service_name(edge.producer)
+        return edges
+
     async def _status(self, name: str) -> service_pb2.ServiceStatus:
         stub = self.fusion if name == FUSION else self.encoders[name]
         try:
@@ -125,10 +134,8 @@ class Peers:
                 status.ready, status.detail = False, self._refused[name]
             return status
         except grpc.RpcError as error:
-            shown = FUSION if name == FUSION else f"encoder/{name}"
-            return service_pb2.ServiceStatus(
-                name=shown, address=self._addresses[name], ready=False, detail=f"does not answer: {error.code().name}"
-            )
+            detail = f"does not answer: {error.code().name}"
+            return service_pb2.ServiceStatus(name=service_name(name), address=self._addresses[name], detail=detail)
 
     async def _watch(self, name: str) -> None:
         """Follows a service's health for as long as this object lives."""

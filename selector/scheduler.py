@@ -28,6 +28,11 @@ _SMOOTHING = 0.1
 _HALF_LIFE_S = 2.0
 
 
+def service_name(lane: str) -> str:
+    """How people know the service behind a lane: `fusion`, `encoder/image`."""
+    return lane if lane == FUSION else f"encoder/{lane}"
+
+
 @dataclass(frozen=True)
 class Job:
     """Items that arrived together; see `Demand`. `deadline` is in seconds on the driver's clock."""

@@ -60,6 +60,6 @@ class SelectorServicer(selector_pb2_grpc.SelectorServicer):
             ready=True,
             pid=os.getpid(),
             counters=self._director.statistics() | self._peers.attachments.statistics(),
-            edges=self._peers.attachments.statuses(),
+            edges=self._peers.edges(),
         )
         return service_pb2.StatusReply(services=[own, *await self._peers.statuses()])

@@ -110,7 +110,7 @@ class EdgeStatus(_message.Message):
     RUNG_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     producer: _builtins.str
-    """"gateway", "encoder/image"."""
+    """"gateway-1", "encoder/image"."""
     consumer: _builtins.str
     rung: _tensor_pb2.Rung.ValueType
     reason: _builtins.str

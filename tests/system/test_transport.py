@@ -15,7 +15,12 @@ from mosel.launcher import Child, Launcher
 
 Payloads = dict[str, NDArray[np.generic]]
 Draw = Callable[..., Payloads]
-EDGES = {("gateway", "photo"), ("gateway", "scent"), ("photo", "fusion"), ("scent", "fusion")}
+EDGES = {
+    ("gateway", "encoder/photo"),
+    ("gateway", "encoder/scent"),
+    ("encoder/photo", "fusion"),
+    ("encoder/scent", "fusion"),
+}
 
 
 def rungs(client: Client) -> dict[tuple[str, str], str]:
