@@ -3,13 +3,16 @@
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from mosel.transport import Reader, SharedMemoryArena
 from mosel.transport.layout import MIB
-from tests.mosel.transport.device_link import Link, linked
 from tests.mosel.transport.support import SETTING
+
+if TYPE_CHECKING:
+    from tests.mosel.transport.device_link import Link
 
 
 @pytest.fixture
@@ -32,6 +35,9 @@ def reader(shm: Path, arena: SharedMemoryArena) -> Iterator[Reader]:
 
 
 @pytest.fixture
-def link(shm: Path) -> Iterator[Link]:
+def link(shm: Path) -> "Iterator[Link]":
+    # Not above: the tests of host memory run where there is no torch.
+    from tests.mosel.transport.device_link import linked
+
     with linked(shm) as link:
         yield link
