@@ -108,7 +108,7 @@ def socket_path(address: str) -> Path | None:
 
 
 def run_service(name: str, serve: Callable[[Settings, asyncio.Event], Coroutine[Any, Any, None]]) -> int:
-    """Runs a service until SIGTERM or SIGINT; a second signal ends the process at once.
+    """Runs a service until SIGTERM, SIGINT or SIGHUP; a second SIGTERM or SIGINT ends the process at once.
 
     Args:
         name: for logs.
@@ -122,6 +122,8 @@ def run_service(name: str, serve: Callable[[Settings, asyncio.Event], Coroutine[
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, lambda: os._exit(1) if stop.is_set() else stop.set())
+        # From the kernel when the parent is gone, once for each of its threads: no second signal.
+        loop.add_signal_handler(signal.SIGHUP, stop.set)
         await serve(settings, stop)
 
     try:
@@ -191,13 +193,13 @@ class RefuseGarbage(grpc.aio.ServerInterceptor):
 
 
 def _end_with(parent_pid: int) -> None:
-    """Asks Linux for SIGTERM when the process that started this one dies, however it dies.
+    """Asks Linux for SIGHUP when the process that started this one dies, however it dies.
 
     Raises:
         ServiceUnavailable: it is dead already.
     """
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGHUP)
     if os.getppid() != parent_pid:
         raise ServiceUnavailable(f"process {parent_pid}, which started this service, is gone")
 

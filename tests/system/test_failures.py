@@ -264,3 +264,10 @@ def test_every_service_stops_on_a_signal_and_leaves_nothing(own: Launcher, share
     assert list(sockets.glob("*.sock")) == []
     # A gateway that was killed or stopped twice leaves its arena to the next start; others remove their own.
     assert list(shared_memory.iterdir()) == []
+
+
+def test_hang_ups_come_in_numbers_and_stop_a_service_cleanly(own: Launcher) -> None:
+    process = own.children["encoder/scent"].process
+    for _ in range(3):
+        process.send_signal(signal.SIGHUP)
+    assert process.wait(30) == 0
