@@ -64,8 +64,7 @@ def example_payload(package: ModelPackage, modality: str, rows: int) -> NDArray[
 
 
 def timed_ms(run: Callable[[], object], repeats: int) -> float:
-    """Median time of a call in milliseconds, after one that is not counted."""
-    run()
+    """Median time of a call in milliseconds. What has never run is slow at first: let `check_runs` run it before."""
     times = []
     for _ in range(repeats):
         started = time.perf_counter()

@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -140,12 +140,17 @@ class Reader:
             InvalidRequest: a slice is out of bounds, or a tensor has another type or shape.
             ReadNotProven: a slot was reused, its lease was over, or its arena is not open.
         """
-        checked = [checked_slice(s, dtype, item_shape) for s in slices]
-        rows = sum(s.rows for s in checked)
+        return self.gather_checked([checked_slice(s, dtype, item_shape) for s in slices], dtype, item_shape)
+
+    def gather_checked(
+        self, parts: Sequence[CheckedSlice], dtype: str, item_shape: tuple[int, ...]
+    ) -> NDArray[np.generic]:
+        """As `gather`, of slices that `checked_slice` has let pass for this dtype and shape."""
+        rows = sum(part.rows for part in parts)
         batch = np.empty((rows, *item_shape), DTYPES[dtype])
         flat = batch.reshape(-1).view(np.uint8)
         done = 0
-        for part in checked:
+        for part in parts:
             nbytes = part.end - part.begin
             self.copy(part, flat[done : done + nbytes])
             done += nbytes

@@ -180,11 +180,10 @@ class TensorReader:
             InvalidRequest: a slice is out of bounds, or a tensor has another type or shape.
             ReadNotProven: a slot was reused, its lease was over, its arena is not open, or the GPU failed.
         """
-        slices = list(slices)
         parts = [checked_slice(s, dtype, item_shape) for s in slices]
         views = self._views_of(parts)
         if self._ipc is None or not views:
-            host = torch.from_numpy(self._reader.gather(slices, dtype, item_shape))
+            host = torch.from_numpy(self._reader.gather_checked(parts, dtype, item_shape))
             return host.view(TORCH_DTYPES[dtype]).to(self._device)
         rows = sum(part.rows for part in parts)
         batch = torch.empty((rows, *item_shape), dtype=TORCH_DTYPES[dtype], device=self._device)
