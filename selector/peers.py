@@ -127,9 +127,8 @@ class Peers:
         return edges
 
     async def _status(self, name: str) -> service_pb2.ServiceStatus:
-        stub = self.fusion if name == FUSION else self.encoders[name]
         try:
-            status = await stub.Status(service_pb2.StatusRequest(), timeout=_STATUS_TIMEOUT_S)
+            status = await self._stub(name).Status(service_pb2.StatusRequest(), timeout=_STATUS_TIMEOUT_S)
             if name in self._refused:
                 status.ready, status.detail = False, self._refused[name]
             return status
@@ -165,12 +164,14 @@ class Peers:
             await self._attach(name)
             await self._measure(name)
             self._check_requirement(name)
+            # First: what it cannot reach in an arena must not be sent to it as a ref.
+            self._tell_gateways()
             self._changed(name, name not in self._refused)
         else:
             self._refused.pop(name, None)
             self._changed(name, False)
             await self._close_arenas(name)
-        self._tell_gateways()
+            self._tell_gateways()
 
     async def _attach(self, name: str) -> None:
         """Proves the paths to and from a service before anything is sent along them."""
@@ -187,10 +188,12 @@ class Peers:
 
     def _check_requirement(self, name: str) -> None:
         """Refuses a service whose embeddings travel worse than `transport.require` allows."""
+        if not self._serving[FUSION]:
+            return
         required = self._settings.transport.require
         for encoder in self._serving_encoders() if name == FUSION else [name]:
-            edge = self.attachments.worst(encoder, [FUSION] if self._serving[FUSION] else [])
-            if self._serving[FUSION] and edge.rung < tensor_pb2.Rung.Value(required.upper()):
+            edge = self.attachments.worst(encoder, [FUSION])
+            if edge.rung < tensor_pb2.Rung.Value(required.upper()):
                 rung = tensor_pb2.Rung.Name(edge.rung).lower()
                 self._refused[name] = f"transport.require is {required}, but embeddings travel {rung}: {edge.reason}"
                 log.error("refused", extra={"peer": name, "reason": self._refused[name]})
@@ -204,22 +207,26 @@ class Peers:
                 refused += f": {edge.reason}"
             tell(selector_pb2.PayloadTransport(rung=edge.rung, refused=refused))
 
+    def _stub(self, name: str) -> "encoder_pb2_grpc.EncoderAsyncStub | fusion_pb2_grpc.FusionAsyncStub":
+        """For what every service that computes can be asked."""
+        return self.fusion if name == FUSION else self.encoders[name]
+
     def _serving_encoders(self) -> list[str]:
         return [name for name, serving in self._serving.items() if serving and name != FUSION]
 
     async def _open_arena(self, consumer: str, arena: arena_pb2.ArenaDescription) -> arena_pb2.PreflightReport:
-        stub = self.fusion if consumer == FUSION else self.encoders[consumer]
         try:
-            return await stub.OpenArena(arena_pb2.OpenArenaRequest(arena=arena), timeout=_ATTACH_TIMEOUT_S)
+            return await self._stub(consumer).OpenArena(
+                arena_pb2.OpenArenaRequest(arena=arena), timeout=_ATTACH_TIMEOUT_S
+            )
         except grpc.RpcError as error:
             return arena_pb2.PreflightReport(reason=f"the consumer does not answer: {error.code().name}")
 
     async def _close_arenas(self, producer: str) -> None:
         for consumer, arena in self.attachments.forget(producer):
             request = arena_pb2.CloseArenaRequest(arena_id=arena.arena_id, epoch=arena.epoch)
-            stub = self.fusion if consumer == FUSION else self.encoders[consumer]
             with contextlib.suppress(grpc.RpcError):
-                await stub.CloseArena(request, timeout=_STATUS_TIMEOUT_S)
+                await self._stub(consumer).CloseArena(request, timeout=_STATUS_TIMEOUT_S)
 
     async def _measure(self, name: str) -> None:
         """Measures a service's latencies unless they are known; one service at a time."""
