@@ -65,7 +65,7 @@ async def serve(modality: str, listen: str, settings: Settings, stop: asyncio.Ev
         register = partial(encoder_pb2_grpc.add_EncoderServicer_to_server, servicer)
         async with Service(settings, address, "encoders.addresses", register) as service:
             for model in encoder.models:
-                encoder.measure_ms(model, 1, repeats=1)
+                encoder.ready_call(model, 1)
             await service.set_ready(True)
             await stop.wait()
 

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -86,8 +86,13 @@ class ModalityEncoder:
             self.counters.update(calls=1, items=len(batch), payload_bytes_read=batch.nbytes)
         return self._publisher.publish(embeddings, rung, lease_s, wait_s), seconds
 
-    def measure_ms(self, model: str, batch_size: int, repeats: int) -> float:
-        """Median milliseconds of the network for a batch of this size.
+    @property
+    def resource(self) -> str:
+        """What the networks compute on: "cpu", or the GPU's UUID."""
+        return networks.resource_of(self._device)
+
+    def ready_call(self, model: str, batch_size: int) -> Callable[[], torch.Tensor]:
+        """A call of the network for a batch of this size, to be timed; it has run once.
 
         Raises:
             ModelNotFound: the model has no such modality here.
@@ -103,7 +108,7 @@ class ModalityEncoder:
             return embeddings
 
         networks.check_runs(package, spec.encoder, run, batch_size, spec.embedding)
-        return networks.timed_ms(run, repeats)
+        return run
 
     def _network(self, model: str) -> torch.nn.Module:
         if model not in self._networks:

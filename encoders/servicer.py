@@ -8,6 +8,7 @@ from encoders.encoder import ModalityEncoder
 from mosel.compute import Workers
 from mosel.config import TransportSettings
 from mosel.service import Context, answers_with_status, deadline_of
+from mosel.timing import latency_points
 from mosel.transport import Reader
 from mosel.transport.preflight import preflight
 from mosel.transport.torch_exchange import TensorPublisher
@@ -65,15 +66,10 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
 
     @answers_with_status
     async def Profile(self, request: encoder_pb2.ProfileEncoderRequest, context: Context) -> service_pb2.ProfileReply:
-        def measure(size: int) -> float:
-            return self._encoder.measure_ms(request.model, size, request.repeats)
-
-        deadline = deadline_of(context)
-        reply = service_pb2.ProfileReply()
-        for size in request.batch_sizes:
-            ms = await self._workers.run(partial(measure, size), deadline, "measuring")
-            reply.points.add(batch_size=size, p50_ms=ms)
-        return reply
+        prepare = partial(self._encoder.ready_call, request.model)
+        return await latency_points(
+            self._workers, prepare, request.batch_sizes, request.repeats, request.concurrency, deadline_of(context)
+        )
 
     @answers_with_status
     async def Release(self, request: tensor_pb2.ReleaseSlots, context: Context) -> tensor_pb2.ReleaseReply:
@@ -86,5 +82,10 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         counters["arenas_open"] = self._reader.arenas_open()
         name = f"encoder/{self._encoder.modality}"
         return service_pb2.ServiceStatus(
-            name=name, address=self._address, ready=True, pid=os.getpid(), counters=counters
+            name=name,
+            address=self._address,
+            ready=True,
+            pid=os.getpid(),
+            counters=counters,
+            resource=self._encoder.resource,
         )

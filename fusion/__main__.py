@@ -54,7 +54,7 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
         async with Service(settings, address, "fusion.address", register) as service:
             for name, package in packages.items():
                 for modality_set in subsets(package.modalities):
-                    predictor.measure_ms(name, format_set(modality_set), 1, repeats=1)
+                    predictor.ready_call(name, format_set(modality_set), 1)
             await service.set_ready(True)
             await stop.wait()
 

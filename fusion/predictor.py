@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -75,8 +75,13 @@ class Predictor:
             self.counters["embedding_bytes_read"] = self._reader.bytes_read
         return outputs, seconds
 
-    def measure_ms(self, model: str, modality_set: str, batch_size: int, repeats: int) -> float:
-        """Median milliseconds of the network for a batch of this size.
+    @property
+    def resource(self) -> str:
+        """What the networks compute on: "cpu", or the GPU's UUID."""
+        return networks.resource_of(self._device)
+
+    def ready_call(self, model: str, modality_set: str, batch_size: int) -> Callable[[], torch.Tensor]:
+        """A call of the network for a batch of this size, to be timed; it has run once.
 
         Raises:
             ModelNotFound: there is no such model.
@@ -96,7 +101,7 @@ class Predictor:
             return output
 
         networks.check_runs(package, f"{package.fusion} with {modality_set}", run, batch_size, package.output.shape)
-        return networks.timed_ms(run, repeats)
+        return run
 
     def _gather(self, package: ModelPackage, modality: str, groups: Sequence[EmbeddingRows]) -> torch.Tensor:
         rows = [part for group in groups for part in group[modality]]

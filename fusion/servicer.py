@@ -7,6 +7,7 @@ from functools import partial
 from fusion.predictor import Predictor
 from mosel.compute import Workers
 from mosel.service import Context, answers_with_status, deadline_of
+from mosel.timing import latency_points
 from mosel.transport.preflight import preflight
 from mosel.transport.torch_exchange import TensorReader
 from mosel.v1 import arena_pb2, fusion_pb2, fusion_pb2_grpc, service_pb2
@@ -44,20 +45,20 @@ class FusionServicer(fusion_pb2_grpc.FusionServicer):
 
     @answers_with_status
     async def Profile(self, request: fusion_pb2.ProfileFusionRequest, context: Context) -> service_pb2.ProfileReply:
-        def measure(size: int) -> float:
-            return self._predictor.measure_ms(request.model, request.modality_set, size, request.repeats)
-
-        deadline = deadline_of(context)
-        reply = service_pb2.ProfileReply()
-        for size in request.batch_sizes:
-            ms = await self._workers.run(partial(measure, size), deadline, "measuring")
-            reply.points.add(batch_size=size, p50_ms=ms)
-        return reply
+        prepare = partial(self._predictor.ready_call, request.model, request.modality_set)
+        return await latency_points(
+            self._workers, prepare, request.batch_sizes, request.repeats, request.concurrency, deadline_of(context)
+        )
 
     @answers_with_status
     async def Status(self, request: service_pb2.StatusRequest, context: Context) -> service_pb2.ServiceStatus:
         counters = dict(self._predictor.counters) | self._workers.statistics()
         counters["arenas_open"] = self._reader.arenas_open()
         return service_pb2.ServiceStatus(
-            name="fusion", address=self._address, ready=True, pid=os.getpid(), counters=counters
+            name="fusion",
+            address=self._address,
+            ready=True,
+            pid=os.getpid(),
+            counters=counters,
+            resource=self._predictor.resource,
         )

@@ -1,104 +1,175 @@
-"""From request to checked job, and from result to reply. Knows no gRPC and no sockets."""
+"""From request to checked job. Knows no gRPC and no sockets."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mosel.deadline import Deadline
 from mosel.errors import InvalidRequest, ModelNotFound, PayloadTooLarge
 from mosel.model_package import ModalitySpec, ModelPackage
-from mosel.tensors import DTYPES, dtype_name, from_proto
-from mosel.v1 import gateway_pb2, selector_pb2, tensor_pb2
+from mosel.tensors import DTYPES, byte_count, dtype_name, from_proto
+from mosel.v1 import gateway_pb2, tensor_pb2
+
+Payloads = Mapping[str, NDArray[np.generic]]
 
 
 @dataclass(frozen=True)
 class CheckedJob:
-    """A request that is known to be sound.
+    """What a caller asks for, known to be sound.
 
     Attributes:
-        payloads: arrays [size, *shape] by modality, over the bytes of the request.
-        modalities: those that may be run.
+        size: items.
+        modalities: those that may be run, sorted.
         min_accuracy: the floor, 0..1, or None.
         latency_slo_ms: the caller's deadline in milliseconds, or None.
         exact: the caller named the modalities and gave no floor: all of them are run.
+        late_ok: a late answer is wanted, too.
     """
 
     package: ModelPackage
     size: int
-    payloads: Mapping[str, NDArray[np.generic]]
     modalities: tuple[str, ...]
     min_accuracy: float | None
     latency_slo_ms: float | None
     exact: bool
+    effort: gateway_pb2.Effort.ValueType
+    late_ok: bool
+
+    def payload_bytes(self) -> dict[str, int]:
+        """Bytes of each payload."""
+        specs = {name: self.package.modalities[name] for name in self.modalities}
+        return {name: byte_count(spec.dtype, (self.size, *spec.shape)) for name, spec in specs.items()}
+
+
+@dataclass(frozen=True)
+class Times:
+    """What a job is planned for, and when nobody waits for it any more; the same unless a late answer is wanted."""
+
+    deadline: Deadline
+    ends: Deadline
+
+
+def times_of(job: CheckedJob, call: Deadline, default_s: float) -> Times:
+    """When a job that arrives now is due.
+
+    Args:
+        job: the job.
+        call: when the caller's own call ends.
+        default_s: seconds for callers that state no deadline.
+    """
+    slo = Deadline.after(default_s if job.latency_slo_ms is None else job.latency_slo_ms / 1000)
+    deadline = min(slo, call, key=attrgetter("at"))
+    return Times(deadline, call if job.late_ok else deadline)
 
 
 def check_request(
     request: gateway_pb2.PredictRequest, packages: Mapping[str, ModelPackage], max_items: int
-) -> CheckedJob:
-    """Checks every field of a request.
+) -> tuple[CheckedJob, Payloads]:
+    """Checks every field of a request that brings its items along.
 
     Args:
         request: what the caller sent.
         packages: the models by name.
         max_items: bound on the items of one job.
 
+    Returns:
+        The job, and arrays [size, *shape] by modality over the bytes of the request.
+
     Raises:
         ModelNotFound: there is no such model.
         PayloadTooLarge: more items than one job may have.
         InvalidRequest: names the field, what it holds and what was expected.
     """
-    package = packages.get(request.model)
-    if package is None:
-        raise ModelNotFound(f"model is '{request.model}'; expected one of {', '.join(sorted(packages))}")
-    if not request.payloads:
-        raise InvalidRequest(f"payloads is empty; expected some of {', '.join(package.modalities)}")
-    payloads = {}
-    for name in sorted(request.payloads):
+    package = _package(request.model, packages)
+    payloads = check_payloads("payloads", request.payloads, package, max_items)
+    for name in request.modalities:
+        if name not in payloads:
+            raise InvalidRequest(f"modalities has '{name}'; expected some of the payloads: {', '.join(payloads)}")
+    modalities = tuple(sorted(set(request.modalities) or payloads))
+    exact = bool(request.modalities) and not request.HasField("min_accuracy")
+    return _job(request, package, size_of(payloads), modalities, exact), payloads
+
+
+def check_spec(spec: gateway_pb2.JobSpec, packages: Mapping[str, ModelPackage], max_items: int) -> CheckedJob:
+    """Checks every field of a job whose items are elsewhere; arguments and errors as of `check_request`."""
+    package = _package(spec.model, packages)
+    if spec.size < 1:
+        raise InvalidRequest("size is 0; expected at least one item")
+    if spec.size > max_items:
+        raise PayloadTooLarge(
+            f"size is {spec.size}; expected at most {max_items} in one job (setting gateway.max_items_per_job)"
+        )
+    for name in spec.modalities:
         if name not in package.modalities:
-            raise InvalidRequest(f"payloads has '{name}'; expected some of {', '.join(package.modalities)}")
-        payloads[name] = _payload(f"payloads.{name}", request.payloads[name], package.modalities[name], max_items)
+            raise InvalidRequest(f"modalities has '{name}'; expected some of {', '.join(package.modalities)}")
+    modalities = tuple(sorted(set(spec.modalities) or package.modalities))
+    return _job(spec, package, spec.size, modalities, exact=False)
+
+
+def check_payloads(
+    field: str, tensors: Mapping[str, tensor_pb2.Tensor], package: ModelPackage, max_items: int
+) -> Payloads:
+    """Checks payloads of the same items.
+
+    Args:
+        field: names them in messages.
+        tensors: by modality.
+        package: the model.
+        max_items: bound on the items.
+
+    Returns:
+        Arrays [items, *shape] by modality, sorted, over the bytes of the tensors.
+
+    Raises:
+        PayloadTooLarge: there are more items.
+        InvalidRequest: names the field, what it holds and what was expected.
+    """
+    if not tensors:
+        raise InvalidRequest(f"{field} is empty; expected some of {', '.join(package.modalities)}")
+    payloads = {}
+    for name in sorted(tensors):
+        if name not in package.modalities:
+            raise InvalidRequest(f"{field} has '{name}'; expected some of {', '.join(package.modalities)}")
+        payloads[name] = _payload(f"{field}.{name}", tensors[name], package.modalities[name], max_items)
     sizes = {name: len(array) for name, array in payloads.items()}
     if len(set(sizes.values())) != 1:
         listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise InvalidRequest(f"payloads have different numbers of items ({listed}); expected the same in all")
+        raise InvalidRequest(f"{field} have different numbers of items ({listed}); expected the same in all")
+    return payloads
+
+
+def size_of(payloads: Payloads) -> int:
+    """Items of payloads that were checked."""
+    return len(next(iter(payloads.values())))
+
+
+def _package(model: str, packages: Mapping[str, ModelPackage]) -> ModelPackage:
+    package = packages.get(model)
+    if package is None:
+        raise ModelNotFound(f"model is '{model}'; expected one of {', '.join(sorted(packages))}")
+    return package
+
+
+def _job(
+    request: gateway_pb2.PredictRequest | gateway_pb2.JobSpec,
+    package: ModelPackage,
+    size: int,
+    modalities: tuple[str, ...],
+    exact: bool,
+) -> CheckedJob:
     floor = request.min_accuracy if request.HasField("min_accuracy") else None
     if floor is not None and not 0 <= floor <= 1:
         raise InvalidRequest(f"min_accuracy is {floor}; expected a number from 0 to 1")
     slo = request.latency_slo_ms if request.HasField("latency_slo_ms") else None
     if slo is not None and not (slo > 0 and math.isfinite(slo)):
         raise InvalidRequest(f"latency_slo_ms is {slo}; expected a positive number of milliseconds")
-    modalities = _modalities(request, payloads)
-    exact = bool(request.modalities) and floor is None
-    return CheckedJob(package, next(iter(sizes.values())), payloads, modalities, floor, slo, exact)
-
-
-def reply_from(job: CheckedJob, result: selector_pb2.JobResult, slack_ms: float) -> gateway_pb2.PredictReply:
-    """The answer to the caller.
-
-    Args:
-        job: the job.
-        result: what the selector said; its groups cover every item once.
-        slack_ms: milliseconds left until the deadline.
-    """
-    groups = sorted(result.groups, key=lambda group: group.row_start)
-    outputs = [from_proto(group.output, "output") for group in groups]
-    output = groups[0].output
-    if len(groups) > 1:
-        joined = np.concatenate(outputs)
-        output = tensor_pb2.Tensor(dtype=groups[0].output.dtype, shape=joined.shape, data=joined.tobytes())
-    labels = job.package.output.labels
-    return gateway_pb2.PredictReply(
-        job_id=result.job_id.hex(),
-        output=output,
-        labels=[labels[i] for part in outputs for i in part.argmax(axis=-1)] if labels else [],
-        modality_sets=[group.modality_set for group in groups for _ in range(group.row_count)],
-        expected_accuracy=result.expected_accuracy,
-        queue_ms=result.queue_us / 1000,
-        compute_ms=result.compute_us / 1000,
-        deadline_slack_ms=slack_ms,
-    )
+    if request.effort not in gateway_pb2.Effort.values():
+        raise InvalidRequest(f"effort is {request.effort}; expected CHEAPEST, BEST or none")
+    return CheckedJob(package, size, modalities, floor, slo, exact, request.effort, request.late_ok)
 
 
 def _payload(field: str, tensor: tensor_pb2.Tensor, spec: ModalitySpec, max_items: int) -> NDArray[np.generic]:
@@ -133,10 +204,3 @@ def _check_finite(field: str, array: NDArray[np.generic], dtype: str) -> None:
         item = int(np.argwhere(~finite)[0][0])
         value = "a value" if dtype == "BF16" else str(array[tuple(np.argwhere(~finite)[0])])
         raise InvalidRequest(f"{field} has {value} in item {item}; expected finite numbers")
-
-
-def _modalities(request: gateway_pb2.PredictRequest, payloads: Mapping[str, object]) -> tuple[str, ...]:
-    for name in request.modalities:
-        if name not in payloads:
-            raise InvalidRequest(f"modalities has '{name}'; expected some of the payloads: {', '.join(payloads)}")
-    return tuple(sorted(set(request.modalities) or payloads))

@@ -3,21 +3,61 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 
 import grpc
 
 from mosel.config import Settings
 from mosel.deadline import Deadline
-from mosel.errors import DeadlineExceeded, ServiceUnavailable
+from mosel.errors import MoselError, ServiceUnavailable
 from mosel.service import channel_options
-from mosel.status import error_from_number
-from mosel.v1 import arena_pb2, selector_pb2, selector_pb2_grpc, service_pb2, tensor_pb2
+from mosel.status import error_from_number, error_from_rpc
+from mosel.v1 import arena_pb2, gateway_pb2, selector_pb2, selector_pb2_grpc, service_pb2, tensor_pb2
 
 _RECONNECT_S = 0.1
 _STATUS_TIMEOUT_S = 2.0
 
+# The last of a job is a result or an error.
+Answer = selector_pb2.JobPart | selector_pb2.JobResult | MoselError
+
 log = logging.getLogger(__name__)
+
+
+class Answers:
+    """What the selector says of one job. Iterating, once, gives the groups of items that are done, as they finish.
+
+    Iterating raises the MoselError that the job ended with.
+
+    Attributes:
+        over: whether the last of it has been said.
+        result: what was said last, once the iteration is through.
+    """
+
+    def __init__(self) -> None:
+        self.over = False
+        self.result = selector_pb2.JobResult()
+        self._read_all = False
+        self._messages: asyncio.Queue[Answer] = asyncio.Queue()
+
+    def put(self, message: Answer) -> None:
+        """Adds what the selector said; nothing after its last word."""
+        if not self.over:
+            self.over = not isinstance(message, selector_pb2.JobPart)
+            self._messages.put_nowait(message)
+
+    def __aiter__(self) -> "Answers":
+        return self
+
+    async def __anext__(self) -> Sequence[selector_pb2.ItemGroup]:
+        if self._read_all:
+            raise StopAsyncIteration
+        message = await self._messages.get()
+        if isinstance(message, MoselError):
+            raise message
+        if isinstance(message, selector_pb2.JobPart):
+            return [message.group]
+        self.result, self._read_all = message, True
+        return message.groups
 
 
 class SelectorLink:
@@ -48,7 +88,7 @@ class SelectorLink:
         self._settings, self._announcement = settings, announcement
         self._release, self._transport_changed, self._models_changed = release, transport_changed, models_changed
         self._outbox: asyncio.Queue[selector_pb2.GatewayMessage] | None = None
-        self._answers: dict[bytes, asyncio.Future[selector_pb2.JobResult]] = {}
+        self._answers: dict[bytes, Answers] = {}
 
     async def __aenter__(self) -> "SelectorLink":
         self._channel = grpc.aio.insecure_channel(self._settings.selector_address, channel_options(self._settings))
@@ -62,10 +102,9 @@ class SelectorLink:
             await self._task
         await self._channel.close()
 
-    @property
-    def jobs_in_flight(self) -> int:
-        """Jobs that wait for their answer."""
-        return len(self._answers)
+    def statistics(self) -> dict[str, int]:
+        """Jobs that wait for what the selector says."""
+        return {"jobs_at_selector": len(self._answers)}
 
     def check_connected(self) -> None:
         """Raises ServiceUnavailable unless the selector is there and takes jobs."""
@@ -74,32 +113,43 @@ class SelectorLink:
         if self.refused:
             raise ServiceUnavailable(f"service gateway must not send payloads: {self.refused}")
 
-    async def predict(self, description: selector_pb2.JobDescription, deadline: Deadline) -> selector_pb2.JobResult:
-        """Sends a job and waits for its answer, at most until the deadline.
+    @contextlib.contextmanager
+    def submit(self, description: selector_pb2.JobDescription) -> Iterator[Answers]:
+        """Sends a job; what the selector says of it can be had inside the block, which cancels it if it is not over.
+
+        Args:
+            description: the job; its slots are the selector's from now on.
 
         Raises:
-            MoselError: whatever the selector refused it with.
-            ServiceUnavailable: the selector is away, or went away.
-            DeadlineExceeded: there was no answer in time; the job is cancelled.
+            ServiceUnavailable: the selector is away.
         """
         try:
             self.check_connected()
         except ServiceUnavailable:
             self._release(slots_of(description))
             raise
-        answer: asyncio.Future[selector_pb2.JobResult] = asyncio.get_running_loop().create_future()
-        self._answers[description.job_id] = answer
+        answers = self._answers[description.job_id] = Answers()
         self._send(selector_pb2.GatewayMessage(job=description))
         try:
-            async with asyncio.timeout(deadline.remaining):
-                return await answer
-        except TimeoutError:
-            raise DeadlineExceeded("the deadline passed before the answer was there") from None
+            yield answers
         finally:
             del self._answers[description.job_id]
-            if not answer.done() or answer.cancelled():
+            if not answers.over:
                 cancel = selector_pb2.CancelJob(job_id=description.job_id)
                 self._send(selector_pb2.GatewayMessage(cancel=cancel))
+
+    async def plan(self, description: selector_pb2.JobDescription, deadline: Deadline) -> gateway_pb2.PlanReply:
+        """What a job without payloads would get.
+
+        Raises:
+            MoselError: whatever the selector answered.
+            ServiceUnavailable: the selector is away.
+        """
+        self.check_connected()
+        try:
+            return await self._stub.Plan(description, timeout=deadline.remaining)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, "selector") from None
 
     async def statuses(self) -> service_pb2.StatusReply:
         """The state of the selector and of the services behind it; raises grpc.RpcError."""
@@ -125,15 +175,14 @@ class SelectorLink:
 
     def _receive(self, message: selector_pb2.SelectorMessage) -> None:
         kind = message.WhichOneof("message")
-        if kind == "result":
-            answer = self._answers.get(message.result.job_id)
-            if answer is not None and not answer.done():
-                answer.set_result(message.result)
+        if kind == "part":
+            self._answer(message.part.job_id, message.part)
+        elif kind == "result":
+            self._answer(message.result.job_id, message.result)
         elif kind == "failure":
             failure = message.failure
-            answer = self._answers.get(failure.job_id)
-            if answer is not None and not answer.done():
-                answer.set_exception(error_from_number(failure.status_code, failure.message, failure.retry_after_ms))
+            error = error_from_number(failure.status_code, failure.message, failure.retry_after_ms)
+            self._answer(failure.job_id, error)
         elif kind == "release":
             self._release(message.release.slots)
         elif kind == "transport":
@@ -143,6 +192,10 @@ class SelectorLink:
             self.models = {state.model: state for state in message.models.models}
             self._models_changed()
 
+    def _answer(self, job_id: bytes, message: Answer) -> None:
+        if job_id in self._answers:
+            self._answers[job_id].put(message)
+
     def _disconnected(self) -> None:
         """Fails what was under way. Payload slots stay until their leases end: encoders may still read them."""
         if self._outbox is not None:
@@ -150,9 +203,8 @@ class SelectorLink:
         self._outbox = None
         # Another selector knows nothing of this gateway's arena yet.
         self._transport_changed(tensor_pb2.INLINE)
-        for answer in self._answers.values():
-            if not answer.done():
-                answer.set_exception(ServiceUnavailable("service selector went away"))
+        for answers in self._answers.values():
+            answers.put(ServiceUnavailable("service selector went away"))
         if self.models:
             self.models = {}
             self._models_changed()

@@ -1,31 +1,32 @@
 """gRPC in front of the gateway's logic: convert, call, convert back."""
 
 import asyncio
-import math
+import contextlib
 import os
 import secrets
 from collections import Counter
-from collections.abc import Mapping
-from operator import attrgetter
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from gateway.jobs import CheckedJob, check_request, reply_from
-from gateway.selector_link import SelectorLink, slots_of
+from gateway.answers import accepted_event, reply_from, results_event, summary_event
+from gateway.intake import Intake, description_of, is_large
+from gateway.jobs import CheckedJob, Times, check_spec, times_of
+from gateway.registry import JobRegistry, OpenJob
+from gateway.selector_link import SelectorLink
+from gateway.upload import ArrivingBytes, Read, Upload, read_batch, read_end, read_spec
 from mosel.config import Settings
 from mosel.deadline import Deadline
-from mosel.errors import MoselError, Overloaded
+from mosel.errors import InvalidRequest, MoselError
 from mosel.model_package import ModelPackage
-from mosel.service import Context, answers_with_status, deadline_of
+from mosel.service import MAX_DEADLINE_S, Context, answers_with_status, deadline_of
 from mosel.tensors import dtype_value
 from mosel.transport import Publisher, SharedMemoryArena
 from mosel.v1 import gateway_pb2, gateway_pb2_grpc, selector_pb2, service_pb2
 
-# Above this many elements, checking and copying payloads would hold up other calls.
-_OFF_LOOP_ELEMENTS = 256 * 1024
-
-
-_Prepared = tuple[CheckedJob, selector_pb2.JobDescription, Deadline]
+_CANCELLED_WITHIN_S = 0.02
 
 
 class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
@@ -48,70 +49,68 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         link: SelectorLink,
     ) -> None:
         self.counters: Counter[str] = Counter()
-        self._settings, self._packages = settings, packages
-        self._arena, self._publisher, self._link = arena, publisher, link
+        self._settings, self._packages, self._arena, self._link = settings, packages, arena, link
+        self._intake = Intake(settings, packages, publisher)
+        self._registry = JobRegistry(settings.gateway.max_jobs_in_flight)
+        limit = settings.transport.gateway_arena_mib * 1024 * 1024
+        self._arriving = ArrivingBytes(arena.largest_slot, limit, "transport.gateway_arena_mib")
 
     @answers_with_status
     async def Predict(self, request: gateway_pb2.PredictRequest, context: Context) -> gateway_pb2.PredictReply:
-        self.counters["requests"] += 1
-        limits = self._settings.gateway
-        if self._link.jobs_in_flight >= limits.max_jobs_in_flight:
-            raise Overloaded(
-                f"{self._link.jobs_in_flight} jobs are in flight, the most that gateway.max_jobs_in_flight allows"
-            )
-        self._link.check_connected()
-        # From the shapes: to ask protobuf for its size makes it serialise everything.
-        if sum(math.prod(payload.shape) for payload in request.payloads.values()) > _OFF_LOOP_ELEMENTS:
-            job, description, deadline = await self._prepare_off_loop(request, context)
-        else:
-            try:
-                job, description, deadline = self._prepare(request, context, wait_s=0.0)
-            except Overloaded:
-                # The arena is full: wait for a slot where it holds up nobody.
-                job, description, deadline = await self._prepare_off_loop(request, context)
-        result = await self._link.predict(description, deadline)
+        self._admit()
+        prepared = await self._intake.request(request, deadline_of(context))
+        job, times = prepared.job, prepared.times
+        with (
+            self._registry.open(prepared.description.job_id, job.package.name, job.size, times.ends) as entry,
+            self._link.submit(prepared.description) as answers,
+        ):
+            entry.under_way()
+            groups = [group async for finished in answers for group in finished]
+            reply = reply_from(job, groups, answers.result, times.deadline.remaining * 1000)
+            entry.status.items_done = job.size
         self.counters.update(answered=1, items=job.size)
-        return reply_from(job, result, deadline.remaining * 1000)
+        return reply
 
-    async def _prepare_off_loop(self, request: gateway_pb2.PredictRequest, context: Context) -> _Prepared:
-        wait_s = self._settings.transport.full_wait_ms / 1000
-        preparing = asyncio.ensure_future(asyncio.to_thread(self._prepare, request, context, wait_s))
-        try:
-            return await asyncio.shield(preparing)
-        except asyncio.CancelledError:
-            # The thread goes on, and fills slots that no job will release.
-            preparing.add_done_callback(self._give_back)
-            raise
+    @answers_with_status
+    async def SubmitJob(  # type: ignore[override] # a coroutine that writes, so that cancelling it always reaches it
+        self, request_iterator: object, context: Context
+    ) -> None:
+        limits, read = self._settings.gateway, partial(_read, context)
+        spec = await read_spec(read, limits.default_deadline_ms / 1000)
+        self._admit()
+        job = check_spec(spec, self._packages, limits.max_items_per_job)
+        times = times_of(job, deadline_of(context), limits.default_deadline_ms / 1000)
+        job_id = secrets.token_bytes(16)
+        with self._registry.open(job_id, job.package.name, job.size, times.ends) as entry:
+            await context.write(accepted_event(job_id))
+            description = await self._receive(job_id, job, times, read, entry)
+            with self._link.submit(description) as answers, _no_more(read, entry):
+                entry.under_way()
+                groups = []
+                async for finished in answers:
+                    for group in finished:
+                        groups.append(group)
+                        entry.status.items_done += len(group.items)
+                        await context.write(results_event(job, group, entry.status.items_done))
+            summary = summary_event(job, groups, answers.result, times.deadline.remaining * 1000)
+        self.counters.update(answered=1, items=job.size)
+        await context.write(summary)
 
-    def _give_back(self, preparing: asyncio.Future[_Prepared]) -> None:
-        if not preparing.cancelled() and preparing.exception() is None:
-            self._publisher.release(slots_of(preparing.result()[1]))
-
-    def _prepare(self, request: gateway_pb2.PredictRequest, context: Context, wait_s: float) -> _Prepared:
+    @answers_with_status
+    async def Plan(self, request: gateway_pb2.PlanRequest, context: Context) -> gateway_pb2.PlanReply:
         limits = self._settings.gateway
-        job = check_request(request, self._packages, limits.max_items_per_job)
-        slo_ms = limits.default_deadline_ms if job.latency_slo_ms is None else job.latency_slo_ms
-        deadline = min(Deadline.after(slo_ms / 1000), deadline_of(context), key=attrgetter("at"))
-        lease_s = deadline.remaining + self._settings.transport.lease_grace_ms / 1000
-        description = selector_pb2.JobDescription(
-            job_id=secrets.token_bytes(16),
-            model=job.package.name,
-            size=job.size,
-            modalities=job.modalities,
-            exact=job.exact,
-        )
-        try:
-            for name in job.modalities:
-                dtype, array = job.package.modalities[name].dtype, job.payloads[name]
-                ref = self._publisher.publish(dtype, array.shape, array.data.cast("B"), lease_s, wait_s)
-                description.payloads[name].CopyFrom(ref)
-        except MoselError:
-            self._publisher.release(slots_of(description))
-            raise
-        if job.min_accuracy is not None:
-            description.min_accuracy = job.min_accuracy
-        description.budget_us = max(round(deadline.remaining * 1e6), 0)
-        return job, description, deadline
+        job = check_spec(request.job, self._packages, limits.max_items_per_job)
+        # How long the caller waits for the plan says nothing about the job.
+        times = times_of(job, Deadline.after(MAX_DEADLINE_S), limits.default_deadline_ms / 1000)
+        return await self._link.plan(description_of(secrets.token_bytes(16), job, times), deadline_of(context))
+
+    @answers_with_status
+    async def GetJob(self, request: gateway_pb2.GetJobRequest, context: Context) -> gateway_pb2.JobStatus:
+        return self._registry.status(request.job_id)
+
+    @answers_with_status
+    async def CancelJob(self, request: gateway_pb2.CancelJobRequest, context: Context) -> gateway_pb2.JobStatus:
+        return self._registry.cancel(request.job_id)
 
     @answers_with_status
     async def ListModels(self, request: gateway_pb2.ListModelsRequest, context: Context) -> gateway_pb2.ListModelsReply:
@@ -134,14 +133,14 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     @answers_with_status
     async def Status(self, request: service_pb2.StatusRequest, context: Context) -> service_pb2.StatusReply:
         reply = service_pb2.StatusReply()
-        counters = dict(self.counters) | self._arena.statistics().as_counters()
+        counters = dict(self.counters) | self._arena.statistics().as_counters() | self._registry.statistics()
         reply.services.add(
             name="gateway",
             address=self._settings.gateway_address,
             ready=not self._link.refused and any(state.ready for state in self._link.models.values()),
             detail=self._link.refused or ("" if self._link.models else "selector is not reachable"),
             pid=os.getpid(),
-            counters=counters | {"jobs_in_flight": self._link.jobs_in_flight},
+            counters=counters | self._arriving.statistics() | self._link.statistics(),
         )
         try:
             reply.services.extend((await self._link.statuses()).services)
@@ -150,3 +149,53 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
                 name="selector", address=self._settings.selector_address, detail=f"does not answer: {error.code().name}"
             )
         return reply
+
+    def _admit(self) -> None:
+        """Raises ServiceError if no job can be taken now."""
+        self.counters["requests"] += 1
+        self._registry.check_room()
+        self._link.check_connected()
+
+    async def _receive(
+        self, job_id: bytes, job: CheckedJob, times: Times, read: Read, entry: OpenJob
+    ) -> selector_pb2.JobDescription:
+        """The description of a job once its items are there."""
+        with self._arriving.reserve(job):
+            upload = Upload(job, self._settings.gateway.max_items_per_job)
+            while not upload.complete:
+                batch = await read_batch(read, upload)
+                if is_large(batch.payloads):
+                    await asyncio.to_thread(upload.add, batch)
+                else:
+                    upload.add(batch)
+                entry.status.items_received = upload.received
+            prepared = await self._intake.upload(job_id, job, upload.payloads, times)
+            return prepared.description
+
+
+async def _read(context: Context) -> gateway_pb2.SubmitJobRequest | None:
+    try:
+        message = await context.read()
+    except DecodeError:
+        raise InvalidRequest("the stream has bytes that are no message that SubmitJob knows") from None
+    if message is grpc.aio.EOF:
+        # A call that its caller cancels ends its messages, too, and grpc says a moment later that it was cancelled.
+        await asyncio.sleep(_CANCELLED_WITHIN_S)
+    return None if message is grpc.aio.EOF else message
+
+
+@contextlib.contextmanager
+def _no_more(read: Read, entry: OpenJob) -> Iterator[None]:
+    """Ends the job if the caller sends another message inside the block."""
+
+    async def watch() -> None:
+        try:
+            await read_end(read)
+        except MoselError as error:
+            entry.end(error)
+
+    watching = asyncio.create_task(watch(), name="end of a job's messages")
+    try:
+        yield
+    finally:
+        watching.cancel()

@@ -3,6 +3,7 @@
 `Client` and `AsyncClient` talk to a gateway; `mosel.errors` has what they raise.
 """
 
+from mosel.answers import ItemResults, JobAccepted, JobSummary
 from mosel.client import AsyncClient, Client, Prediction
 
-__all__ = ["AsyncClient", "Client", "Prediction"]
+__all__ = ["AsyncClient", "Client", "ItemResults", "JobAccepted", "JobSummary", "Prediction"]

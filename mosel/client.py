@@ -1,98 +1,57 @@
 """The Python client: numpy arrays in, dataclasses out. Needs grpcio, protobuf and numpy only."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Mapping
+from typing import Unpack
 
 import grpc
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from mosel.errors import MoselError, PayloadTooLarge
+from mosel.answers import (
+    EdgeInfo,
+    ItemResults,
+    JobAccepted,
+    JobEvent,
+    JobInfo,
+    JobSummary,
+    ModalityInfo,
+    ModelInfo,
+    PlanInfo,
+    Prediction,
+    ServiceInfo,
+    SetInfo,
+    StrategyInfo,
+    event_from,
+    job_from,
+    models_from,
+    plan_from,
+    prediction_from,
+    services_from,
+)
+from mosel.demands import Demand, Upload, predict_request, spec_of
+from mosel.errors import JobNotFound, ModelNotFound, MoselError
 from mosel.status import error_from_rpc
-from mosel.tensors import dtype_name, from_proto, to_proto
-from mosel.v1 import gateway_pb2, gateway_pb2_grpc, service_pb2, tensor_pb2
+from mosel.v1 import gateway_pb2, gateway_pb2_grpc, service_pb2
 
-_MIB = 1024 * 1024
-# What the rest of a request may take beside its payloads.
-_ENVELOPE_BYTES = 64 * 1024
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "Demand",
+    "EdgeInfo",
+    "ItemResults",
+    "JobAccepted",
+    "JobEvent",
+    "JobInfo",
+    "JobSummary",
+    "ModalityInfo",
+    "ModelInfo",
+    "PlanInfo",
+    "Prediction",
+    "ServiceInfo",
+    "SetInfo",
+    "StrategyInfo",
+]
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """The answer to one job.
-
-    Attributes:
-        job_id: 32 hexadecimal digits; also in the services' logs.
-        output: the model's output, [items, ...].
-        labels: the label of each item's largest output; empty if the model names none.
-        modality_sets: the modality set that each item used, such as `audio+image`.
-        expected_accuracy: over the job's items, 0..1, from the model's measured profile.
-        queue_ms: milliseconds before the first encoder call.
-        compute_ms: milliseconds from then on.
-        deadline_slack_ms: milliseconds that were left.
-    """
-
-    job_id: str
-    output: NDArray[np.generic]
-    labels: tuple[str, ...]
-    modality_sets: tuple[str, ...]
-    expected_accuracy: float
-    queue_ms: float
-    compute_ms: float
-    deadline_slack_ms: float
-
-
-@dataclass(frozen=True)
-class ModalityInfo:
-    """Data type name and shape of one item."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class SetInfo:
-    """Measured accuracy, 0..1, predicted milliseconds for one item, and whether the set can be run now."""
-
-    accuracy: float
-    latency_ms: float
-    available: bool
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """One served model."""
-
-    name: str
-    version: str
-    description: str
-    ready: bool
-    modalities: dict[str, ModalityInfo]
-    sets: dict[str, SetInfo]
-    labels: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class EdgeInfo:
-    """How tensors get from a producer to a consumer (`inline`, `posix_shm`, `cuda_ipc`), and why not better."""
-
-    producer: str
-    consumer: str
-    rung: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class ServiceInfo:
-    """State and counters of one service; `edges` are those that the selector knows of."""
-
-    name: str
-    address: str
-    ready: bool
-    detail: str
-    pid: int
-    counters: dict[str, int]
-    edges: tuple[EdgeInfo, ...] = ()
+Payloads = Mapping[str, ArrayLike]
 
 
 class Client:
@@ -113,33 +72,88 @@ class Client:
         self._stub = gateway_pb2_grpc.GatewayStub(self._channel)
 
     def predict(
-        self,
-        model: str,
-        payloads: Mapping[str, ArrayLike],
-        *,
-        min_accuracy: float | None = None,
-        latency_slo_ms: float | None = None,
-        modalities: Iterable[str] = (),
-        timeout_s: float = 30.0,
+        self, model: str, payloads: Payloads, *, timeout_s: float = 30.0, **demand: Unpack[Demand]
     ) -> Prediction:
         """Predicts one job.
 
         Args:
             model: its name.
             payloads: arrays [items, ...] by modality; any non-empty subset of the model's.
-            min_accuracy: the least expected accuracy, 0..1; without it all that was sent is used if time allows.
-            latency_slo_ms: when the answer is no longer wanted, in milliseconds from now.
-            modalities: only these may be run; without a floor exactly these are run.
             timeout_s: seconds after which the call is given up.
+            demand: floor, deadline and more, see `Demand`.
 
         Raises:
             MoselError: the kind says what went wrong (see mosel.errors).
         """
-        request = _request(model, payloads, min_accuracy, latency_slo_ms, modalities, self._max_message_mib)
+        request = predict_request(model, payloads, demand, self._max_message_mib)
         try:
-            return _prediction(self._stub.Predict(request, timeout=timeout_s))
+            return prediction_from(self._stub.Predict(request, timeout=timeout_s))
         except grpc.RpcError as error:
             raise self._error(error) from None
+
+    def submit(
+        self,
+        model: str,
+        items: Payloads | Iterable[Payloads],
+        *,
+        size: int | None = None,
+        timeout_s: float = 30.0,
+        **demand: Unpack[Demand],
+    ) -> Generator[JobEvent, None, None]:
+        """Predicts one job and gives its results as they finish. Closing the iterator cancels the job.
+
+        Args:
+            model: its name.
+            items: arrays [items, ...] by modality, all at once or in batches, which have the same modalities.
+            size: items of the job; needed if they come in batches.
+            timeout_s: seconds after which the call is given up.
+            demand: floor, deadline and more, see `Demand`; without `modalities`, batches bring all of the model's.
+
+        Yields:
+            JobAccepted, then ItemResults until each item is in one, then JobSummary.
+
+        Raises:
+            MoselError: the kind says what went wrong (see mosel.errors).
+        """
+        upload = Upload(model, items, size, demand, self._max_message_mib)
+        call = self._stub.SubmitJob(upload.requests(), timeout=timeout_s)
+        try:
+            yield from map(event_from, call)
+        except grpc.RpcError as error:
+            raise upload.error or self._error(error) from None
+        finally:
+            call.cancel()
+
+    def plan(self, model: str, size: int, *, timeout_s: float = 5.0, **demand: Unpack[Demand]) -> PlanInfo:
+        """What a job of so many items would get if it were sent now; runs nothing.
+
+        Raises:
+            MoselError: the kind says what went wrong (see mosel.errors).
+        """
+        request = gateway_pb2.PlanRequest(job=spec_of(model, size, demand))
+        try:
+            return plan_from(self._stub.Plan(request, timeout=timeout_s))
+        except grpc.RpcError as error:
+            raise self._error(error) from None
+
+    def job(self, job_id: str, timeout_s: float = 5.0) -> JobInfo:
+        """Where a job is.
+
+        Raises:
+            JobNotFound: there is no such job.
+            MoselError: the kind says what else went wrong (see mosel.errors).
+        """
+        try:
+            return job_from(self._stub.GetJob(gateway_pb2.GetJobRequest(job_id=job_id), timeout=timeout_s))
+        except grpc.RpcError as error:
+            raise _about_job(self._error(error)) from None
+
+    def cancel(self, job_id: str, timeout_s: float = 5.0) -> JobInfo:
+        """Ends a job unless it is over, whoever sent it, and says where it is then; errors as of `job`."""
+        try:
+            return job_from(self._stub.CancelJob(gateway_pb2.CancelJobRequest(job_id=job_id), timeout=timeout_s))
+        except grpc.RpcError as error:
+            raise _about_job(self._error(error)) from None
 
     def models(self, timeout_s: float = 5.0) -> list[ModelInfo]:
         """The served models.
@@ -148,7 +162,7 @@ class Client:
             MoselError: the gateway cannot be reached.
         """
         try:
-            return _models(self._stub.ListModels(gateway_pb2.ListModelsRequest(), timeout=timeout_s))
+            return models_from(self._stub.ListModels(gateway_pb2.ListModelsRequest(), timeout=timeout_s))
         except grpc.RpcError as error:
             raise self._error(error) from None
 
@@ -159,7 +173,7 @@ class Client:
             MoselError: the gateway cannot be reached.
         """
         try:
-            return _services(self._stub.Status(service_pb2.StatusRequest(), timeout=timeout_s))
+            return services_from(self._stub.Status(service_pb2.StatusRequest(), timeout=timeout_s))
         except grpc.RpcError as error:
             raise self._error(error) from None
 
@@ -186,21 +200,56 @@ class AsyncClient:
         self._stub = gateway_pb2_grpc.GatewayStub(self._channel)
 
     async def predict(
-        self,
-        model: str,
-        payloads: Mapping[str, ArrayLike],
-        *,
-        min_accuracy: float | None = None,
-        latency_slo_ms: float | None = None,
-        modalities: Iterable[str] = (),
-        timeout_s: float = 30.0,
+        self, model: str, payloads: Payloads, *, timeout_s: float = 30.0, **demand: Unpack[Demand]
     ) -> Prediction:
         """As `Client.predict`; cancelling the task cancels the job."""
-        request = _request(model, payloads, min_accuracy, latency_slo_ms, modalities, self._max_message_mib)
+        request = predict_request(model, payloads, demand, self._max_message_mib)
         try:
-            return _prediction(await self._stub.Predict(request, timeout=timeout_s))
+            return prediction_from(await self._stub.Predict(request, timeout=timeout_s))
         except grpc.RpcError as error:
-            raise error_from_rpc(error, f"gateway at {self._address}") from None
+            raise self._error(error) from None
+
+    async def submit(
+        self,
+        model: str,
+        items: Payloads | Iterable[Payloads] | AsyncIterable[Payloads],
+        *,
+        size: int | None = None,
+        timeout_s: float = 30.0,
+        **demand: Unpack[Demand],
+    ) -> AsyncGenerator[JobEvent, None]:
+        """As `Client.submit`; cancelling the task cancels the job."""
+        upload = Upload(model, items, size, demand, self._max_message_mib)
+        call = self._stub.SubmitJob(upload.async_requests(), timeout=timeout_s)
+        try:
+            async for event in call:
+                yield event_from(event)
+        except grpc.RpcError as error:
+            raise upload.error or self._error(error) from None
+        finally:
+            call.cancel()
+
+    async def plan(self, model: str, size: int, *, timeout_s: float = 5.0, **demand: Unpack[Demand]) -> PlanInfo:
+        """As `Client.plan`."""
+        request = gateway_pb2.PlanRequest(job=spec_of(model, size, demand))
+        try:
+            return plan_from(await self._stub.Plan(request, timeout=timeout_s))
+        except grpc.RpcError as error:
+            raise self._error(error) from None
+
+    async def job(self, job_id: str, timeout_s: float = 5.0) -> JobInfo:
+        """As `Client.job`."""
+        try:
+            return job_from(await self._stub.GetJob(gateway_pb2.GetJobRequest(job_id=job_id), timeout=timeout_s))
+        except grpc.RpcError as error:
+            raise _about_job(self._error(error)) from None
+
+    async def cancel(self, job_id: str, timeout_s: float = 5.0) -> JobInfo:
+        """As `Client.cancel`."""
+        try:
+            return job_from(await self._stub.CancelJob(gateway_pb2.CancelJobRequest(job_id=job_id), timeout=timeout_s))
+        except grpc.RpcError as error:
+            raise _about_job(self._error(error)) from None
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -208,9 +257,12 @@ class AsyncClient:
     async def __aexit__(self, *exc: object) -> None:
         await self._channel.close()
 
+    def _error(self, error: grpc.RpcError) -> MoselError:
+        return error_from_rpc(error, f"gateway at {self._address}")
+
 
 def _options(max_message_mib: int) -> list[tuple[str, int | str]]:
-    limit = max_message_mib * _MIB
+    limit = max_message_mib * 1024 * 1024
     return [
         ("grpc.max_send_message_length", limit),
         ("grpc.max_receive_message_length", limit),
@@ -221,63 +273,6 @@ def _options(max_message_mib: int) -> list[tuple[str, int | str]]:
     ]
 
 
-def _request(
-    model: str,
-    payloads: Mapping[str, ArrayLike],
-    min_accuracy: float | None,
-    latency_slo_ms: float | None,
-    modalities: Iterable[str],
-    max_message_mib: int,
-) -> gateway_pb2.PredictRequest:
-    request = gateway_pb2.PredictRequest(
-        model=model, modalities=modalities, min_accuracy=min_accuracy, latency_slo_ms=latency_slo_ms
-    )
-    arrays = {name: np.asarray(array) for name, array in payloads.items()}
-    nbytes = sum(array.nbytes for array in arrays.values())
-    if nbytes > max_message_mib * _MIB - _ENVELOPE_BYTES:
-        raise PayloadTooLarge(
-            f"the payloads have {nbytes / _MIB:.1f} MiB; expected less than {max_message_mib} MiB "
-            "(setting transport.max_message_mib): send fewer items"
-        )
-    for name, array in arrays.items():
-        request.payloads[name].CopyFrom(to_proto(array, f"payloads.{name}"))
-    return request
-
-
-def _prediction(reply: gateway_pb2.PredictReply) -> Prediction:
-    return Prediction(
-        job_id=reply.job_id,
-        output=from_proto(reply.output, "output"),
-        labels=tuple(reply.labels),
-        modality_sets=tuple(reply.modality_sets),
-        expected_accuracy=reply.expected_accuracy,
-        queue_ms=reply.queue_ms,
-        compute_ms=reply.compute_ms,
-        deadline_slack_ms=reply.deadline_slack_ms,
-    )
-
-
-def _models(reply: gateway_pb2.ListModelsReply) -> list[ModelInfo]:
-    return [
-        ModelInfo(
-            name=model.name,
-            version=model.version,
-            description=model.description,
-            ready=model.ready,
-            modalities={m.name: ModalityInfo(dtype_name(m.dtype), tuple(m.shape)) for m in model.modalities},
-            sets={s.modality_set: SetInfo(s.accuracy, s.latency_ms, s.available) for s in model.sets},
-            labels=tuple(model.labels),
-        )
-        for model in reply.models
-    ]
-
-
-def _services(reply: service_pb2.StatusReply) -> list[ServiceInfo]:
-    return [
-        ServiceInfo(s.name, s.address, s.ready, s.detail, s.pid, dict(s.counters), tuple(map(_edge, s.edges)))
-        for s in reply.services
-    ]
-
-
-def _edge(edge: service_pb2.EdgeStatus) -> EdgeInfo:
-    return EdgeInfo(edge.producer, edge.consumer, tensor_pb2.Rung.Name(edge.rung).lower(), edge.reason)
+def _about_job(error: MoselError) -> MoselError:
+    """What an error means in a call that names a job and no model."""
+    return JobNotFound(str(error)) if isinstance(error, ModelNotFound) else error

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import platformdirs
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 from pydantic_settings.exceptions import SettingsError
@@ -41,6 +42,10 @@ def _default_run_dir() -> Path:
     return Path(os.environ.get("XDG_RUNTIME_DIR", tempfile.gettempdir())) / f"mosel-{os.getuid()}"
 
 
+def _default_profiles_dir() -> Path:
+    return platformdirs.user_cache_path("mosel") / "profiles"
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -59,6 +64,8 @@ class SelectorSettings(_Section):
     """The brain. Addresses default to sockets in `run_dir`."""
 
     address: str = ""
+    # Which queued jobs give up modalities when deadlines get close (docs/scheduling.md).
+    policy: Literal["all", "aggressive", "greedy", "mosel"] = "mosel"
     max_queued_items: int = Field(4096, ge=1)
     profile_batch_sizes: BatchSizes = (1, 2, 4, 8, 16, 32)
     profile_repeats: int = Field(5, ge=1)
@@ -83,7 +90,7 @@ class TransportSettings(_Section):
 
     shm_dir: Path = Path("/dev/shm")  # noqa: S108
     gateway_arena_mib: int = Field(256, ge=1)
-    encoder_arena_mib: int = Field(64, ge=1)
+    encoder_arena_mib: int = Field(256, ge=1)
     inline_max_kib: int = Field(64, ge=0)
     # When every slot is in use: how long to wait for one, and what may travel inline instead.
     full_wait_ms: float = Field(50, ge=0)
@@ -102,6 +109,8 @@ class Settings(BaseSettings):
     models_dir: Path = Field(default_factory=reference_models)
     models: tuple[str, ...] = ()
     run_dir: Path = Field(default_factory=_default_run_dir)
+    # Measured profiles of models on this machine (docs/profiling.md).
+    profiles_dir: Path = Field(default_factory=_default_profiles_dir)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # Calls that one encoder or fusion process computes at the same time; the selector keeps as many under way.
     workers: int = Field(2, ge=1)

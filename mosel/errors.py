@@ -5,12 +5,14 @@
     │   ├── InvalidRequest          a field is wrong                        INVALID_ARGUMENT
     │   ├── PayloadTooLarge         beyond a limit the message names        INVALID_ARGUMENT
     │   ├── ModelNotFound           no such model                           NOT_FOUND
+    │   ├── JobNotFound             no such job, or long forgotten          NOT_FOUND
     │   └── Unreachable             no modality set is good enough          FAILED_PRECONDITION
     │       ├── FloorUnreachable    not accurate enough                     FAILED_PRECONDITION
     │       └── DeadlineUnreachable accurate enough, but not fast enough    FAILED_PRECONDITION
     ├── ServiceError            this system's state
     │   ├── Overloaded              a bound is reached; try again later     RESOURCE_EXHAUSTED
     │   ├── DeadlineExceeded        the time the caller gave is over        DEADLINE_EXCEEDED
+    │   ├── JobCancelled            somebody ended the job                  CANCELLED
     │   ├── Cancelled               the caller went away                    CANCELLED
     │   ├── ServiceUnavailable      a service that is needed is away        UNAVAILABLE
     │   ├── ReadNotProven           shared bytes changed while being read   ABORTED
@@ -45,6 +47,10 @@ class ModelNotFound(RequestError):
     """The request names a model that is not served here."""
 
 
+class JobNotFound(RequestError):
+    """The request names a job that is not known here, or is over for so long that it was forgotten."""
+
+
 class Unreachable(RequestError):
     """No modality set meets what the request demands; what a client gets for both kinds below."""
 
@@ -76,6 +82,10 @@ class Overloaded(ServiceError):
 
 class DeadlineExceeded(ServiceError):
     """The time that the caller gave is over."""
+
+
+class JobCancelled(ServiceError):
+    """Somebody ended the job before its answer was there."""
 
 
 class Cancelled(ServiceError):

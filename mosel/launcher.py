@@ -22,6 +22,9 @@ _POLL_S = 0.1
 # Called with the names of the services that are ready and of those that are not.
 Progress = Callable[[list[str], list[str]], None]
 
+# A network's large temporaries would go back to the kernel after each call and be faulted in again in the next one.
+_KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_MMAP_THRESHOLD_": "1073741824"}
+
 
 @dataclass
 class Child:
@@ -140,7 +143,7 @@ class Launcher:
             process = subprocess.Popen(  # noqa: S603
                 # -P: a file fusion.py in the folder that the user happens to be in must not be run.
                 [sys.executable, "-P", "-m", module, *arguments],
-                env=os.environ | self.settings.as_environment(),
+                env=_KEEP_MEMORY | os.environ | self.settings.as_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,

@@ -51,15 +51,23 @@ class OutputSpec:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracy of each modality set, 0..1, measured on `samples` items of the validation split."""
+    """Accuracy of each modality set, 0..1, measured on `samples` items of the validation split.
+
+    Where the figures were not measured on these weights, `source` says where they are from; `samples` is 0 if unknown.
+    """
 
     samples: int
     sets: Mapping[ModalitySet, float]
+    source: str = ""
 
 
 @dataclass(frozen=True)
 class ModelPackage:
-    """A parsed and checked `model.toml`. `samples`, `sources` and `train` name modules of the folder, or are None."""
+    """A parsed and checked `model.toml`. `samples`, `sources` and `train` name modules of the folder, or are None.
+
+    With `random_weights` the networks are made under a fixed seed, and `weights` is not read. `parameters` are for
+    the package's own modules.
+    """
 
     folder: Path
     name: str
@@ -75,10 +83,13 @@ class ModelPackage:
     samples: str | None
     sources: str | None
     train: str | None
+    random_weights: bool
+    serve_by_default: bool
+    parameters: Mapping[str, float]
 
     @cached_property
     def accuracy(self) -> Accuracy:
-        """The measured accuracies of this package's weights.
+        """The accuracies of this package's weights, or those that stand in for them.
 
         Raises:
             PackageError: the file is missing, malformed, lacks a set, or was measured on other weights.
@@ -125,6 +136,7 @@ def load_package(folder: Path) -> ModelPackage:
     modalities = {name: _modality(table) for name, table in root.tables("modalities")}
     output, fusion = root.table("output"), root.table("fusion")
     samples, train = root.optional_table("samples"), root.optional_table("train")
+    parameters = root.optional_table("parameters")
     package = ModelPackage(
         folder=folder.resolve(),
         name=_identifier(root, "name"),
@@ -145,11 +157,18 @@ def load_package(folder: Path) -> ModelPackage:
         samples=samples.text("module") if samples else None,
         sources=samples.text("sources", default="") or None if samples else None,
         train=train.text("module") if train else None,
+        random_weights=root.flag("random_weights", default=False),
+        serve_by_default=root.flag("serve_by_default", default=True),
+        parameters=parameters.numbers() if parameters else {},
     )
     for table in (output, fusion, samples, train, root):
         if table:
             table.refuse_unknown()
     _check_output(file, package.output)
+    if package.random_weights and "weights" in content:
+        raise PackageError(
+            f"{file}: key 'weights' holds {content['weights']!r}; expected no such key beside random_weights = true"
+        )
     return package
 
 
@@ -158,7 +177,7 @@ def find_packages(models: Path, only: tuple[str, ...] = ()) -> dict[str, ModelPa
 
     Args:
         models: the folder of folders.
-        only: names to load; all if empty.
+        only: names to load; if empty, all that are served by default.
 
     Raises:
         ConfigError: the folder is not there, holds no package, or lacks one of `only`.
@@ -173,10 +192,11 @@ def find_packages(models: Path, only: tuple[str, ...] = ()) -> dict[str, ModelPa
         package = load_package(file.parent)
         if package.name != file.parent.name:
             raise PackageError(f"{file}: name is '{package.name}'; expected the folder's name, '{file.parent.name}'")
-        packages[package.name] = package
+        if only or package.serve_by_default:
+            packages[package.name] = package
     missing = [name for name in only if name not in packages]
     if missing or not packages:
-        wanted = f"model '{missing[0]}'" if missing else "a model package (a folder with a model.toml)"
+        wanted = f"model '{missing[0]}'" if missing else "a model package (a folder with a model.toml) to serve"
         known = ", ".join(sorted(f.parent.name for f in models.glob("*/model.toml"))) or "none"
         raise ConfigError(f"models folder {models}: {wanted} is not there; found: {known}")
     return packages
@@ -215,6 +235,16 @@ class _Table:
         if not 0 <= value <= 1:
             raise PackageError(f"{self._file}: key '{self._path}{key}' holds {value}; expected a number from 0 to 1")
         return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        self._asked.add(key)
+        value = self._content.get(key, default)
+        if not isinstance(value, bool):
+            raise PackageError(f"{self._file}: key '{self._path}{key}' holds {value!r}; expected true or false")
+        return value
+
+    def numbers(self) -> dict[str, float]:
+        return {key: float(self._get(key, (int, float), "a number", None)) for key in self._content}
 
     def shape(self, key: str) -> tuple[int, ...]:
         expected = "a list of positive integers, such as [28, 28]"
@@ -301,7 +331,8 @@ def _load_accuracy(package: ModelPackage) -> Accuracy:
         content = json.loads(file.read_text(encoding="utf-8"))
         samples = int(content["validation"]["samples"])
         sets = {parse_set(key): float(value) for key, value in content["validation"]["sets"].items()}
-        measured_on = str(content["weights_sha256"])
+        source = str(content.get("source", ""))
+        measured_on = None if package.random_weights else str(content["weights_sha256"])
     except FileNotFoundError:
         raise PackageError(f"{file}: no such file; {hint}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -316,11 +347,11 @@ def _load_accuracy(package: ModelPackage) -> Accuracy:
         )
     if any(not 0 <= value <= 1 for value in sets.values()):
         raise PackageError(f"{file}: key 'validation.sets' holds a number outside 0 to 1")
-    if measured_on != file_sha256(package.weights):
+    if measured_on is not None and measured_on != file_sha256(package.weights):
         raise PackageError(
             f"{file}: key 'weights_sha256' is not the hash of {package.weights.name}: measure again; {hint}"
         )
-    return Accuracy(samples=samples, sets=sets)
+    return Accuracy(samples=samples, sets=sets, source=source)
 
 
 def file_sha256(file: Path) -> str:

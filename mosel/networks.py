@@ -1,7 +1,6 @@
 """A model package's networks, with their weights. Imports torch, so only encoders, fusion and training import this."""
 
-import statistics
-import time
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -44,6 +43,11 @@ def choose_device(setting: str) -> torch.device:
     return torch.device("cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def resource_of(device: torch.device) -> str:
+    """What services on this device compete for: "cpu", or the GPU's UUID."""
+    return "cpu" if device.type == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
+
+
 def to_tensor(array: NDArray[np.generic], dtype: str, device: torch.device) -> torch.Tensor:
     """A gathered array as a torch tensor; the bits of BF16 arrive as uint16."""
     tensor = torch.from_numpy(array)
@@ -57,20 +61,15 @@ def synchronize(device: torch.device) -> None:
 
 
 def example_payload(package: ModelPackage, modality: str, rows: int) -> NDArray[np.generic]:
-    """Ordinary-looking rows [rows, *shape] for warming up and timing."""
+    """Ordinary-looking rows [rows, *shape] for warming up and timing: 0..1, bytes 0..255, other integers 0 and 1."""
     spec = package.modalities[modality]
-    values = np.random.default_rng(0).uniform(0, 1, (rows, *spec.shape))
-    return values.astype(np.uint16) if spec.dtype == "BF16" else values.astype(DTYPES[spec.dtype])
-
-
-def timed_ms(run: Callable[[], object], repeats: int) -> float:
-    """Median time of a call in milliseconds. What has never run is slow at first: let `check_runs` run it before."""
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - started) * 1000)
-    return statistics.median(times)
+    random, dtype, shape = np.random.default_rng(0), DTYPES[spec.dtype], (rows, *spec.shape)
+    if spec.dtype == "BF16":  # the upper half of a float32's bits
+        return (random.random(shape, np.float32).view(np.uint32) >> 16).astype(dtype)
+    if np.issubdtype(dtype, np.floating):
+        return random.uniform(0, 1, shape).astype(dtype)
+    # Wider integers may be looked up in a table, of which only the first rows are sure to be there.
+    return random.integers(0, 256 if spec.dtype == "UINT8" else 2, shape).astype(dtype)
 
 
 def check_shape(package: ModelPackage, what: str, got: torch.Tensor, rows: int, expected: Iterable[int]) -> None:
@@ -108,17 +107,29 @@ def _load(package: ModelPackage, path: str, prefix: str, device: torch.device) -
     if not (isinstance(network_class, type) and issubclass(network_class, torch.nn.Module)):
         raise PackageError(f"{package.folder / 'model.toml'}: '{path}' is no torch.nn.Module class")
     try:
-        network = network_class()
+        network = _seeded(network_class, prefix) if package.random_weights else network_class()
     except Exception as error:
         raise PackageError(
             f"{package.folder / 'model.toml'}: '{path}' cannot be made without arguments: {error}"
         ) from error
+    if not package.random_weights:
+        _fill(network, package.weights, prefix, path)
+    return network.to(device).eval().requires_grad_(False)
+
+
+def _seeded(network_class: type[torch.nn.Module], name: str) -> torch.nn.Module:
+    """Makes a network whose random weights are the same in every process; the state of torch's generator stays."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(zlib.crc32(name.encode()))
+        return network_class()
+
+
+def _fill(network: torch.nn.Module, file: Path, prefix: str, path: str) -> None:
     try:
-        network.load_state_dict(_weights(package.weights, prefix))
+        network.load_state_dict(_weights(file, prefix))
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise PackageError(f"{package.weights}: keys '{prefix}*' do not fit {path}: {reason}") from None
-    return network.to(device).eval().requires_grad_(False)
+        raise PackageError(f"{file}: keys '{prefix}*' do not fit {path}: {reason}") from None
 
 
 def _weights(file: Path, prefix: str) -> dict[str, torch.Tensor]:

@@ -12,6 +12,8 @@ from mosel.errors import (
     FloorUnreachable,
     InternalError,
     InvalidRequest,
+    JobCancelled,
+    JobNotFound,
     ModelNotFound,
     MoselError,
     Overloaded,
@@ -27,11 +29,13 @@ STATUS: dict[type[MoselError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     PayloadTooLarge: grpc.StatusCode.INVALID_ARGUMENT,
     ModelNotFound: grpc.StatusCode.NOT_FOUND,
+    JobNotFound: grpc.StatusCode.NOT_FOUND,
     Unreachable: grpc.StatusCode.FAILED_PRECONDITION,
     FloorUnreachable: grpc.StatusCode.FAILED_PRECONDITION,
     DeadlineUnreachable: grpc.StatusCode.FAILED_PRECONDITION,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    JobCancelled: grpc.StatusCode.CANCELLED,
     Cancelled: grpc.StatusCode.CANCELLED,
     ServiceUnavailable: grpc.StatusCode.UNAVAILABLE,
     ReadNotProven: grpc.StatusCode.ABORTED,
@@ -39,7 +43,7 @@ STATUS: dict[type[MoselError], grpc.StatusCode] = {
 }
 
 
-# Several errors share a status; the way back takes the one that says least.
+# Several errors share a status; the way back takes the first of them.
 _ERRORS = {status: error for error, status in reversed(STATUS.items())} | {
     grpc.StatusCode.UNIMPLEMENTED: InvalidRequest,
 }

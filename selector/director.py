@@ -8,21 +8,33 @@ import contextlib
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
-from operator import itemgetter
 
 import grpc
 
-from mosel.errors import DeadlineExceeded, InternalError, InvalidRequest, MoselError, ServiceUnavailable
+from mosel.errors import InternalError, InvalidRequest, MoselError, ServiceUnavailable
 from mosel.modality import format_set
-from mosel.status import error_from_rpc, retry_after_ms, status_number
-from mosel.transport import slice_rows
+from mosel.status import error_from_rpc
 from mosel.v1 import encoder_pb2, fusion_pb2, gateway_pb2, selector_pb2, tensor_pb2
+from selector.conversions import (
+    Place,
+    check_payloads,
+    failure_from,
+    item_group,
+    job_from,
+    plan_reply,
+    slices,
+    slots_in,
+)
+from selector.emission import Emission
+from selector.jobs import Call, EncodeCall, Ended, FuseCall, Wait
 from selector.ledger import Ledger
 from selector.peers import Peers
 from selector.profile import ModelProfile
-from selector.scheduler import FUSION, EncodeCall, Expired, FuseCall, Job, Scheduler, Wait, service_name
+from selector.scheduler import Scheduler
+from selector.stages import FUSION, service_name
+from selector.work import Work
 
 # Releases wait this long for company.
 _RELEASE_EVERY_S = 0.005
@@ -48,9 +60,14 @@ SlotKey = tuple[Session | str, int, int, int, int]
 
 @dataclass(eq=False)
 class _JobInFlight:
+    """A job's tensors. `embeddings` are by modality and item; `done` waits for the end unless results are streamed."""
+
     session: Session
+    work: Work
     payloads: Mapping[str, tensor_pb2.TensorRef]
-    embeddings: dict[str, list[tuple[int, tensor_pb2.RowSlice]]] = field(default_factory=lambda: defaultdict(list))
+    emission: Emission[selector_pb2.ItemGroup] | None
+    embeddings: dict[str, dict[int, Place]] = field(default_factory=lambda: defaultdict(dict))
+    done: list[selector_pb2.ItemGroup] = field(default_factory=list)
 
 
 class Director:
@@ -98,21 +115,31 @@ class Director:
         try:
             if self._stopping:
                 raise ServiceUnavailable("service selector is stopping")
-            job = _job(description)
+            check_payloads(description)
             if job_id in self._jobs:
                 raise InvalidRequest("job_id is already under way")
-            progress = self._scheduler.submit(job, time.monotonic())
+            now = time.monotonic()
+            work = self._scheduler.submit(job_from(description, now), now)
         except MoselError as error:
             self.counters["jobs_refused"] += 1
-            _send_failure(session, job_id, error)
-            session.send(release=tensor_pb2.ReleaseSlots(slots=_slots(description.payloads.values())))
+            session.send(failure=failure_from(job_id, error))
+            session.send(release=tensor_pb2.ReleaseSlots(slots=slots_in(description.payloads.values())))
             return
         self.counters["jobs_admitted"] += 1
-        self.counters[f"items.{format_set(progress.modality_set)}"] += job.size
         self._idle.clear()
-        self._jobs[job_id] = _JobInFlight(session, dict(description.payloads))
-        self._ledger.open(job_id, (_key(session, slot) for slot in _slots(description.payloads.values())))
+        emission = Emission[selector_pb2.ItemGroup](work.floor) if description.stream else None
+        self._jobs[job_id] = _JobInFlight(session, work, dict(description.payloads), emission)
+        self._ledger.open(job_id, (_key(session, slot) for slot in slots_in(description.payloads.values())))
         self._advance()
+
+    def plan(self, description: selector_pb2.JobDescription) -> gateway_pb2.PlanReply:
+        """What a job would get now.
+
+        Raises:
+            ModelNotFound, InvalidRequest.
+        """
+        now = time.monotonic()
+        return plan_reply(self._scheduler.plan(job_from(description, now), now))
 
     def cancel(self, job_id: bytes) -> None:
         """Nobody waits for a job any more."""
@@ -123,9 +150,9 @@ class Director:
 
     # Events from the services that compute
 
-    def lane_changed(self, name: str, up: bool) -> None:
-        """A service came or went."""
-        for job_id in self._scheduler.lane(name, up):
+    def lane_changed(self, name: str, up: bool, resource: str) -> None:
+        """A service came or went; `resource` is what it computes on."""
+        for job_id in self._scheduler.lane(name, up, resource):
             self._fail(job_id, ServiceUnavailable(f"service {service_name(name)} went away"))
         for session in self._sessions:
             session.send(models=self.model_states())
@@ -142,8 +169,12 @@ class Director:
         return states
 
     def statistics(self) -> dict[str, int]:
-        """Counts since the start, and what is held now."""
-        return dict(self.counters) | self._scheduler.statistics() | self._ledger.statistics()
+        """Counts since the start, what is held now, and how calls differ from their profiles."""
+        counts = dict(self.counters) | self._scheduler.statistics() | self._ledger.statistics()
+        for (model, lane), (overhead_ms, factor) in self._scheduler.corrections(time.monotonic()).items():
+            counts[f"correction.{model}.{lane}.overhead_us"] = max(round(overhead_ms * 1000), 0)
+            counts[f"correction.{model}.{lane}.factor_permille"] = round(factor * 1000)
+        return counts
 
     async def drain(self, seconds: float) -> None:
         """Admits nothing more, waits at most so long for what is under way, and ends what is left."""
@@ -164,14 +195,12 @@ class Director:
     def _advance(self) -> None:
         """Does whatever there is to do now."""
         while not isinstance(action := self._scheduler.next(time.monotonic()), Wait):
-            if isinstance(action, Expired):
-                self._fail(action.job_id, DeadlineExceeded("the deadline passed before the answer was there"))
+            if isinstance(action, Ended):
+                self._fail(action.job_id, action.error)
             elif isinstance(action, EncodeCall):
-                timeout = self._begin([rows.job_id for rows in action.rows])
-                self._start(self._encode(action, self._encode_request(action), timeout))
+                self._start(self._encode(action, self._encode_request(action), self._begin(action)))
             else:
-                timeout = self._begin([job_id for job_id, _ in action.jobs])
-                self._start(self._fuse(action, self._fuse_request(action), timeout))
+                self._start(self._fuse(action, self._fuse_request(action), self._begin(action)))
         if self._timer is not None:
             self._timer.cancel()
         delay = None if action.until is None else max(action.until - time.monotonic(), 0.0)
@@ -183,66 +212,69 @@ class Director:
         try:
             reply = await self._peer().encoders[call.modality].Encode(request, timeout=timeout)
         except Exception as error:  # noqa: BLE001 (whatever it is, the call must leave its lane)
-            self._lose(call, error, service_name(call.modality))
+            self._lose(call, error)
         else:
             self._keep(call, reply.embeddings)
             self._scheduler.completed(call, time.monotonic())
         finally:
-            self._end([rows.job_id for rows in call.rows])
+            self._end(call)
 
     async def _fuse(self, call: FuseCall, request: fusion_pb2.FuseRequest, timeout: float) -> None:
-        job_ids = [job_id for job_id, _ in call.jobs]
         try:
             reply = await self._peer().fusion.Fuse(request, timeout=timeout)
+            outputs = list(zip(call.rows, reply.outputs, strict=True))
         except Exception as error:  # noqa: BLE001 (whatever it is, the call must leave its lane)
-            self._lose(call, error, FUSION)
+            self._lose(call, error)
         else:
-            for job_id, output in zip(job_ids, reply.outputs, strict=True):
-                self._answer(job_id, output)
-            self._scheduler.completed(call, time.monotonic())
+            for rows, output in outputs:
+                self._done(rows.job_id, item_group(call.modality_set, rows.items, output), call)
+            for job_id in self._scheduler.completed(call, time.monotonic()):
+                self._answer(job_id)
         finally:
-            self._end(job_ids)
+            self._end(call)
 
     def _encode_request(self, call: EncodeCall) -> encoder_pb2.EncodeRequest:
         rung = self._peer().attachments.rung(call.modality, FUSION)
         request = encoder_pb2.EncodeRequest(model=call.model, rung=rung)
         for rows in call.rows:
             payload = self._jobs[rows.job_id].payloads[call.modality]
-            request.rows.append(slice_rows(payload, rows.start, rows.count))
+            request.rows.extend(slices((payload, item) for item in rows.items))
         return request
 
     def _fuse_request(self, call: FuseCall) -> fusion_pb2.FuseRequest:
         request = fusion_pb2.FuseRequest(model=call.model)
-        for job_id, _ in call.jobs:
+        for rows in call.rows:
             group = request.groups.add()
-            for modality, parts in self._jobs[job_id].embeddings.items():
-                group.embeddings[modality].rows.extend(part for _, part in sorted(parts, key=itemgetter(0)))
+            for modality in call.modality_set:
+                places = self._jobs[rows.job_id].embeddings[modality]
+                group.embeddings[modality].rows.extend(slices(places[item] for item in rows.items))
         return request
 
-    def _begin(self, job_ids: list[bytes]) -> float:
-        """Marks a call as reading for its jobs; returns the seconds until the last of their deadlines."""
-        for job_id in job_ids:
-            self._ledger.call_started(job_id)
-        jobs = [progress.job for job_id in job_ids if (progress := self._scheduler.progress_of(job_id))]
-        return max((job.deadline for job in jobs), default=0.0) - time.monotonic()
+    def _begin(self, call: Call) -> float:
+        """Marks a call as reading for its jobs; returns the seconds until nobody waits for any of them."""
+        for rows in call.rows:
+            self._ledger.call_started(rows.job_id)
+        works = [self._scheduler.work_of(rows.job_id) for rows in call.rows]
+        return max((work.job.ends for work in works if work is not None), default=0.0) - time.monotonic()
 
-    def _end(self, job_ids: list[bytes]) -> None:
-        for job_id in job_ids:
-            self._ledger.call_returned(job_id)
+    def _end(self, call: Call) -> None:
+        for rows in call.rows:
+            self._ledger.call_returned(rows.job_id)
         self._advance()
 
     def _keep(self, call: EncodeCall, embeddings: tensor_pb2.TensorRef) -> None:
-        """Notes where the embeddings of each job in a call are."""
-        start = 0
+        """Notes where the embeddings of each item in a call are."""
+        row = 0
         for rows in call.rows:
-            for slot in _slots([embeddings]):
+            for slot in slots_in([embeddings]):
                 self._ledger.hold(rows.job_id, _key(call.modality, slot))
             if rows.job_id in self._jobs:
-                part = slice_rows(embeddings, start, rows.count)
-                self._jobs[rows.job_id].embeddings[call.modality].append((rows.start, part))
-            start += rows.count
+                places = self._jobs[rows.job_id].embeddings[call.modality]
+                places.update((item, (embeddings, row + i)) for i, item in enumerate(rows.items))
+            row += len(rows.items)
 
-    def _lose(self, call: EncodeCall | FuseCall, error: Exception, peer: str) -> None:
+    def _lose(self, call: Call, error: Exception) -> None:
+        peer = service_name(call.lane)
         if isinstance(error, grpc.RpcError):
             reason = error_from_rpc(error, peer)
             log.warning("call failed", extra={"peer": peer, "reason": str(reason)})
@@ -254,19 +286,32 @@ class Director:
 
     # How a job ends
 
-    def _answer(self, job_id: bytes, output: tensor_pb2.Tensor) -> None:
-        progress, job = self._scheduler.progress_of(job_id), self._jobs.get(job_id)
-        if progress is None or job is None or progress.started_at is None:
+    def _done(self, job_id: bytes, group: selector_pb2.ItemGroup, call: FuseCall) -> None:
+        """Some items of a job are done."""
+        job = self._jobs.get(job_id)
+        if job is None:
             return
-        now = time.monotonic()
+        self.counters[f"items.{group.modality_set}"] += len(group.items)
+        if job.emission is None:
+            job.done.append(group)
+            return
+        accuracy = self._profiles[call.model].accuracy[call.modality_set]
+        for part in job.emission.add(accuracy, len(group.items), group):
+            job.session.send(part=selector_pb2.JobPart(job_id=job_id, group=part))
+
+    def _answer(self, job_id: bytes) -> None:
+        """All items of a job are done."""
+        job, now = self._jobs.get(job_id), time.monotonic()
+        if job is None:
+            return
+        work = job.work
+        started_at = now if work.started_at is None else work.started_at
         result = selector_pb2.JobResult(
             job_id=job_id,
-            expected_accuracy=progress.expected_accuracy,
-            queue_us=round((progress.started_at - progress.submitted_at) * 1e6),
-            compute_us=round((now - progress.started_at) * 1e6),
-        )
-        result.groups.add(
-            modality_set=format_set(progress.modality_set), row_start=0, row_count=progress.job.size, output=output
+            groups=job.done if job.emission is None else job.emission.rest(),
+            expected_accuracy=work.strategy.accuracy,
+            queue_us=round((started_at - work.submitted_at) * 1e6),
+            compute_us=round((now - started_at) * 1e6),
         )
         job.session.send(result=result)
         self.counters["jobs_answered"] += 1
@@ -276,7 +321,7 @@ class Director:
         job = self._jobs.get(job_id)
         if job is not None:
             self.counters["jobs_failed"] += 1
-            _send_failure(job.session, job_id, error)
+            job.session.send(failure=failure_from(job_id, error))
             self._forget(job_id)
 
     def _forget(self, job_id: bytes) -> bool:
@@ -325,44 +370,6 @@ class Director:
             latency_ms=profile.idle_latency_ms(modality_set, 1) if measured else 0.0,
             available=measured and self._scheduler.is_up(modality_set),
         )
-
-
-def _job(description: selector_pb2.JobDescription) -> Job:
-    """The job behind a description.
-
-    Raises:
-        InvalidRequest: names the field that is wrong.
-    """
-    modalities = frozenset(description.modalities)
-    if len(description.job_id) != 16:
-        raise InvalidRequest(f"job_id has {len(description.job_id)} bytes; expected 16")
-    if description.size < 1:
-        raise InvalidRequest("size is 0; expected at least one item")
-    if not modalities or not modalities <= description.payloads.keys():
-        raise InvalidRequest(f"modalities are {sorted(modalities)}; expected some of {sorted(description.payloads)}")
-    return Job(
-        id=description.job_id,
-        model=description.model,
-        size=description.size,
-        modalities=modalities,
-        min_accuracy=description.min_accuracy if description.HasField("min_accuracy") else None,
-        deadline=time.monotonic() + description.budget_us / 1e6,
-        exact=description.exact,
-    )
-
-
-def _send_failure(session: Session, job_id: bytes, error: MoselError) -> None:
-    failure = selector_pb2.JobFailure(
-        job_id=job_id,
-        status_code=status_number(error),
-        message=str(error),
-        retry_after_ms=retry_after_ms(error),
-    )
-    session.send(failure=failure)
-
-
-def _slots(refs: Iterable[tensor_pb2.TensorRef]) -> list[tensor_pb2.ArenaSlot]:
-    return [ref.slot for ref in refs if ref.WhichOneof("place") == "slot"]
 
 
 def _key(producer: Session | str, slot: tensor_pb2.ArenaSlot) -> SlotKey:

@@ -1,4 +1,4 @@
-"""The services that compute: channels to them, whether they are there, and how fast they are."""
+"""The services that compute: channels to them, and whether they are there."""
 
 import asyncio
 import contextlib
@@ -9,25 +9,23 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mosel.config import Settings
-from mosel.modality import format_set
+from mosel.model_package import ModelPackage
 from mosel.service import channel_options
 from mosel.v1 import (
     arena_pb2,
-    encoder_pb2,
     encoder_pb2_grpc,
-    fusion_pb2,
     fusion_pb2_grpc,
     selector_pb2,
     service_pb2,
     tensor_pb2,
 )
 from selector.attachments import Attachments
-from selector.profile import LatencyCurve, ModelProfile
-from selector.scheduler import FUSION, service_name
+from selector.measuring import Latencies
+from selector.profile import ModelProfile
+from selector.stages import FUSION, service_name
 
 # How long the first measurement waits for services that are still starting, so that they do not disturb it.
 _ALL_THERE_S = 30.0
-_PROFILE_TIMEOUT_S = 60.0
 _STATUS_TIMEOUT_S = 1.0
 _ATTACH_TIMEOUT_S = 5.0
 _RECONNECT_S = 0.1
@@ -39,23 +37,29 @@ class Peers:
     """Encoders by modality, and fusion; a context manager that owns their channels.
 
     Args:
-        settings: addresses and what to measure.
-        profiles: by model; measured latencies are put into them.
-        changed: called with a lane's name and whether it is up, each time that changes.
+        settings: the effective settings.
+        packages: the models by name.
+        profiles: of the same models; latencies are put into them.
+        changed: called with a lane's name, whether it is up and what it computes on, each time that changes.
 
     Attributes:
         attachments: how tensors get from each producer to each consumer.
     """
 
     def __init__(
-        self, settings: Settings, profiles: Mapping[str, ModelProfile], changed: Callable[[str, bool], None]
+        self,
+        settings: Settings,
+        packages: Mapping[str, ModelPackage],
+        profiles: Mapping[str, ModelProfile],
+        changed: Callable[[str, bool, str], None],
     ) -> None:
-        self._settings, self._profiles, self._changed = settings, profiles, changed
-        modalities = sorted({m for profile in profiles.values() for s in profile.accuracy for m in s})
+        self._settings, self._changed = settings, changed
+        modalities = sorted({m for package in packages.values() for m in package.modalities})
         self._addresses = {m: settings.encoder_address(m) for m in modalities} | {FUSION: settings.fusion_address}
         self._serving: dict[str, bool] = dict.fromkeys(self._addresses, False)
-        self._all_serving = asyncio.Event()
-        self._measuring = asyncio.Lock()
+        self._resources: dict[str, str] = {}
+        self._all_known = asyncio.Event()
+        self._latencies = Latencies(settings, packages, profiles)
         self._tasks: list[asyncio.Task[None]] = []
         self._refused: dict[str, str] = {}
         self._gateways: dict[str, Callable[[selector_pb2.PayloadTransport], None]] = {}
@@ -159,17 +163,18 @@ class Peers:
         self._serving[name] = serving
         log.info("peer", extra={"peer": name, "serving": serving})
         if serving:
-            if not self.missing():
-                self._all_serving.set()
+            self._resources[name] = (await self._status(name)).resource
+            if self._resources.keys() == self._addresses.keys():
+                self._all_known.set()
             await self._attach(name)
             await self._measure(name)
             self._check_requirement(name)
             # First: what it cannot reach in an arena must not be sent to it as a ref.
             self._tell_gateways()
-            self._changed(name, name not in self._refused)
+            self._changed(name, name not in self._refused, self._resources[name] or "cpu")
         else:
             self._refused.pop(name, None)
-            self._changed(name, False)
+            self._changed(name, False, "")
             await self._close_arenas(name)
             self._tell_gateways()
 
@@ -229,37 +234,14 @@ class Peers:
                 await self._stub(consumer).CloseArena(request, timeout=_STATUS_TIMEOUT_S)
 
     async def _measure(self, name: str) -> None:
-        """Measures a service's latencies unless they are known; one service at a time."""
+        """Makes sure that a service's latencies are known."""
         try:
             async with asyncio.timeout(_ALL_THERE_S):
-                await self._all_serving.wait()
+                await self._all_known.wait()
         except TimeoutError:
             log.warning("measuring while services are missing", extra={"missing": self.missing()})
-        async with self._measuring:
-            for model, profile in self._profiles.items():
-                if name == FUSION:
-                    await self._measure_fusion(model, profile)
-                elif name in {m for s in profile.accuracy for m in s} and name not in profile.encoders:
-                    profile.encoders[name] = await self._measure_encoder(model, name)
-
-    async def _measure_encoder(self, model: str, modality: str) -> LatencyCurve:
-        request = encoder_pb2.ProfileEncoderRequest(
-            model=model,
-            batch_sizes=self._settings.selector.profile_batch_sizes,
-            repeats=self._settings.selector.profile_repeats,
-        )
-        return _curve(await self.encoders[modality].Profile(request, timeout=_PROFILE_TIMEOUT_S))
-
-    async def _measure_fusion(self, model: str, profile: ModelProfile) -> None:
-        for modality_set in profile.accuracy.keys() - profile.fusion.keys():
-            request = fusion_pb2.ProfileFusionRequest(
-                model=model,
-                modality_set=format_set(modality_set),
-                batch_sizes=self._settings.selector.profile_batch_sizes,
-                repeats=self._settings.selector.profile_repeats,
-            )
-            profile.fusion[modality_set] = _curve(await self.fusion.Profile(request, timeout=_PROFILE_TIMEOUT_S))
-
-
-def _curve(reply: service_pb2.ProfileReply) -> LatencyCurve:
-    return LatencyCurve(tuple((point.batch_size, point.p50_ms) for point in reply.points))
+        resources = [self._resources.get(peer, "") for peer in self._addresses]
+        if name == FUSION:
+            await self._latencies.of_fusion(self.fusion, resources)
+        else:
+            await self._latencies.of_encoder(name, self.encoders[name], resources)

@@ -1,123 +1,290 @@
-"""Which modality sets a job may use, in the order in which they are preferred.
+"""Which queued jobs give up accuracy, and how much, when some would miss their deadline. Never below a floor.
 
-With a floor: the sets that meet it, cheapest first. Without one: what was sent first, then by falling accuracy, down to
-the model's default floor.
+Jobs stand in deadline order. Every policy begins with each job on its preferred option and changes nothing while
+everyone is in time; so jobs move back up as soon as there is slack. What differs is who gives up what:
+
+    all          nobody: jobs have one option, every modality that was sent
+    aggressive   every job up to the first predicted miss goes to its cheapest option
+    greedy       jobs go to their cheapest option from the head of the queue, until the deficit is gone
+    mosel        the options with the greatest total value under which every job is in time
+
+A job that no reassignment can save is dropped, as a last resort, unless a late answer is wanted.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mosel.errors import DeadlineUnreachable, FloorUnreachable, Overloaded, ServiceUnavailable
-from mosel.modality import ModalitySet, format_set, subsets
-from selector.profile import ModelProfile
+import numpy as np
+from numpy.typing import NDArray
+
+from selector.forecast import Forecast, Load
+from selector.stages import Remaining
+
+# In units of an item's accuracy: every item answered is worth more than any gain in accuracy.
+_DROPPED = -10.0
+_LATE = -5.0
+# The first jobs of the queue, for which the exact plan is made.
+_WINDOW = 64
+_ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class Demand:
-    """What a job asks for.
+class Queued:
+    """One job of the queue as a policy sees it.
 
     Attributes:
+        options: what is left to do with each of its options, the preferred one first.
+        values: what each option is worth per item.
+        cheapest: index of the cheapest option.
         size: items.
-        modalities: those that were sent and may be run.
-        min_accuracy: the accuracy floor, 0..1, or None.
-        budget_ms: milliseconds until the deadline.
-        exact: run all of `modalities` or refuse.
+        deadline: seconds on the driver's clock.
+        committed: it has started: one option, and it is not dropped.
+        late_ok: it is not dropped either.
     """
 
+    options: Sequence[Remaining]
+    values: Sequence[float]
+    cheapest: int
     size: int
-    modalities: ModalitySet
-    min_accuracy: float | None
-    budget_ms: float
-    exact: bool = False
+    deadline: float
+    committed: bool = False
+    late_ok: bool = False
 
 
-def preferred_sets(profile: ModelProfile, demand: Demand, is_up: Callable[[ModalitySet], bool]) -> list[ModalitySet]:
-    """The modality sets that meet the floor and could run now, best choice first.
+# The index of an option for each job of the queue, None: dropped.
+Choices = list[int | None]
+Policy = Callable[[Sequence[Queued], Forecast], Choices]
+
+
+def finish_times(queue: Sequence[Queued], forecast: Forecast, choices: Sequence[int | None]) -> list[float | None]:
+    """When each job is answered under these choices, in seconds; None for those that are dropped."""
+    kept = [job.options[choice] for job, choice in zip(queue, choices, strict=True) if choice is not None]
+    times = iter(forecast.finish(kept))
+    return [None if choice is None else next(times) for choice in choices]
+
+
+def aggressive(queue: Sequence[Queued], forecast: Forecast) -> Choices:
+    """Every job up to the first predicted miss goes to its cheapest option; then up to the next one."""
+    return _relieved(queue, forecast, [0] * len(queue), _UpToMiss(queue))
+
+
+def greedy(queue: Sequence[Queued], forecast: Forecast) -> Choices:
+    """Jobs go to their cheapest option from the head of the queue until the deficit of the first miss is gone."""
+    give_up = _UpToMiss(queue)
+
+    def until_saved(choices: Choices, miss: int, deficit: float) -> bool:
+        changed = False
+        while deficit > 0 and give_up.settled <= miss:
+            job = queue[give_up.settled]
+            now, then = forecast.loads([job.options[0], job.options[job.cheapest]], ())
+            saved = [seconds - then.seconds.get(resource, 0.0) for resource, seconds in now.seconds.items()]
+            deficit -= max(saved, default=0.0)
+            changed |= give_up(choices, give_up.settled, 0.0)
+        return changed
+
+    return _relieved(queue, forecast, [0] * len(queue), until_saved)
+
+
+def mosel(queue: Sequence[Queued], forecast: Forecast) -> Choices:
+    """The options with the greatest total value under which every job is in time, by dynamic programming.
+
+    A plan that fills all time until the deadlines leaves none for the jobs to come, so it is made for what the reserve
+    leaves.
+    """
+    choices: Choices = [0] * len(queue)
+    cautious = forecast.cautious()
+    if all(job.committed and len(job.options) == 1 for job in queue):
+        return choices
+    if not _late(queue, finish_times(queue, cautious, choices)):
+        return choices
+    choices = _planned(queue, cautious, may_drop=False)
+    late = _late(queue, finish_times(queue, forecast, choices))
+    if any(not (queue[i].committed or queue[i].late_ok) for i in late):
+        choices = aggressive(queue, forecast)
+    if None in choices:
+        # Some cannot be met even so: which ones are given up is part of the plan.
+        choices = _planned(queue, forecast, may_drop=True)
+    return _relieved(queue, forecast, choices, _UpToMiss(queue))
+
+
+def placed(queue: Sequence[Queued], forecast: Forecast, plan: Sequence[int], at: int) -> Choices:
+    """A newcomer joins the plan as it is: with its first option that keeps everyone in time and leaves the reserve.
 
     Args:
-        profile: the model's.
-        demand: the job's.
-        is_up: whether all encoders of a set are there.
+        queue: the jobs, with the newcomer.
+        forecast: the state of the resources.
+        plan: the option that each job has now.
+        at: the newcomer's place in the queue.
 
-    Raises:
-        FloorUnreachable: no subset of what was sent meets the floor; names the most accurate.
-        ServiceUnavailable: some would, but an encoder that they need is away; names the best that is left.
+    Returns:
+        That plan; if no option does, what `aggressive` says.
     """
-    candidates = [demand.modalities] if demand.exact else subsets(demand.modalities)
-    floor = _floor(profile, demand)
-    accurate = [s for s in candidates if profile.accuracy[s] >= floor]
-    if not accurate:
-        raise FloorUnreachable(
-            f"min_accuracy {floor:.4g} cannot be met with {format_set(demand.modalities)}; "
-            f"{_best_of(profile, candidates)}"
-        )
-    running = [s for s in accurate if is_up(s) and profile.is_measured(s)]
-    if not running:
-        left = [s for s in candidates if is_up(s) and profile.is_measured(s)]
-        raise ServiceUnavailable(
-            f"service {_why_not(accurate[-1], is_up)}, so no modality set that meets accuracy {floor:.4g} can be run; "
-            f"{_best_of(profile, left)}"
-        )
-    if demand.min_accuracy is not None:
-        return sorted(running, key=lambda s: profile.cost_ms(s, demand.size))
-    return sorted(running, key=lambda s: (s != demand.modalities, -profile.accuracy[s]))
+    cautious = forecast.cautious()
+    for option in range(len(queue[at].options)):
+        choices: Choices = [*plan[:at], option, *plan[at + 1 :]]
+        if not _late(queue, finish_times(queue, cautious, choices)):
+            return choices
+    return aggressive(queue, forecast)
 
 
-def choose(
-    profile: ModelProfile,
-    demand: Demand,
-    sets: Sequence[ModalitySet],
-    idle_ms: Callable[[ModalitySet], float],
-    predicted_ms: Callable[[ModalitySet], float],
-) -> ModalitySet:
-    """The first of the preferred sets whose predicted time fits the deadline.
+POLICIES: dict[str, Policy] = {"all": aggressive, "aggressive": aggressive, "greedy": greedy, "mosel": mosel}
 
-    Args:
-        profile: the model's.
-        demand: the job's.
-        sets: what `preferred_sets` returned.
-        idle_ms: predicted milliseconds until the job is answered with a set, if nothing were in front of it.
-        predicted_ms: the same behind what is in front of it now.
 
-    Raises:
-        DeadlineUnreachable: none fits even on an idle system; names the best that would.
-        Overloaded: one would fit on an idle system; says when to try again.
+class _UpToMiss:
+    """Sends every job up to a miss to its cheapest option; jobs before `settled` are there already."""
+
+    def __init__(self, queue: Sequence[Queued]) -> None:
+        self._queue, self.settled = queue, 0
+
+    def __call__(self, choices: Choices, miss: int, deficit: float) -> bool:
+        changed = False
+        for i in range(self.settled, miss + 1):
+            if choices[i] is not None and choices[i] != self._queue[i].cheapest:
+                choices[i], changed = self._queue[i].cheapest, True
+        self.settled = max(self.settled, miss + 1)
+        return changed
+
+
+def _relieved(
+    queue: Sequence[Queued],
+    forecast: Forecast,
+    choices: Choices,
+    give_up: Callable[[Choices, int, float], bool],
+) -> Choices:
+    """Lets jobs give up accuracy until everyone is in time; those whom that does not save are dropped."""
+    hopeless: set[int] = set()
+    changed = True
+    while changed:
+        changed = False
+        for miss, deficit in _late(queue, finish_times(queue, forecast, choices)).items():
+            if miss in hopeless:
+                continue
+            changed = give_up(choices, miss, deficit)
+            if not changed:
+                hopeless.add(miss)
+                if not (queue[miss].committed or queue[miss].late_ok):
+                    choices[miss], changed = None, True
+            if changed:
+                break
+    return choices
+
+
+def _late(queue: Sequence[Queued], times: Sequence[float | None]) -> dict[int, float]:
+    """The jobs that miss their deadline, and by how many seconds."""
+    return {
+        i: at - job.deadline
+        for i, (job, at) in enumerate(zip(queue, times, strict=True))
+        if at is not None and at > job.deadline
+    }
+
+
+def _planned(queue: Sequence[Queued], forecast: Forecast, *, may_drop: bool) -> Choices:
+    """The most valuable choices that a forecast confirms.
+
+    The programme plans the busiest resource, with costs rounded up to its buckets. Where the forecast still sees a
+    miss, that job's deadline is tightened by it and the plan made again. Jobs behind the first 64 go to their cheapest
+    option.
     """
-    for modality_set in sets:
-        if predicted_ms(modality_set) <= demand.budget_ms:
-            return modality_set
-    fastest = min(sets, key=idle_ms)
-    takes = f"{format_set(fastest)} takes {idle_ms(fastest):.1f} ms on an idle system"
-    if idle_ms(fastest) <= demand.budget_ms:
-        retry_after_ms = max(1, round(predicted_ms(fastest) - demand.budget_ms))
-        raise Overloaded(
-            f"the deadline of {demand.budget_ms:.1f} ms cannot be met behind what is queued; {takes}", retry_after_ms
-        )
-    measured = [s for s in subsets(demand.modalities) if profile.is_measured(s)]
-    fitting = [s for s in measured if idle_ms(s) <= demand.budget_ms]
-    raise DeadlineUnreachable(
-        f"the deadline of {demand.budget_ms:.1f} ms cannot be met for {demand.size} items: of the sets that are "
-        f"accurate enough, {takes}; {_best_of(profile, fitting)}"
-    )
+    window = queue[:_WINDOW]
+    margins = np.zeros(len(window))
+    for _ in range(_ROUNDS):
+        choices = _most_valuable(window, forecast, margins, may_drop=may_drop)
+        choices.extend(job.cheapest for job in queue[_WINDOW:])
+        late = _late(queue, finish_times(queue, forecast, choices))
+        if not late:
+            break
+        for i, seconds in late.items():
+            if i < len(window):
+                margins[i] += seconds
+    return choices
 
 
-def _floor(profile: ModelProfile, demand: Demand) -> float:
-    if demand.min_accuracy is not None:
-        return demand.min_accuracy
-    full = profile.accuracy[demand.modalities]
-    return full if profile.default_min_accuracy is None else min(full, profile.default_min_accuracy)
+def _most_valuable(
+    window: Sequence[Queued], forecast: Forecast, margins: NDArray[np.float64], *, may_drop: bool
+) -> Choices:
+    """Solves the knapsack whose prefix sums are bounded by the deadlines."""
+    preferred = [job.options[0] for job in window]
+    loads = [forecast.loads(job.options, preferred) for job in window]
+    busiest = _busiest(loads)
+    costs = [[load.seconds.get(busiest, 0.0) for load in of_job] for of_job in loads]
+    start = forecast.now + forecast.busy_s(busiest)
+    horizon = min(max(job.deadline for job in window) - start, sum(max(cost) for cost in costs))
+    buckets = min(max(64 * len(window), 256), 2048)
+    width = max(horizon, 1e-6) / buckets
+    # Rounding makes every job at most one bucket dearer.
+    table = _Table(buckets + len(window))
+    for job, cost, load, margin in zip(window, costs, loads, margins, strict=True):
+        budget = job.deadline - start - margin
+        table.begin()
+        for option, seconds in enumerate(cost):
+            # What the job takes beyond its share of the resource, because its calls follow each other.
+            ends_by = math.floor((budget - max(load[option].alone_s - seconds, 0.0)) / width)
+            table.offer(option, math.ceil(seconds / width), ends_by, job.size * job.values[option])
+        if may_drop and not (job.committed or job.late_ok):
+            table.offer_drop(job.size * _DROPPED)
+        else:
+            table.offer_late(job.cheapest, math.ceil(cost[job.cheapest] / width), job.size * _LATE)
+    return table.choices()
 
 
-def _why_not(modality_set: ModalitySet, is_up: Callable[[ModalitySet], bool]) -> str:
-    """Which services a modality set waits for."""
-    if not is_up(frozenset()):
-        return "fusion is away"
-    away = ", ".join(f"encoder/{m}" for m in sorted(modality_set) if not is_up(frozenset({m})))
-    return f"{away} is away" if away else f"selector still measures {format_set(modality_set)}"
+def _busiest(loads: Sequence[Sequence[Load]]) -> str:
+    """The resource that the preferred options ask most of."""
+    total: dict[str, float] = {}
+    for of_job in loads:
+        for resource, seconds in of_job[0].seconds.items():
+            total[resource] = total.get(resource, 0.0) + seconds
+    return max(sorted(total), key=lambda resource: total[resource])
 
 
-def _best_of(profile: ModelProfile, candidates: Iterable[ModalitySet]) -> str:
-    best = profile.best(candidates)
-    if best is None:
-        return "nothing else could be had"
-    return f"the best that could be had is {profile.accuracy[best]:.4g} with {format_set(best)}"
+_DROP = -1
+
+
+class _Table:
+    """The greatest value by time used, in buckets, after each job; and the choices that lead there."""
+
+    def __init__(self, buckets: int) -> None:
+        self._buckets = buckets
+        self._value = np.full(buckets + 1, -np.inf)
+        self._value[0] = 0.0
+        self._next = self._value
+        self._came: list[tuple[NDArray[np.int16], NDArray[np.int32]]] = []
+
+    def begin(self) -> None:
+        """The next job; what it is offered follows."""
+        self._value = self._next if self._came else self._value
+        self._next = np.full(self._buckets + 1, -np.inf)
+        self._came.append((np.zeros(self._buckets + 1, np.int16), np.zeros(self._buckets + 1, np.int32)))
+
+    def offer(self, option: int, shift: int, ends_by: int, value: float) -> None:
+        """The job may use `shift` buckets of time, if it ends by bucket `ends_by`."""
+        last = min(ends_by, self._buckets)
+        if last >= shift:
+            self._improve(slice(shift, last + 1), self._value[: last + 1 - shift] + value, option, shift)
+
+    def offer_late(self, option: int, shift: int, value: float) -> None:
+        """It may end late; time beyond the last bucket counts as the last bucket."""
+        self.offer(option, shift, self._buckets, value)
+        beyond = self._value[max(self._buckets - shift, 0) :]
+        at = int(beyond.argmax())
+        self._improve(slice(self._buckets, None), beyond[at : at + 1] + value, option, len(beyond) - 1 - at)
+
+    def offer_drop(self, value: float) -> None:
+        """It may use no time and get no answer."""
+        self._improve(slice(0, None), self._value + value, _DROP, 0)
+
+    def choices(self) -> Choices:
+        """The choices behind the greatest value; every job has one, since it may be dropped or late."""
+        at = int(self._next.argmax())
+        chosen: Choices = []
+        for options, shifts in reversed(self._came):
+            chosen.append(None if options[at] == _DROP else int(options[at]))
+            at -= int(shifts[at])
+        return chosen[::-1]
+
+    def _improve(self, where: slice, values: NDArray[np.float64], option: int, shift: int) -> None:
+        better = values > self._next[where]
+        self._next[where][better] = values[better]
+        options, shifts = self._came[-1]
+        options[where][better] = option
+        shifts[where][better] = shift

@@ -4,13 +4,17 @@ import bisect
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from mosel.modality import ModalitySet
+
+# A batch is good enough if an item in it costs so little more than in the best one: smaller calls yield sooner.
+_GOOD_ENOUGH = 1.05
 
 
 @dataclass(frozen=True)
 class LatencyCurve:
-    """Measured time of one call by batch size.
+    """Measured time of one call by batch size, as the selector sees it: network, transport and message.
 
     Attributes:
         points: (batch size, milliseconds), by rising batch size; at least one.
@@ -26,21 +30,28 @@ class LatencyCurve:
 
     @property
     def max_batch(self) -> int:
-        """The largest batch that was measured; larger work is cut into calls of this size."""
+        """The largest batch that was measured."""
         return self.points[-1][0]
 
-    def ms(self, items: int) -> float:
-        """Milliseconds for so many items: whole calls of the largest batch, and the rest interpolated."""
-        calls, rest = divmod(items, self.max_batch)
-        return calls * self.points[-1][1] + (self._interpolated(rest) if rest else 0.0)
+    @cached_property
+    def best_batch(self) -> int:
+        """The smallest measured batch whose items cost hardly more than in any other; more is cut into such calls."""
+        least = min(ms / size for size, ms in self.points)
+        return next(size for size, ms in self.points if ms / size <= least * _GOOD_ENOUGH)
 
-    def _interpolated(self, items: int) -> float:
+    def call_ms(self, items: int) -> float:
+        """Milliseconds of one call with 1 to `max_batch` items, interpolated between the measured batch sizes."""
         at = bisect.bisect_left(self.points, (items, 0.0))
         size, ms = self.points[at]
         if at == 0 or size == items:
             return ms
         size_before, ms_before = self.points[at - 1]
         return ms_before + (ms - ms_before) * (items - size_before) / (size - size_before)
+
+    def ms(self, items: int) -> float:
+        """Milliseconds of all calls that so many items take: whole ones of the best batch, and one with the rest."""
+        calls, rest = divmod(items, self.best_batch)
+        return calls * self.call_ms(self.best_batch) + (self.call_ms(rest) if rest else 0.0)
 
 
 @dataclass
@@ -66,12 +77,25 @@ class ModelProfile:
         return modality_set in self.fusion and all(m in self.encoders for m in modality_set)
 
     def cost_ms(self, modality_set: ModalitySet, items: int) -> float:
-        """Compute time that a job of this many items costs in all services together, in milliseconds."""
+        """Compute time that so many items of one set cost in all services together, in milliseconds."""
         return sum(self.encoders[m].ms(items) for m in modality_set) + self.fusion[modality_set].ms(items)
 
     def idle_latency_ms(self, modality_set: ModalitySet, items: int) -> float:
         """Time until the answer on an idle system, encoders running in parallel, in milliseconds."""
         return max(self.encoders[m].ms(items) for m in modality_set) + self.fusion[modality_set].ms(items)
+
+    def mixed_cost_ms(self, counts: Mapping[ModalitySet, int]) -> float:
+        """The same for items of several sets: those that have a modality in common share its encoder calls.
+
+        Args:
+            counts: items per modality set, each at least one.
+        """
+        rows: dict[str, int] = {}
+        for modality_set, items in counts.items():
+            for modality in modality_set:
+                rows[modality] = rows.get(modality, 0) + items
+        encoding = sum(self.encoders[modality].ms(items) for modality, items in rows.items())
+        return encoding + sum(self.fusion[modality_set].ms(items) for modality_set, items in counts.items())
 
     def best(self, candidates: Iterable[ModalitySet]) -> ModalitySet | None:
         """The most accurate of the candidates."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import AsyncIterator
 
 from mosel.service import Context, answers_with_status
-from mosel.v1 import selector_pb2, selector_pb2_grpc, service_pb2
+from mosel.v1 import gateway_pb2, selector_pb2, selector_pb2_grpc, service_pb2
 from selector.director import Director, Session
 from selector.peers import Peers
 
@@ -51,6 +51,10 @@ class SelectorServicer(selector_pb2_grpc.SelectorServicer):
                     )
         finally:
             session.outbox.put_nowait(None)
+
+    @answers_with_status
+    async def Plan(self, request: selector_pb2.JobDescription, context: Context) -> gateway_pb2.PlanReply:
+        return self._director.plan(request)
 
     @answers_with_status
     async def Status(self, request: service_pb2.StatusRequest, context: Context) -> service_pb2.StatusReply:

@@ -37,6 +37,15 @@ def no_blocking_call_in_an_event_loop(request: pytest.FixtureRequest) -> Iterato
     detector.deactivate()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def profiles_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of measured profiles, in this process and those that it starts: not that of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("profiles")
+        patch.setenv("MOSEL_PROFILES_DIR", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def tutorial_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of docs/your-model.md, and what its training script makes of them: the model `fruit`."""

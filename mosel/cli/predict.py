@@ -1,7 +1,7 @@
 """`mosel predict`: one job from files."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,10 +14,14 @@ if TYPE_CHECKING:
 
 def predict(
     model: Annotated[str, typer.Argument(help="The model's name.")],
-    payload: Annotated[list[str], typer.Argument(help="modality=FILE.npy, an array [items, ...]; repeatable.")],
+    payload: Annotated[list[str], typer.Argument(help="modality=FILE.npy, an array with the items first; repeatable.")],
     min_accuracy: Annotated[float | None, typer.Option(help="Least expected accuracy, 0..1.")] = None,
     latency_slo_ms: Annotated[float | None, typer.Option(help="Deadline in milliseconds.")] = None,
     modality: Annotated[list[str] | None, typer.Option(help="Run only this modality (repeatable).")] = None,
+    effort: Annotated[
+        Literal["cheapest", "best"] | None, typer.Option(help="What to do with time that the floor leaves unused.")
+    ] = None,
+    late_ok: Annotated[bool, typer.Option("--late-ok", help="Take an answer after the deadline, too.")] = False,
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Predict the items of one job and print label, modality set and expected accuracy."""
@@ -39,6 +43,8 @@ def predict(
             min_accuracy=min_accuracy,
             latency_slo_ms=latency_slo_ms,
             modalities=modality or (),
+            effort=effort,
+            late_ok=late_ok,
         )
     table = Table("item", "label", "modality set")
     labels = prediction.labels or tuple(str(row.tolist()) for row in prediction.output)

@@ -1,6 +1,8 @@
 """`mosel up`: start everything."""
 
 import time
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,7 +23,9 @@ def up(
     from mosel.cli.starting import started
 
     settings = settings_from(models, model, device, host, grpc_port)
+    known = set(settings.profiles_dir.glob("*.json"))
     with started(settings, ready_timeout_s) as launcher:
+        _report_quick_profiles(set(settings.profiles_dir.glob("*.json")) - known)
         names = ", ".join(launcher.packages)
         typer.echo(f"ready: gRPC on {launcher.address}, models: {names} (Ctrl-C stops)")
         reported: set[str] = set()
@@ -33,3 +37,13 @@ def up(
             time.sleep(0.2)
     # Without one of these three nothing can be answered.
     raise typer.Exit(1)
+
+
+def _report_quick_profiles(files: Iterable[Path]) -> None:
+    """Says which models the selector has measured just now."""
+    from mosel.profiles import read_profile
+
+    for name in sorted(read_profile(file).model for file in files):
+        typer.echo(
+            f"no profile of {name} for this hardware yet: measured a quick one; `mosel profile {name}` makes a full one"
+        )

@@ -81,9 +81,12 @@ class ProfileEncoderRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     BATCH_SIZES_FIELD_NUMBER: _builtins.int
     REPEATS_FIELD_NUMBER: _builtins.int
+    CONCURRENCY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     repeats: _builtins.int
-    """Timed calls per batch size; the median is reported."""
+    """Timed calls per batch size."""
+    concurrency: _builtins.int
+    """Calls that run at the same time while they are timed; 0 and 1: one."""
     @_builtins.property
     def batch_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -92,10 +95,11 @@ class ProfileEncoderRequest(_message.Message):
         model: _builtins.str = ...,
         batch_sizes: _abc.Iterable[_builtins.int] | None = ...,
         repeats: _builtins.int = ...,
+        concurrency: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "model", b"model", "repeats", b"repeats"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "concurrency", b"concurrency", "model", b"model", "repeats", b"repeats"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

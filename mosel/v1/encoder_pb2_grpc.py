@@ -111,7 +111,7 @@ class EncoderServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Profile(self, request, context):
-        """Called by the selector when it first meets this process: times the network for each batch size, alone.
+        """Called by the selector when it first meets this process: times the network for each batch size.
         Deadline: the caller's. Errors: NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -50,7 +50,7 @@ class EncoderStub:
     CloseArena: _grpc.UnaryUnaryMultiCallable[_arena_pb2.CloseArenaRequest, _arena_pb2.CloseArenaReply]
     """Called by the selector when a producer is gone. Deadline: 1 s. Errors: none; an unknown arena is passed over."""
     Profile: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.ProfileEncoderRequest, _service_pb2.ProfileReply]
-    """Called by the selector when it first meets this process: times the network for each batch size, alone.
+    """Called by the selector when it first meets this process: times the network for each batch size.
     Deadline: the caller's. Errors: NOT_FOUND.
     """
     Release: _grpc.UnaryUnaryMultiCallable[_tensor_pb2.ReleaseSlots, _tensor_pb2.ReleaseReply]
@@ -79,7 +79,7 @@ class EncoderAsyncStub(EncoderStub):
     CloseArena: _aio.UnaryUnaryMultiCallable[_arena_pb2.CloseArenaRequest, _arena_pb2.CloseArenaReply]  # type: ignore[assignment]
     """Called by the selector when a producer is gone. Deadline: 1 s. Errors: none; an unknown arena is passed over."""
     Profile: _aio.UnaryUnaryMultiCallable[_encoder_pb2.ProfileEncoderRequest, _service_pb2.ProfileReply]  # type: ignore[assignment]
-    """Called by the selector when it first meets this process: times the network for each batch size, alone.
+    """Called by the selector when it first meets this process: times the network for each batch size.
     Deadline: the caller's. Errors: NOT_FOUND.
     """
     Release: _aio.UnaryUnaryMultiCallable[_tensor_pb2.ReleaseSlots, _tensor_pb2.ReleaseReply]  # type: ignore[assignment]
@@ -135,7 +135,7 @@ class EncoderServicer(metaclass=_abc_1.ABCMeta):
         request: _encoder_pb2.ProfileEncoderRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.ProfileReply, _abc.Awaitable[_service_pb2.ProfileReply]]:
-        """Called by the selector when it first meets this process: times the network for each batch size, alone.
+        """Called by the selector when it first meets this process: times the network for each batch size.
         Deadline: the caller's. Errors: NOT_FOUND.
         """
 

@@ -141,10 +141,14 @@ class ProfileFusionRequest(_message.Message):
     MODALITY_SET_FIELD_NUMBER: _builtins.int
     BATCH_SIZES_FIELD_NUMBER: _builtins.int
     REPEATS_FIELD_NUMBER: _builtins.int
+    CONCURRENCY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     modality_set: _builtins.str
     """Sorted and joined, such as "audio+image"."""
     repeats: _builtins.int
+    """Timed calls per batch size."""
+    concurrency: _builtins.int
+    """Calls that run at the same time while they are timed; 0 and 1: one."""
     @_builtins.property
     def batch_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -154,10 +158,11 @@ class ProfileFusionRequest(_message.Message):
         modality_set: _builtins.str = ...,
         batch_sizes: _abc.Iterable[_builtins.int] | None = ...,
         repeats: _builtins.int = ...,
+        concurrency: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "modality_set", b"modality_set", "model", b"model", "repeats", b"repeats"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "concurrency", b"concurrency", "modality_set", b"modality_set", "model", b"model", "repeats", b"repeats"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

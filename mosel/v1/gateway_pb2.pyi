@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from mosel.v1 import tensor_pb2 as _tensor_pb2
 import builtins as _builtins
 import sys
@@ -18,6 +19,57 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Effort:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EffortEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Effort.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EFFORT_UNSPECIFIED: _Effort.ValueType  # 0
+    """With a floor: CHEAPEST. Without one: BEST."""
+    CHEAPEST: _Effort.ValueType  # 1
+    """The cheapest strategy that meets the floor."""
+    BEST: _Effort.ValueType  # 2
+    """The most accurate strategy that meets the deadline."""
+
+class Effort(_Effort, metaclass=_EffortEnumTypeWrapper):
+    """What happens to time that a floor leaves unused."""
+
+EFFORT_UNSPECIFIED: Effort.ValueType  # 0
+"""With a floor: CHEAPEST. Without one: BEST."""
+CHEAPEST: Effort.ValueType  # 1
+"""The cheapest strategy that meets the floor."""
+BEST: Effort.ValueType  # 2
+"""The most accurate strategy that meets the deadline."""
+Global___Effort: _TypeAlias = Effort  # noqa: Y015
+
+class _JobState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _JobStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    JOB_STATE_UNSPECIFIED: _JobState.ValueType  # 0
+    RECEIVING: _JobState.ValueType  # 1
+    """Items are still arriving."""
+    UNDER_WAY: _JobState.ValueType  # 2
+    """The selector has it: queued or being computed."""
+    ANSWERED: _JobState.ValueType  # 3
+    FAILED: _JobState.ValueType  # 4
+    CANCELLED: _JobState.ValueType  # 5
+
+class JobState(_JobState, metaclass=_JobStateEnumTypeWrapper): ...
+
+JOB_STATE_UNSPECIFIED: JobState.ValueType  # 0
+RECEIVING: JobState.ValueType  # 1
+"""Items are still arriving."""
+UNDER_WAY: JobState.ValueType  # 2
+"""The selector has it: queued or being computed."""
+ANSWERED: JobState.ValueType  # 3
+FAILED: JobState.ValueType  # 4
+CANCELLED: JobState.ValueType  # 5
+Global___JobState: _TypeAlias = JobState  # noqa: Y015
 
 @_typing.final
 class PredictRequest(_message.Message):
@@ -49,6 +101,8 @@ class PredictRequest(_message.Message):
     MIN_ACCURACY_FIELD_NUMBER: _builtins.int
     LATENCY_SLO_MS_FIELD_NUMBER: _builtins.int
     MODALITIES_FIELD_NUMBER: _builtins.int
+    EFFORT_FIELD_NUMBER: _builtins.int
+    LATE_OK_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     min_accuracy: _builtins.float
     """The least expected accuracy, 0..1, in the model's own metric. Without it, all of what was sent is used as long as
@@ -56,6 +110,9 @@ class PredictRequest(_message.Message):
     """
     latency_slo_ms: _builtins.float
     """When the answer is no longer wanted, in milliseconds from now."""
+    effort: Global___Effort.ValueType
+    late_ok: _builtins.bool
+    """A late answer is wanted, too: latency_slo_ms orders and plans, and the gRPC deadline alone ends the job."""
     @_builtins.property
     def payloads(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
         """Payload tensors [B, ...] by modality; all with the same B. Any non-empty subset of the model's modalities."""
@@ -72,10 +129,12 @@ class PredictRequest(_message.Message):
         min_accuracy: _builtins.float | None = ...,
         latency_slo_ms: _builtins.float | None = ...,
         modalities: _abc.Iterable[_builtins.str] | None = ...,
+        effort: Global___Effort.ValueType = ...,
+        late_ok: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms", "_min_accuracy", b"_min_accuracy", "latency_slo_ms", b"latency_slo_ms", "min_accuracy", b"min_accuracy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms", "_min_accuracy", b"_min_accuracy", "latency_slo_ms", b"latency_slo_ms", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "payloads", b"payloads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms", "_min_accuracy", b"_min_accuracy", "effort", b"effort", "late_ok", b"late_ok", "latency_slo_ms", b"latency_slo_ms", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "payloads", b"payloads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__latency_slo_ms: _TypeAlias = _typing.Literal["latency_slo_ms"]  # noqa: Y015
     _WhichOneofArgType__latency_slo_ms: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms"]  # noqa: Y015
@@ -109,7 +168,7 @@ class PredictReply(_message.Message):
     compute_ms: _builtins.float
     """Milliseconds from then until the predictions were there."""
     deadline_slack_ms: _builtins.float
-    """Milliseconds that were left until the deadline."""
+    """Milliseconds that were left until the deadline; below 0 the answer is late."""
     @_builtins.property
     def output(self) -> _tensor_pb2.Tensor:
         """The model's output [B, ...]."""
@@ -141,6 +200,461 @@ class PredictReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PredictReply: _TypeAlias = PredictReply  # noqa: Y015
+
+@_typing.final
+class JobSpec(_message.Message):
+    """What a job asks for; the fields are those of PredictRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    MIN_ACCURACY_FIELD_NUMBER: _builtins.int
+    LATENCY_SLO_MS_FIELD_NUMBER: _builtins.int
+    MODALITIES_FIELD_NUMBER: _builtins.int
+    EFFORT_FIELD_NUMBER: _builtins.int
+    LATE_OK_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    size: _builtins.int
+    """Items, B."""
+    min_accuracy: _builtins.float
+    latency_slo_ms: _builtins.float
+    effort: Global___Effort.ValueType
+    late_ok: _builtins.bool
+    @_builtins.property
+    def modalities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those that will be sent and may be run. Empty: all of the model's."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        size: _builtins.int = ...,
+        min_accuracy: _builtins.float | None = ...,
+        latency_slo_ms: _builtins.float | None = ...,
+        modalities: _abc.Iterable[_builtins.str] | None = ...,
+        effort: Global___Effort.ValueType = ...,
+        late_ok: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms", "_min_accuracy", b"_min_accuracy", "latency_slo_ms", b"latency_slo_ms", "min_accuracy", b"min_accuracy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms", "_min_accuracy", b"_min_accuracy", "effort", b"effort", "late_ok", b"late_ok", "latency_slo_ms", b"latency_slo_ms", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__latency_slo_ms: _TypeAlias = _typing.Literal["latency_slo_ms"]  # noqa: Y015
+    _WhichOneofArgType__latency_slo_ms: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms"]  # noqa: Y015
+    _WhichOneofReturnType__min_accuracy: _TypeAlias = _typing.Literal["min_accuracy"]  # noqa: Y015
+    _WhichOneofArgType__min_accuracy: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__latency_slo_ms) -> _WhichOneofReturnType__latency_slo_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_accuracy) -> _WhichOneofReturnType__min_accuracy | None: ...
+
+Global___JobSpec: _TypeAlias = JobSpec  # noqa: Y015
+
+@_typing.final
+class SubmitJobRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> Global___JobSpec:
+        """The first message."""
+
+    @_builtins.property
+    def items(self) -> Global___ItemBatch: ...
+    def __init__(
+        self,
+        *,
+        job: Global___JobSpec | None = ...,
+        items: Global___ItemBatch | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "job", b"job", "message", b"message"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "job", b"job", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["job", "items"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___SubmitJobRequest: _TypeAlias = SubmitJobRequest  # noqa: Y015
+
+@_typing.final
+class ItemBatch(_message.Message):
+    """The next items of a job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class PayloadsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> _tensor_pb2.Tensor: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _tensor_pb2.Tensor | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    PAYLOADS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def payloads(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
+        """Payload tensors [b, ...] by modality; the same modalities in every batch of a job."""
+
+    def __init__(
+        self,
+        *,
+        payloads: _abc.Mapping[_builtins.str, _tensor_pb2.Tensor] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["payloads", b"payloads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ItemBatch: _TypeAlias = ItemBatch  # noqa: Y015
+
+@_typing.final
+class JobEvent(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def accepted(self) -> Global___JobAccepted: ...
+    @_builtins.property
+    def results(self) -> Global___ItemResults: ...
+    @_builtins.property
+    def summary(self) -> Global___JobSummary: ...
+    def __init__(
+        self,
+        *,
+        accepted: Global___JobAccepted | None = ...,
+        results: Global___ItemResults | None = ...,
+        summary: Global___JobSummary | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "event", b"event", "results", b"results", "summary", b"summary"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "event", b"event", "results", b"results", "summary", b"summary"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "results", "summary"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___JobEvent: _TypeAlias = JobEvent  # noqa: Y015
+
+@_typing.final
+class JobAccepted(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """32 hexadecimal digits."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobAccepted: _TypeAlias = JobAccepted  # noqa: Y015
+
+@_typing.final
+class ItemResults(_message.Message):
+    """Items that are done. Each item is in exactly one of these."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODALITY_SET_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    ITEMS_DONE_FIELD_NUMBER: _builtins.int
+    modality_set: _builtins.str
+    items_done: _builtins.int
+    """Items of the job whose results have been sent, these included."""
+    @_builtins.property
+    def items(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Indices into the job, rising."""
+
+    @_builtins.property
+    def output(self) -> _tensor_pb2.Tensor:
+        """The model's output [items, ...], in that order."""
+
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        modality_set: _builtins.str = ...,
+        items: _abc.Iterable[_builtins.int] | None = ...,
+        output: _tensor_pb2.Tensor | None = ...,
+        labels: _abc.Iterable[_builtins.str] | None = ...,
+        items_done: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "items_done", b"items_done", "labels", b"labels", "modality_set", b"modality_set", "output", b"output"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ItemResults: _TypeAlias = ItemResults  # noqa: Y015
+
+@_typing.final
+class JobSummary(_message.Message):
+    """The last event of a job that was answered in full."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class StrategyEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    EXPECTED_ACCURACY_FIELD_NUMBER: _builtins.int
+    QUEUE_MS_FIELD_NUMBER: _builtins.int
+    COMPUTE_MS_FIELD_NUMBER: _builtins.int
+    DEADLINE_SLACK_MS_FIELD_NUMBER: _builtins.int
+    STRATEGY_FIELD_NUMBER: _builtins.int
+    expected_accuracy: _builtins.float
+    queue_ms: _builtins.float
+    compute_ms: _builtins.float
+    deadline_slack_ms: _builtins.float
+    @_builtins.property
+    def strategy(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Items by modality set."""
+
+    def __init__(
+        self,
+        *,
+        expected_accuracy: _builtins.float = ...,
+        queue_ms: _builtins.float = ...,
+        compute_ms: _builtins.float = ...,
+        deadline_slack_ms: _builtins.float = ...,
+        strategy: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ms", b"compute_ms", "deadline_slack_ms", b"deadline_slack_ms", "expected_accuracy", b"expected_accuracy", "queue_ms", b"queue_ms", "strategy", b"strategy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobSummary: _TypeAlias = JobSummary  # noqa: Y015
+
+@_typing.final
+class PlanRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> Global___JobSpec: ...
+    def __init__(
+        self,
+        *,
+        job: Global___JobSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanRequest: _TypeAlias = PlanRequest  # noqa: Y015
+
+@_typing.final
+class PlanReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FRONTIER_FIELD_NUMBER: _builtins.int
+    CHOSEN_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    refusal: _builtins.str
+    """Why it would be refused; empty if it would not."""
+    @_builtins.property
+    def frontier(self) -> _containers.RepeatedCompositeFieldContainer[Global___Strategy]:
+        """The frontier for this size: strategies that no other beats in both accuracy and compute time, cheapest first."""
+
+    @_builtins.property
+    def chosen(self) -> Global___Strategy:
+        """What the job would get now; absent if it would be refused."""
+
+    def __init__(
+        self,
+        *,
+        frontier: _abc.Iterable[Global___Strategy] | None = ...,
+        chosen: Global___Strategy | None = ...,
+        refusal: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_chosen", b"_chosen", "chosen", b"chosen"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chosen", b"_chosen", "chosen", b"chosen", "frontier", b"frontier", "refusal", b"refusal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__chosen: _TypeAlias = _typing.Literal["chosen"]  # noqa: Y015
+    _WhichOneofArgType__chosen: _TypeAlias = _typing.Literal["_chosen", b"_chosen"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__chosen) -> _WhichOneofReturnType__chosen | None: ...
+
+Global___PlanReply: _TypeAlias = PlanReply  # noqa: Y015
+
+@_typing.final
+class Strategy(_message.Message):
+    """How many items of a job run which modality set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ItemsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    ACCURACY_FIELD_NUMBER: _builtins.int
+    COST_MS_FIELD_NUMBER: _builtins.int
+    LATENCY_MS_FIELD_NUMBER: _builtins.int
+    accuracy: _builtins.float
+    """Expected accuracy, 0..1."""
+    cost_ms: _builtins.float
+    """Compute time of all services together, in milliseconds."""
+    latency_ms: _builtins.float
+    """Predicted milliseconds until the answer: on an idle system in a frontier, behind what is queued in `chosen`."""
+    @_builtins.property
+    def items(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        items: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        accuracy: _builtins.float = ...,
+        cost_ms: _builtins.float = ...,
+        latency_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "cost_ms", b"cost_ms", "items", b"items", "latency_ms", b"latency_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Strategy: _TypeAlias = Strategy  # noqa: Y015
+
+@_typing.final
+class GetJobRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetJobRequest: _TypeAlias = GetJobRequest  # noqa: Y015
+
+@_typing.final
+class CancelJobRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelJobRequest: _TypeAlias = CancelJobRequest  # noqa: Y015
+
+@_typing.final
+class JobStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    ITEMS_RECEIVED_FIELD_NUMBER: _builtins.int
+    ITEMS_DONE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    model: _builtins.str
+    state: Global___JobState.ValueType
+    size: _builtins.int
+    items_received: _builtins.int
+    """Items that have arrived, and items whose results are there."""
+    items_done: _builtins.int
+    error: _builtins.str
+    """Why it failed; empty otherwise."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        model: _builtins.str = ...,
+        state: Global___JobState.ValueType = ...,
+        size: _builtins.int = ...,
+        items_received: _builtins.int = ...,
+        items_done: _builtins.int = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "items_done", b"items_done", "items_received", b"items_received", "job_id", b"job_id", "model", b"model", "size", b"size", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobStatus: _TypeAlias = JobStatus  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):

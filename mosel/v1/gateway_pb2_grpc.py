@@ -40,6 +40,26 @@ class GatewayStub(object):
                 request_serializer=mosel_dot_v1_dot_gateway__pb2.PredictRequest.SerializeToString,
                 response_deserializer=mosel_dot_v1_dot_gateway__pb2.PredictReply.FromString,
                 _registered_method=True)
+        self.SubmitJob = channel.stream_stream(
+                '/mosel.v1.Gateway/SubmitJob',
+                request_serializer=mosel_dot_v1_dot_gateway__pb2.SubmitJobRequest.SerializeToString,
+                response_deserializer=mosel_dot_v1_dot_gateway__pb2.JobEvent.FromString,
+                _registered_method=True)
+        self.Plan = channel.unary_unary(
+                '/mosel.v1.Gateway/Plan',
+                request_serializer=mosel_dot_v1_dot_gateway__pb2.PlanRequest.SerializeToString,
+                response_deserializer=mosel_dot_v1_dot_gateway__pb2.PlanReply.FromString,
+                _registered_method=True)
+        self.GetJob = channel.unary_unary(
+                '/mosel.v1.Gateway/GetJob',
+                request_serializer=mosel_dot_v1_dot_gateway__pb2.GetJobRequest.SerializeToString,
+                response_deserializer=mosel_dot_v1_dot_gateway__pb2.JobStatus.FromString,
+                _registered_method=True)
+        self.CancelJob = channel.unary_unary(
+                '/mosel.v1.Gateway/CancelJob',
+                request_serializer=mosel_dot_v1_dot_gateway__pb2.CancelJobRequest.SerializeToString,
+                response_deserializer=mosel_dot_v1_dot_gateway__pb2.JobStatus.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/mosel.v1.Gateway/ListModels',
                 request_serializer=mosel_dot_v1_dot_gateway__pb2.ListModelsRequest.SerializeToString,
@@ -62,6 +82,40 @@ class GatewayServicer(object):
         Errors: INVALID_ARGUMENT (a field is wrong; nothing was run), NOT_FOUND (no such model), FAILED_PRECONDITION (no
         modality set meets floor and deadline; names the best that could be had), RESOURCE_EXHAUSTED (a queue or arena is
         full; trailer retry-after-ms), DEADLINE_EXCEEDED, UNAVAILABLE (a service that is needed is away).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SubmitJob(self, request_iterator, context):
+        """Called by clients that want the results of a large job as they finish. The first message says what is asked for, the
+        next ones bring the items, in order; planning starts when all have arrived. The server answers `accepted` at once,
+        then results as they finish, then `summary`. Results of modality sets below the floor are held back until the mean
+        over everything that was sent so far meets it, so that the floor holds at any moment.
+        Deadline and errors: as Predict. Ending the call cancels the job.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Plan(self, request, context):
+        """Called by clients. Says what a job would get if it were sent now; runs nothing.
+        Errors: INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE. A job that would be refused is an answer, not an error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetJob(self, request, context):
+        """Called by clients. Where a job is; the last 1024 jobs that are over are remembered. Errors: NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelJob(self, request, context):
+        """Called by clients. Ends a job; whoever waits for it gets CANCELLED. A job that is over stays as it is.
+        Errors: NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,6 +144,26 @@ def add_GatewayServicer_to_server(servicer, server):
                     servicer.Predict,
                     request_deserializer=mosel_dot_v1_dot_gateway__pb2.PredictRequest.FromString,
                     response_serializer=mosel_dot_v1_dot_gateway__pb2.PredictReply.SerializeToString,
+            ),
+            'SubmitJob': grpc.stream_stream_rpc_method_handler(
+                    servicer.SubmitJob,
+                    request_deserializer=mosel_dot_v1_dot_gateway__pb2.SubmitJobRequest.FromString,
+                    response_serializer=mosel_dot_v1_dot_gateway__pb2.JobEvent.SerializeToString,
+            ),
+            'Plan': grpc.unary_unary_rpc_method_handler(
+                    servicer.Plan,
+                    request_deserializer=mosel_dot_v1_dot_gateway__pb2.PlanRequest.FromString,
+                    response_serializer=mosel_dot_v1_dot_gateway__pb2.PlanReply.SerializeToString,
+            ),
+            'GetJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetJob,
+                    request_deserializer=mosel_dot_v1_dot_gateway__pb2.GetJobRequest.FromString,
+                    response_serializer=mosel_dot_v1_dot_gateway__pb2.JobStatus.SerializeToString,
+            ),
+            'CancelJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelJob,
+                    request_deserializer=mosel_dot_v1_dot_gateway__pb2.CancelJobRequest.FromString,
+                    response_serializer=mosel_dot_v1_dot_gateway__pb2.JobStatus.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -129,6 +203,114 @@ class Gateway(object):
             '/mosel.v1.Gateway/Predict',
             mosel_dot_v1_dot_gateway__pb2.PredictRequest.SerializeToString,
             mosel_dot_v1_dot_gateway__pb2.PredictReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitJob(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/mosel.v1.Gateway/SubmitJob',
+            mosel_dot_v1_dot_gateway__pb2.SubmitJobRequest.SerializeToString,
+            mosel_dot_v1_dot_gateway__pb2.JobEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Plan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mosel.v1.Gateway/Plan',
+            mosel_dot_v1_dot_gateway__pb2.PlanRequest.SerializeToString,
+            mosel_dot_v1_dot_gateway__pb2.PlanReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mosel.v1.Gateway/GetJob',
+            mosel_dot_v1_dot_gateway__pb2.GetJobRequest.SerializeToString,
+            mosel_dot_v1_dot_gateway__pb2.JobStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mosel.v1.Gateway/CancelJob',
+            mosel_dot_v1_dot_gateway__pb2.CancelJobRequest.SerializeToString,
+            mosel_dot_v1_dot_gateway__pb2.JobStatus.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,23 @@ class GatewayStub:
     modality set meets floor and deadline; names the best that could be had), RESOURCE_EXHAUSTED (a queue or arena is
     full; trailer retry-after-ms), DEADLINE_EXCEEDED, UNAVAILABLE (a service that is needed is away).
     """
+    SubmitJob: _grpc.StreamStreamMultiCallable[_gateway_pb2.SubmitJobRequest, _gateway_pb2.JobEvent]
+    """Called by clients that want the results of a large job as they finish. The first message says what is asked for, the
+    next ones bring the items, in order; planning starts when all have arrived. The server answers `accepted` at once,
+    then results as they finish, then `summary`. Results of modality sets below the floor are held back until the mean
+    over everything that was sent so far meets it, so that the floor holds at any moment.
+    Deadline and errors: as Predict. Ending the call cancels the job.
+    """
+    Plan: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.PlanRequest, _gateway_pb2.PlanReply]
+    """Called by clients. Says what a job would get if it were sent now; runs nothing.
+    Errors: INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE. A job that would be refused is an answer, not an error.
+    """
+    GetJob: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.GetJobRequest, _gateway_pb2.JobStatus]
+    """Called by clients. Where a job is; the last 1024 jobs that are over are remembered. Errors: NOT_FOUND."""
+    CancelJob: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.CancelJobRequest, _gateway_pb2.JobStatus]
+    """Called by clients. Ends a job; whoever waits for it gets CANCELLED. A job that is over stays as it is.
+    Errors: NOT_FOUND.
+    """
     ListModels: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.ListModelsRequest, _gateway_pb2.ListModelsReply]
     """Called by clients. Lists the models that are served, with the measured accuracy of each modality set.
     Deadline: the caller's. Errors: none of its own.
@@ -59,6 +76,23 @@ class GatewayAsyncStub(GatewayStub):
     Errors: INVALID_ARGUMENT (a field is wrong; nothing was run), NOT_FOUND (no such model), FAILED_PRECONDITION (no
     modality set meets floor and deadline; names the best that could be had), RESOURCE_EXHAUSTED (a queue or arena is
     full; trailer retry-after-ms), DEADLINE_EXCEEDED, UNAVAILABLE (a service that is needed is away).
+    """
+    SubmitJob: _aio.StreamStreamMultiCallable[_gateway_pb2.SubmitJobRequest, _gateway_pb2.JobEvent]  # type: ignore[assignment]
+    """Called by clients that want the results of a large job as they finish. The first message says what is asked for, the
+    next ones bring the items, in order; planning starts when all have arrived. The server answers `accepted` at once,
+    then results as they finish, then `summary`. Results of modality sets below the floor are held back until the mean
+    over everything that was sent so far meets it, so that the floor holds at any moment.
+    Deadline and errors: as Predict. Ending the call cancels the job.
+    """
+    Plan: _aio.UnaryUnaryMultiCallable[_gateway_pb2.PlanRequest, _gateway_pb2.PlanReply]  # type: ignore[assignment]
+    """Called by clients. Says what a job would get if it were sent now; runs nothing.
+    Errors: INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE. A job that would be refused is an answer, not an error.
+    """
+    GetJob: _aio.UnaryUnaryMultiCallable[_gateway_pb2.GetJobRequest, _gateway_pb2.JobStatus]  # type: ignore[assignment]
+    """Called by clients. Where a job is; the last 1024 jobs that are over are remembered. Errors: NOT_FOUND."""
+    CancelJob: _aio.UnaryUnaryMultiCallable[_gateway_pb2.CancelJobRequest, _gateway_pb2.JobStatus]  # type: ignore[assignment]
+    """Called by clients. Ends a job; whoever waits for it gets CANCELLED. A job that is over stays as it is.
+    Errors: NOT_FOUND.
     """
     ListModels: _aio.UnaryUnaryMultiCallable[_gateway_pb2.ListModelsRequest, _gateway_pb2.ListModelsReply]  # type: ignore[assignment]
     """Called by clients. Lists the models that are served, with the measured accuracy of each modality set.
@@ -82,6 +116,47 @@ class GatewayServicer(metaclass=_abc_1.ABCMeta):
         Errors: INVALID_ARGUMENT (a field is wrong; nothing was run), NOT_FOUND (no such model), FAILED_PRECONDITION (no
         modality set meets floor and deadline; names the best that could be had), RESOURCE_EXHAUSTED (a queue or arena is
         full; trailer retry-after-ms), DEADLINE_EXCEEDED, UNAVAILABLE (a service that is needed is away).
+        """
+
+    @_abc_1.abstractmethod
+    def SubmitJob(
+        self,
+        request_iterator: _MaybeAsyncIterator[_gateway_pb2.SubmitJobRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_gateway_pb2.JobEvent], _abc.AsyncIterator[_gateway_pb2.JobEvent]]:
+        """Called by clients that want the results of a large job as they finish. The first message says what is asked for, the
+        next ones bring the items, in order; planning starts when all have arrived. The server answers `accepted` at once,
+        then results as they finish, then `summary`. Results of modality sets below the floor are held back until the mean
+        over everything that was sent so far meets it, so that the floor holds at any moment.
+        Deadline and errors: as Predict. Ending the call cancels the job.
+        """
+
+    @_abc_1.abstractmethod
+    def Plan(
+        self,
+        request: _gateway_pb2.PlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.PlanReply, _abc.Awaitable[_gateway_pb2.PlanReply]]:
+        """Called by clients. Says what a job would get if it were sent now; runs nothing.
+        Errors: INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE. A job that would be refused is an answer, not an error.
+        """
+
+    @_abc_1.abstractmethod
+    def GetJob(
+        self,
+        request: _gateway_pb2.GetJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.JobStatus, _abc.Awaitable[_gateway_pb2.JobStatus]]:
+        """Called by clients. Where a job is; the last 1024 jobs that are over are remembered. Errors: NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def CancelJob(
+        self,
+        request: _gateway_pb2.CancelJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.JobStatus, _abc.Awaitable[_gateway_pb2.JobStatus]]:
+        """Called by clients. Ends a job; whoever waits for it gets CANCELLED. A job that is over stays as it is.
+        Errors: NOT_FOUND.
         """
 
     @_abc_1.abstractmethod

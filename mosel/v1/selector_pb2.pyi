@@ -88,6 +88,10 @@ class JobDescription(_message.Message):
     BUDGET_US_FIELD_NUMBER: _builtins.int
     MODALITIES_FIELD_NUMBER: _builtins.int
     EXACT_FIELD_NUMBER: _builtins.int
+    EFFORT_FIELD_NUMBER: _builtins.int
+    LATE_OK_FIELD_NUMBER: _builtins.int
+    EXPIRY_US_FIELD_NUMBER: _builtins.int
+    STREAM_FIELD_NUMBER: _builtins.int
     job_id: _builtins.bytes
     """16 random bytes, made by the gateway."""
     model: _builtins.str
@@ -98,6 +102,13 @@ class JobDescription(_message.Message):
     """Microseconds from now until the answer is no longer wanted."""
     exact: _builtins.bool
     """Run all of `modalities` or refuse."""
+    effort: _gateway_pb2.Effort.ValueType
+    late_ok: _builtins.bool
+    """A late answer is wanted, too. Then expiry_us, not budget_us, ends the job."""
+    expiry_us: _builtins.int
+    """Microseconds from now until nobody waits any more; at least budget_us. 0: the same."""
+    stream: _builtins.bool
+    """Results are sent as they finish (`part`), not all at the end."""
     @_builtins.property
     def payloads(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.TensorRef]:
         """Payload refs [B, ...] by modality."""
@@ -117,10 +128,14 @@ class JobDescription(_message.Message):
         budget_us: _builtins.int = ...,
         modalities: _abc.Iterable[_builtins.str] | None = ...,
         exact: _builtins.bool = ...,
+        effort: _gateway_pb2.Effort.ValueType = ...,
+        late_ok: _builtins.bool = ...,
+        expiry_us: _builtins.int = ...,
+        stream: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy", "min_accuracy", b"min_accuracy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy", "budget_us", b"budget_us", "exact", b"exact", "job_id", b"job_id", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "payloads", b"payloads", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy", "budget_us", b"budget_us", "effort", b"effort", "exact", b"exact", "expiry_us", b"expiry_us", "job_id", b"job_id", "late_ok", b"late_ok", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "payloads", b"payloads", "size", b"size", "stream", b"stream"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_accuracy: _TypeAlias = _typing.Literal["min_accuracy"]  # noqa: Y015
     _WhichOneofArgType__min_accuracy: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy"]  # noqa: Y015
@@ -156,6 +171,7 @@ class SelectorMessage(_message.Message):
     RELEASE_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def result(self) -> Global___JobResult: ...
     @_builtins.property
@@ -166,6 +182,8 @@ class SelectorMessage(_message.Message):
     def models(self) -> Global___ModelStates: ...
     @_builtins.property
     def transport(self) -> Global___PayloadTransport: ...
+    @_builtins.property
+    def part(self) -> Global___JobPart: ...
     def __init__(
         self,
         *,
@@ -174,12 +192,13 @@ class SelectorMessage(_message.Message):
         release: _tensor_pb2.ReleaseSlots | None = ...,
         models: Global___ModelStates | None = ...,
         transport: Global___PayloadTransport | None = ...,
+        part: Global___JobPart | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "message", b"message", "models", b"models", "release", b"release", "result", b"result", "transport", b"transport"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "message", b"message", "models", b"models", "part", b"part", "release", b"release", "result", b"result", "transport", b"transport"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "message", b"message", "models", b"models", "release", b"release", "result", b"result", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "message", b"message", "models", b"models", "part", b"part", "release", b"release", "result", b"result", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["result", "failure", "release", "models", "transport"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["result", "failure", "release", "models", "transport", "part"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -200,7 +219,7 @@ class JobResult(_message.Message):
     compute_us: _builtins.int
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___ItemGroup]:
-        """Row ranges of the job with their outputs; together they cover every item once."""
+        """Items with their outputs; together with the parts sent before they cover every item once."""
 
     def __init__(
         self,
@@ -220,33 +239,58 @@ class JobResult(_message.Message):
 Global___JobResult: _TypeAlias = JobResult  # noqa: Y015
 
 @_typing.final
+class JobPart(_message.Message):
+    """Items of a job that is not over yet."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.bytes
+    @_builtins.property
+    def group(self) -> Global___ItemGroup: ...
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.bytes = ...,
+        group: Global___ItemGroup | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobPart: _TypeAlias = JobPart  # noqa: Y015
+
+@_typing.final
 class ItemGroup(_message.Message):
     """Items of one job that used the same modality set."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODALITY_SET_FIELD_NUMBER: _builtins.int
-    ROW_START_FIELD_NUMBER: _builtins.int
-    ROW_COUNT_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
     modality_set: _builtins.str
-    row_start: _builtins.int
-    row_count: _builtins.int
+    @_builtins.property
+    def items(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Indices into the job, rising."""
+
     @_builtins.property
     def output(self) -> _tensor_pb2.Tensor:
-        """The model's output [row_count, ...]."""
+        """The model's output [items, ...], in that order."""
 
     def __init__(
         self,
         *,
         modality_set: _builtins.str = ...,
-        row_start: _builtins.int = ...,
-        row_count: _builtins.int = ...,
+        items: _abc.Iterable[_builtins.int] | None = ...,
         output: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["modality_set", b"modality_set", "output", b"output", "row_count", b"row_count", "row_start", b"row_start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "modality_set", b"modality_set", "output", b"output"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

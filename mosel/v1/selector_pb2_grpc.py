@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from mosel.v1 import gateway_pb2 as mosel_dot_v1_dot_gateway__pb2
 from mosel.v1 import selector_pb2 as mosel_dot_v1_dot_selector__pb2
 from mosel.v1 import service_pb2 as mosel_dot_v1_dot_service__pb2
 
@@ -40,6 +41,11 @@ class SelectorStub(object):
                 request_serializer=mosel_dot_v1_dot_selector__pb2.GatewayMessage.SerializeToString,
                 response_deserializer=mosel_dot_v1_dot_selector__pb2.SelectorMessage.FromString,
                 _registered_method=True)
+        self.Plan = channel.unary_unary(
+                '/mosel.v1.Selector/Plan',
+                request_serializer=mosel_dot_v1_dot_selector__pb2.JobDescription.SerializeToString,
+                response_deserializer=mosel_dot_v1_dot_gateway__pb2.PlanReply.FromString,
+                _registered_method=True)
         self.Status = channel.unary_unary(
                 '/mosel.v1.Selector/Status',
                 request_serializer=mosel_dot_v1_dot_service__pb2.StatusRequest.SerializeToString,
@@ -60,6 +66,14 @@ class SelectorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Plan(self, request, context):
+        """Called by gateways for clients: what a job would get now. The job has no payloads. Deadline: the caller's.
+        Errors: INVALID_ARGUMENT, NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Status(self, request, context):
         """Called by gateways for `mosel status`. Asks every encoder and the fusion service. Deadline: the caller's.
         """
@@ -74,6 +88,11 @@ def add_SelectorServicer_to_server(servicer, server):
                     servicer.Connect,
                     request_deserializer=mosel_dot_v1_dot_selector__pb2.GatewayMessage.FromString,
                     response_serializer=mosel_dot_v1_dot_selector__pb2.SelectorMessage.SerializeToString,
+            ),
+            'Plan': grpc.unary_unary_rpc_method_handler(
+                    servicer.Plan,
+                    request_deserializer=mosel_dot_v1_dot_selector__pb2.JobDescription.FromString,
+                    response_serializer=mosel_dot_v1_dot_gateway__pb2.PlanReply.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -108,6 +127,33 @@ class Selector(object):
             '/mosel.v1.Selector/Connect',
             mosel_dot_v1_dot_selector__pb2.GatewayMessage.SerializeToString,
             mosel_dot_v1_dot_selector__pb2.SelectorMessage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Plan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mosel.v1.Selector/Plan',
+            mosel_dot_v1_dot_selector__pb2.JobDescription.SerializeToString,
+            mosel_dot_v1_dot_gateway__pb2.PlanReply.FromString,
             options,
             channel_credentials,
             insecure,

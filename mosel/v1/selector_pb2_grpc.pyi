@@ -5,6 +5,7 @@ The brain. Only gateways call it."""
 
 from collections import abc as _abc
 from grpc import aio as _aio
+from mosel.v1 import gateway_pb2 as _gateway_pb2
 from mosel.v1 import selector_pb2 as _selector_pb2
 from mosel.v1 import service_pb2 as _service_pb2
 import abc as _abc_1
@@ -38,6 +39,10 @@ class SelectorStub:
     Sets off: encode and fuse calls. Deadline: none; each job carries its own.
     Errors: UNAVAILABLE while stopping. A broken stream fails the jobs that are under way on it.
     """
+    Plan: _grpc.UnaryUnaryMultiCallable[_selector_pb2.JobDescription, _gateway_pb2.PlanReply]
+    """Called by gateways for clients: what a job would get now. The job has no payloads. Deadline: the caller's.
+    Errors: INVALID_ARGUMENT, NOT_FOUND.
+    """
     Status: _grpc.UnaryUnaryMultiCallable[_service_pb2.StatusRequest, _service_pb2.StatusReply]
     """Called by gateways for `mosel status`. Asks every encoder and the fusion service. Deadline: the caller's."""
 
@@ -49,6 +54,10 @@ class SelectorAsyncStub(SelectorStub):
     job exactly once, in any order, and says which payload refs it no longer reads and which models are ready.
     Sets off: encode and fuse calls. Deadline: none; each job carries its own.
     Errors: UNAVAILABLE while stopping. A broken stream fails the jobs that are under way on it.
+    """
+    Plan: _aio.UnaryUnaryMultiCallable[_selector_pb2.JobDescription, _gateway_pb2.PlanReply]  # type: ignore[assignment]
+    """Called by gateways for clients: what a job would get now. The job has no payloads. Deadline: the caller's.
+    Errors: INVALID_ARGUMENT, NOT_FOUND.
     """
     Status: _aio.UnaryUnaryMultiCallable[_service_pb2.StatusRequest, _service_pb2.StatusReply]  # type: ignore[assignment]
     """Called by gateways for `mosel status`. Asks every encoder and the fusion service. Deadline: the caller's."""
@@ -64,6 +73,16 @@ class SelectorServicer(metaclass=_abc_1.ABCMeta):
         job exactly once, in any order, and says which payload refs it no longer reads and which models are ready.
         Sets off: encode and fuse calls. Deadline: none; each job carries its own.
         Errors: UNAVAILABLE while stopping. A broken stream fails the jobs that are under way on it.
+        """
+
+    @_abc_1.abstractmethod
+    def Plan(
+        self,
+        request: _selector_pb2.JobDescription,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.PlanReply, _abc.Awaitable[_gateway_pb2.PlanReply]]:
+        """Called by gateways for clients: what a job would get now. The job has no payloads. Deadline: the caller's.
+        Errors: INVALID_ARGUMENT, NOT_FOUND.
         """
 
     @_abc_1.abstractmethod

@@ -65,6 +65,7 @@ class ServiceStatus(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     COUNTERS_FIELD_NUMBER: _builtins.int
     EDGES_FIELD_NUMBER: _builtins.int
+    RESOURCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"gateway", "selector", "encoder/image", "fusion"."""
     address: _builtins.str
@@ -72,6 +73,8 @@ class ServiceStatus(_message.Message):
     detail: _builtins.str
     """Why it is not ready; empty if it is."""
     pid: _builtins.int
+    resource: _builtins.str
+    """What the service computes on: "cpu", or a GPU's UUID. Services with the same one compete. Empty: it does not compute."""
     @_builtins.property
     def counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Whole numbers by name, such as payload_bytes_read, items, calls; counted since the service started."""
@@ -90,10 +93,11 @@ class ServiceStatus(_message.Message):
         pid: _builtins.int = ...,
         counters: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         edges: _abc.Iterable[Global___EdgeStatus] | None = ...,
+        resource: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "counters", b"counters", "detail", b"detail", "edges", b"edges", "name", b"name", "pid", b"pid", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "counters", b"counters", "detail", b"detail", "edges", b"edges", "name", b"name", "pid", b"pid", "ready", b"ready", "resource", b"resource"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -161,19 +165,22 @@ class LatencyPoint(_message.Message):
 
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     P50_MS_FIELD_NUMBER: _builtins.int
+    P95_MS_FIELD_NUMBER: _builtins.int
     batch_size: _builtins.int
     """Rows in one call."""
     p50_ms: _builtins.float
-    """Median compute time of one call, in milliseconds."""
+    """Compute time of one call, in milliseconds: the median, and the time that 95 % of the calls do not exceed."""
+    p95_ms: _builtins.float
     def __init__(
         self,
         *,
         batch_size: _builtins.int = ...,
         p50_ms: _builtins.float = ...,
+        p95_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "p50_ms", b"p50_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "p50_ms", b"p50_ms", "p95_ms", b"p95_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,4 +1,4 @@
-"""From request to checked job, and from result to reply, without any service."""
+"""From request to checked job, without any service."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gateway.jobs import check_request, reply_from
-from mosel.errors import InvalidRequest, ModelNotFound, PayloadTooLarge
+from gateway.jobs import CheckedJob, check_request, check_spec, times_of
+from mosel.deadline import Deadline
+from mosel.errors import InvalidRequest, ModelNotFound, MoselError, PayloadTooLarge
 from mosel.model_package import ModalitySpec, ModelPackage
 from mosel.tensors import to_proto
-from mosel.v1 import gateway_pb2, selector_pb2, tensor_pb2
+from mosel.v1 import gateway_pb2, tensor_pb2
 
 Draw = Callable[..., dict[str, NDArray[Any]]]
 
@@ -24,21 +25,30 @@ def request_of(payloads: dict[str, NDArray[Any]], **fields: Any) -> gateway_pb2.
 
 def test_a_sound_request_becomes_a_job(fruit: ModelPackage, draw: Draw) -> None:
     payloads = draw(3)
-    request = request_of(payloads, min_accuracy=0.5, latency_slo_ms=20.0, modalities=["scent", "scent"])
-    job = check_request(request, {"fruit": fruit}, max_items=3)
+    request = request_of(
+        payloads,
+        min_accuracy=0.5,
+        latency_slo_ms=20.0,
+        modalities=["scent", "scent"],
+        effort=gateway_pb2.BEST,
+        late_ok=True,
+    )
+    job, checked = check_request(request, {"fruit": fruit}, max_items=3)
     assert (job.size, job.modalities, job.min_accuracy, job.latency_slo_ms) == (3, ("scent",), 0.5, 20.0)
+    assert (job.exact, job.effort, job.late_ok) == (False, gateway_pb2.BEST, True)
     for name, array in payloads.items():
-        np.testing.assert_array_equal(job.payloads[name], array)
+        np.testing.assert_array_equal(checked[name], array)
 
 
 def test_what_is_not_given_is_none(fruit: ModelPackage, draw: Draw) -> None:
-    job = check_request(request_of(draw(1)), {"fruit": fruit}, max_items=3)
+    job, _ = check_request(request_of(draw(1)), {"fruit": fruit}, max_items=3)
     assert (job.modalities, job.min_accuracy, job.latency_slo_ms) == (("photo", "scent"), None, None)
-    assert check_request(request_of(draw(1), min_accuracy=0.0), {"fruit": fruit}, 3).min_accuracy == 0.0
+    assert (job.exact, job.effort, job.late_ok) == (False, gateway_pb2.EFFORT_UNSPECIFIED, False)
+    assert check_request(request_of(draw(1), min_accuracy=0.0), {"fruit": fruit}, 3)[0].min_accuracy == 0.0
 
 
 def test_bounds_are_inclusive(fruit: ModelPackage, draw: Draw) -> None:
-    assert check_request(request_of(draw(3), min_accuracy=1.0), {"fruit": fruit}, max_items=3).size == 3
+    assert check_request(request_of(draw(3), min_accuracy=1.0), {"fruit": fruit}, max_items=3)[0].size == 3
     with pytest.raises(PayloadTooLarge, match="4 items; expected at most 3 in one job"):
         check_request(request_of(draw(4)), {"fruit": fruit}, max_items=3)
 
@@ -76,28 +86,46 @@ def test_floats_must_be_finite(fruit: ModelPackage, dtype: str, value: float) ->
 @pytest.mark.parametrize(("dtype", "kind"), [("BOOL", np.bool_), ("INT64", np.int64), ("UINT8", np.uint8)])
 def test_other_types_and_items_that_are_scalars(fruit: ModelPackage, dtype: str, kind: type[np.generic]) -> None:
     request = gateway_pb2.PredictRequest(model="x", payloads={"x": to_proto(np.ones(4, kind))})
-    job = check_request(request, {"x": package_with(fruit, dtype)}, max_items=9)
-    np.testing.assert_array_equal(job.payloads["x"], np.ones(4, kind))
+    _, payloads = check_request(request, {"x": package_with(fruit, dtype)}, max_items=9)
+    np.testing.assert_array_equal(payloads["x"], np.ones(4, kind))
 
 
-def test_groups_are_joined_in_the_order_of_their_rows(fruit: ModelPackage, draw: Draw) -> None:
-    job = check_request(request_of(draw(3)), {"fruit": fruit}, max_items=3)
-    rows = np.array([[0.1, 0.2, 0.7], [0.8, 0.1, 0.1], [0.2, 0.6, 0.2]], np.float32)
-    result = selector_pb2.JobResult(job_id=bytes(range(16)), expected_accuracy=0.9, queue_us=1500, compute_us=250)
-    result.groups.add(modality_set="scent", row_start=2, row_count=1, output=to_proto(rows[2:]))
-    result.groups.add(modality_set="photo", row_start=0, row_count=2, output=to_proto(rows[:2]))
-    reply = reply_from(job, result, slack_ms=4.0)
-    assert reply.job_id == "000102030405060708090a0b0c0d0e0f"
-    assert list(reply.output.shape) == [3, 3]
-    np.testing.assert_array_equal(np.frombuffer(reply.output.data, np.float32).reshape(3, 3), rows)
-    assert list(reply.labels) == ["plum", "apple", "lemon"]
-    assert list(reply.modality_sets) == ["photo", "photo", "scent"]
-    assert (reply.expected_accuracy, reply.queue_ms, reply.compute_ms, reply.deadline_slack_ms) == (0.9, 1.5, 0.25, 4.0)
+def spec(**fields: Any) -> gateway_pb2.JobSpec:
+    return gateway_pb2.JobSpec(**{"model": "fruit", "size": 3, **fields})
 
 
-def test_a_model_without_labels_names_none(fruit: ModelPackage, draw: Draw) -> None:
-    unnamed = replace(fruit, output=replace(fruit.output, labels=()))
-    job = check_request(request_of(draw(1)), {"fruit": unnamed}, max_items=3)
-    result = selector_pb2.JobResult(job_id=bytes(16))
-    result.groups.add(modality_set="photo", row_count=1, output=to_proto(np.zeros((1, 3), np.float32)))
-    assert list(reply_from(job, result, 0.0).labels) == []
+def test_a_job_without_its_items_is_checked_as_one_with_them(fruit: ModelPackage) -> None:
+    job = check_spec(spec(modalities=["scent"], min_accuracy=0.5, late_ok=True), {"fruit": fruit}, max_items=3)
+    assert (job.size, job.modalities, job.min_accuracy, job.late_ok) == (3, ("scent",), 0.5, True)
+    assert job.payload_bytes() == {"scent": 3 * 6 * 4}
+    assert check_spec(spec(), {"fruit": fruit}, max_items=3).modalities == ("photo", "scent")
+
+
+BAD_SPECS: dict[str, tuple[dict[str, Any], type[MoselError], str]] = {
+    "model": ({"model": "pear"}, ModelNotFound, "model is 'pear'; expected one of fruit"),
+    "no items": ({"size": 0}, InvalidRequest, "size is 0; expected at least one item"),
+    "many items": ({"size": 4}, PayloadTooLarge, "size is 4; expected at most 3 in one job"),
+    "modality": ({"modalities": ["taste"]}, InvalidRequest, "modalities has 'taste'; expected some of photo, scent"),
+    "floor": ({"min_accuracy": 1.5}, InvalidRequest, "min_accuracy is 1.5; expected a number from 0 to 1"),
+    "deadline": ({"latency_slo_ms": -1.0}, InvalidRequest, "latency_slo_ms is -1.0; expected a positive number"),
+    "effort": ({"effort": 9}, InvalidRequest, "effort is 9; expected CHEAPEST, BEST or none"),
+}
+
+
+@pytest.mark.parametrize(("fields", "kind", "message"), BAD_SPECS.values(), ids=BAD_SPECS.keys())
+def test_a_bad_job_is_refused(
+    fruit: ModelPackage, fields: dict[str, Any], kind: type[MoselError], message: str
+) -> None:
+    with pytest.raises(kind, match=f"^{message}"):
+        check_spec(spec(**fields), {"fruit": fruit}, max_items=3)
+
+
+@pytest.mark.parametrize("late_ok", [False, True])
+@pytest.mark.parametrize(("slo_ms", "call_s", "due_s"), [(20_000.0, 40, 20), (40_000.0, 20, 20), (None, 40, 30)])
+def test_the_smaller_deadline_wins_and_late_answers_may_take_as_long_as_the_call(
+    fruit: ModelPackage, late_ok: bool, slo_ms: float | None, call_s: float, due_s: float
+) -> None:
+    job: CheckedJob = replace(check_spec(spec(), {"fruit": fruit}, 3), latency_slo_ms=slo_ms, late_ok=late_ok)
+    times = times_of(job, Deadline.after(call_s), default_s=30)
+    assert times.deadline.remaining == pytest.approx(due_s, abs=5)
+    assert times.ends.remaining == pytest.approx(call_s if late_ok else due_s, abs=5)

@@ -1,7 +1,7 @@
 """The gateway's stream, against a selector that is a real gRPC server in this process."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -11,46 +11,9 @@ import pytest
 from gateway.selector_link import SelectorLink
 from mosel.config import Settings
 from mosel.deadline import Deadline
-from mosel.errors import DeadlineExceeded, MoselError, Overloaded, ServiceUnavailable, Unreachable
-from mosel.service import Context
-from mosel.v1 import arena_pb2, selector_pb2, selector_pb2_grpc, service_pb2, tensor_pb2
-
-Messages = AsyncIterator[selector_pb2.GatewayMessage]
-
-
-class ScriptedSelector(selector_pb2_grpc.SelectorServicer):
-    """Says that the model `fruit` is ready; what else it says is up to the test."""
-
-    def __init__(self) -> None:
-        self.received: asyncio.Queue[selector_pb2.GatewayMessage] = asyncio.Queue()
-        self.announced: asyncio.Queue[selector_pb2.GatewayMessage] = asyncio.Queue()
-        self.outbox: asyncio.Queue[selector_pb2.SelectorMessage | None] = asyncio.Queue()
-
-    async def Connect(  # noqa: N802 (named by the proto)
-        self, request_iterator: Messages, context: Context
-    ) -> AsyncIterator[selector_pb2.SelectorMessage]:
-        reading = asyncio.create_task(self._read(request_iterator))
-        try:
-            states = [selector_pb2.ModelState(model="fruit", ready=True)]
-            yield selector_pb2.SelectorMessage(models=selector_pb2.ModelStates(models=states))
-            while (message := await self.outbox.get()) is not None:
-                yield message
-        finally:
-            reading.cancel()
-
-    async def Status(  # noqa: N802 (named by the proto)
-        self, request: service_pb2.StatusRequest, context: Context
-    ) -> service_pb2.StatusReply:
-        return service_pb2.StatusReply(services=[service_pb2.ServiceStatus(name="selector", ready=True)])
-
-    async def _read(self, messages: Messages) -> None:
-        async for message in messages:
-            kept = self.announced if message.HasField("announcement") else self.received
-            kept.put_nowait(message)
-
-    def say(self, **message: object) -> None:
-        self.outbox.put_nowait(selector_pb2.SelectorMessage(**message))  # type: ignore[arg-type]
-
+from mosel.errors import MoselError, Overloaded, ServiceUnavailable, Unreachable
+from mosel.v1 import arena_pb2, selector_pb2, tensor_pb2
+from tests.gateway.scripted import serving
 
 ANNOUNCEMENT = arena_pb2.Announcement(arenas=[arena_pb2.AnnouncedArena(nonce=b"n" * 16)])
 
@@ -67,18 +30,6 @@ class Recorder:
     def release(self, slots: Iterable[tensor_pb2.ArenaSlot]) -> None:
         self.released.extend(slots)
         self.something_released.set()
-
-
-@asynccontextmanager
-async def serving(settings: Settings) -> AsyncIterator[ScriptedSelector]:
-    selector, server = ScriptedSelector(), grpc.aio.server()
-    selector_pb2_grpc.add_SelectorServicer_to_server(selector, server)
-    server.add_insecure_port(settings.selector_address)
-    await server.start()
-    try:
-        yield selector
-    finally:
-        await server.stop(None)
 
 
 @pytest.fixture
@@ -107,19 +58,37 @@ def job(number: int) -> selector_pb2.JobDescription:
     return selector_pb2.JobDescription(job_id=bytes([number] * 16), model="fruit", size=1, payloads=payloads)
 
 
+def group(*items: int) -> selector_pb2.ItemGroup:
+    return selector_pb2.ItemGroup(modality_set="scent", items=items)
+
+
+async def answer(link: SelectorLink, number: int) -> tuple[list[Sequence[selector_pb2.ItemGroup]], int]:
+    """Sends a job and reads what is said of it: the items as they came, and the microseconds in the queue."""
+    with link.submit(job(number)) as answers:
+        came = [groups async for groups in answers]
+        return came, answers.result.queue_us
+
+
+def in_flight(link: SelectorLink) -> int:
+    return link.statistics()["jobs_at_selector"]
+
+
 async def test_answers_find_their_jobs_in_any_order(settings: Settings) -> None:
     recorder = Recorder()
     async with serving(settings) as selector, linked(settings, recorder) as link:
         await connected(link, recorder)
         assert link.models["fruit"].ready
-        calls = [asyncio.create_task(link.predict(job(n), Deadline.after(30))) for n in range(5)]
+        calls = [asyncio.create_task(answer(link, n)) for n in range(5)]
         for n in range(5):
             assert (await selector.received.get()).job == job(n)
-        assert link.jobs_in_flight == 5
+        assert in_flight(link) == 5
+        for n in range(5):
+            selector.say(part=selector_pb2.JobPart(job_id=job(n).job_id, group=group(n, n + 1)))
         for n in reversed(range(5)):
-            selector.say(result=selector_pb2.JobResult(job_id=job(n).job_id, queue_us=n))
-        assert [result.queue_us for result in await asyncio.gather(*calls)] == list(range(5))
-        assert link.jobs_in_flight == 0
+            selector.say(result=selector_pb2.JobResult(job_id=job(n).job_id, groups=[group(0), group(9)], queue_us=n))
+        expected = [([[group(n, n + 1)], [group(0), group(9)]], n) for n in range(5)]
+        assert await asyncio.gather(*calls) == expected
+        assert in_flight(link) == 0
         assert selector.received.empty()
 
 
@@ -137,7 +106,7 @@ async def test_a_failure_is_raised_as_what_it_is(
     recorder = Recorder()
     async with serving(settings) as selector, linked(settings, recorder) as link:
         await connected(link, recorder)
-        call = asyncio.create_task(link.predict(job(1), Deadline.after(30)))
+        call = asyncio.create_task(answer(link, 1))
         await selector.received.get()
         selector.say(
             failure=selector_pb2.JobFailure(
@@ -149,22 +118,29 @@ async def test_a_failure_is_raised_as_what_it_is(
         assert getattr(raised.value, "retry_after_ms", 0) == retry
 
 
-async def test_a_job_that_is_late_or_cancelled_is_cancelled_there(settings: Settings) -> None:
+async def test_a_job_that_nobody_waits_for_is_cancelled_there(settings: Settings) -> None:
     recorder = Recorder()
     async with serving(settings) as selector, linked(settings, recorder) as link:
         await connected(link, recorder)
-        with pytest.raises(DeadlineExceeded, match="the deadline passed before the answer was there"):
-            await link.predict(job(1), Deadline.after(0.05))
-        given_up = asyncio.create_task(link.predict(job(2), Deadline.after(30)))
-        received = [await selector.received.get() for _ in range(3)]
+        given_up = asyncio.create_task(answer(link, 1))
+        assert (await selector.received.get()).job == job(1)
+        selector.say(part=selector_pb2.JobPart(job_id=job(1).job_id, group=group(0)))
         given_up.cancel()
-        received.append(await selector.received.get())
-        assert [message.WhichOneof("message") for message in received] == ["job", "cancel", "job", "cancel"]
-        assert received[1].cancel.job_id == job(1).job_id
-        assert received[3].cancel.job_id == job(2).job_id
+        assert (await selector.received.get()).cancel.job_id == job(1).job_id
         # An answer that comes too late is passed over.
         selector.say(result=selector_pb2.JobResult(job_id=job(1).job_id))
-        assert link.jobs_in_flight == 0
+        assert in_flight(link) == 0
+
+
+async def test_plans_are_passed_on(settings: Settings) -> None:
+    recorder = Recorder()
+    async with linked(settings, recorder) as link:
+        with pytest.raises(ServiceUnavailable, match=r"^service selector is not reachable$"):
+            await link.plan(job(1), Deadline.after(30))
+        async with serving(settings) as selector:
+            await connected(link, recorder)
+            assert (await link.plan(job(1), Deadline.after(30))).refusal == "as scripted for 1 items"
+            assert selector.planned == [job(1)]
 
 
 async def test_the_arena_is_announced_first_and_the_transport_is_as_the_selector_says(settings: Settings) -> None:
@@ -205,9 +181,9 @@ async def test_without_a_selector_jobs_are_refused_and_their_slots_given_back(se
         with pytest.raises(ServiceUnavailable, match=r"^service selector is not reachable$"):
             link.check_connected()
         with pytest.raises(ServiceUnavailable, match=r"^service selector is not reachable$"):
-            await link.predict(job(7), Deadline.after(30))
+            await answer(link, 7)
         assert [slot.slot for slot in recorder.released] == [7]
-        assert link.jobs_in_flight == 0
+        assert in_flight(link) == 0
 
 
 async def test_a_selector_that_goes_fails_its_jobs_and_is_found_again(settings: Settings) -> None:
@@ -215,16 +191,16 @@ async def test_a_selector_that_goes_fails_its_jobs_and_is_found_again(settings: 
     async with linked(settings, recorder) as link:
         async with serving(settings) as selector:
             await connected(link, recorder)
-            call = asyncio.create_task(link.predict(job(1), Deadline.after(30)))
+            call = asyncio.create_task(answer(link, 1))
             await selector.received.get()
         with pytest.raises(ServiceUnavailable, match=r"^service selector went away$"):
             await call
         assert link.models == {}
         async with serving(settings) as selector:
             await connected(link, recorder)
-            call = asyncio.create_task(link.predict(job(2), Deadline.after(30)))
+            call = asyncio.create_task(answer(link, 2))
             await selector.received.get()
             selector.say(result=selector_pb2.JobResult(job_id=job(2).job_id))
-            assert (await call).job_id == job(2).job_id
+            assert await call == ([[]], 0)
         # Encoders may still read the lost job's payloads, so its slots wait for the end of their leases.
         assert recorder.released == []

@@ -113,7 +113,8 @@ def test_what_may_be_left_out_has_a_default(folder: Path) -> None:
     package = load_package(folder)
     assert package.output == OutputSpec("output", "FP32", (2,), ())
     assert (package.samples, package.sources, package.train, package.default_min_accuracy) == (None,) * 4
-    assert package.accuracy.samples == 50
+    assert (package.random_weights, package.serve_by_default, package.parameters) == (False, True, {})
+    assert (package.accuracy.samples, package.accuracy.source) == (50, "")
 
 
 PHOTO = '[modalities.photo]\ndtype = "FP32"\nshape = [8, 8]'
@@ -147,6 +148,11 @@ PHOTO = '[modalities.photo]\ndtype = "FP32"\nshape = [8, 8]'
         ('[samples]\nmodule = "samples"', "[samples]", r"'samples\.module' is missing", "a string"),
         ('[train]\nmodule = "train"', '[train]\nmodule = "train"\nepochs = 3', r"'train\.epochs'", "one of: module"),
         ('[train]\nmodule = "train"', "[trian]", "'trian' is unknown", "expected one of"),
+        ('version = "1"', 'version = "1"\nrandom_weights = 1', "'random_weights' holds 1", "true or false"),
+        ('version = "1"', 'version = "1"\nserve_by_default = "no"', "'serve_by_default' holds 'no'", "true or false"),
+        ('version = "1"', 'version = "1"\nrandom_weights = true', "'weights' holds 'weights.safetensors'", "no such"),
+        ('module = "train"', 'module = "train"\n[parameters]\nsize = "2"', r"'parameters\.size' holds '2'", "a number"),
+        ('module = "train"', 'module = "train"\n[parameters]\nsize = true', r"'parameters\.size' holds True", "number"),
     ],
 )
 def test_a_wrong_key_is_named_with_its_file_and_what_was_expected(
@@ -186,6 +192,25 @@ def test_accuracies_are_those_of_these_weights(folder: Path) -> None:
     (folder / "weights.safetensors").unlink()
     with pytest.raises(PackageError, match=r"weights\.safetensors: no such file"):
         _ = load_package(folder).accuracy
+
+
+def test_accuracies_of_random_weights_are_from_elsewhere(folder: Path) -> None:
+    change(folder, 'weights = "weights.safetensors"', "random_weights = true")
+    content = {"source": "a paper", "validation": {"samples": 0, "sets": SETS}}
+    (folder / "accuracy.json").write_text(json.dumps(content))
+    (folder / "weights.safetensors").unlink()
+    package = load_package(folder)
+    assert package.random_weights
+    assert (package.accuracy.samples, package.accuracy.source) == (0, "a paper")
+    change(folder, "random_weights = true", "random_weights = false")
+    with pytest.raises(PackageError, match=r"accuracy\.json: KeyError 'weights_sha256'"):
+        _ = load_package(folder).accuracy
+
+
+def test_parameters_are_numbers_of_any_name(folder: Path) -> None:
+    with (folder / "model.toml").open("a") as file:
+        file.write("[parameters]\nscale = 0.25\nlayers = 3\n")
+    assert load_package(folder).parameters == {"scale": 0.25, "layers": 3.0}
 
 
 @pytest.mark.parametrize(
@@ -266,6 +291,15 @@ def test_packages_are_found_by_name(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     assert list(find_packages(tmp_path)) == ["one", "two"]
     assert list(find_packages(tmp_path, ("two",))) == ["two"]
+
+
+def test_a_package_may_be_served_only_where_it_is_named(tmp_path: Path) -> None:
+    change(make(tmp_path, "two"), 'version = "1"', 'version = "1"\nserve_by_default = false')
+    with pytest.raises(ConfigError, match=r"a model package .* to serve is not there; found: two"):
+        find_packages(tmp_path)
+    make(tmp_path, "one")
+    assert list(find_packages(tmp_path)) == ["one"]
+    assert list(find_packages(tmp_path, ("one", "two"))) == ["one", "two"]
 
 
 def test_what_is_not_found_is_named_with_what_there_is(tmp_path: Path) -> None:

@@ -71,7 +71,8 @@ def test_a_producer_that_comes_again_is_attached_under_its_new_epoch(
             restarted.children[name].process.wait()
             start_again(restarted, name)
             until(lambda: _is_whole(client), f"{name} is attached again")
-            np.testing.assert_array_equal(client.predict("fruit", draw(40)).output, expected)
+            # Not to the last bit: the batches may be others.
+            assert np.allclose(client.predict("fruit", draw(40)).output, expected, atol=1e-5)
         opened = {service.name: service.counters.get("arenas_open") for service in client.status()}
         assert opened["fusion"] == 2
         assert opened["encoder/photo"] == opened["encoder/scent"] == 1

@@ -250,7 +250,7 @@ def test_reflection_lists_the_gateway(services: Launcher) -> None:
 
 
 BAD_PACKAGES = {
-    "no description": ("model.toml", None, "", r".*: a model package \(a folder with a model\.toml\) is not there"),
+    "no description": ("model.toml", None, "", r".*: a model package \(a folder with .*\) to serve is not there"),
     "no TOML": ("model.toml", 'name = "fruit"', "name = ", r".*/fruit/model\.toml: not valid TOML: .*"),
     "missing key": (
         "model.toml",

@@ -1,0 +1,75 @@
+"""What jobs bring along: labelled items where a model has them, else random ones."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.accuracy import Scored
+from mosel.datasets import find
+from mosel.errors import DatasetError
+from mosel.model_package import ModelPackage
+from mosel.networks import example_payload
+from mosel.samples import Samples
+
+_RANDOM_ITEMS = 64
+
+
+@dataclass(frozen=True)
+class Items:
+    """Items that jobs are cut from, without copying.
+
+    Attributes:
+        payloads: arrays [N, ...] by modality.
+        labels: int64 [N], or None if nobody knows the right answers.
+        recordings: int64 [N], the source recording of each item; items of the same one are alike.
+        source: where they come from, in words.
+    """
+
+    payloads: Mapping[str, NDArray[Any]]
+    labels: NDArray[np.int64] | None
+    recordings: NDArray[np.int64]
+    source: str
+
+    def rows(self, size: int, seed: int) -> slice:
+        """The items of a job."""
+        start = int(np.random.default_rng(seed).integers(max(len(self.recordings) - size, 0) + 1))
+        return slice(start, start + size)
+
+    def payloads_of(self, rows: slice) -> dict[str, NDArray[Any]]:
+        """The arrays of a job's items."""
+        return {modality: payload[rows] for modality, payload in self.payloads.items()}
+
+    def scored(self, rows: slice, labels: Sequence[str], names: Sequence[str]) -> Scored:
+        """Which of a job's items were predicted right; nothing if nobody knows."""
+        if self.labels is None:
+            return ()
+        right = [names[label] == predicted for label, predicted in zip(self.labels[rows], labels, strict=True)]
+        return tuple(zip(self.recordings[rows].tolist(), right, strict=True))
+
+
+def items_of(package: ModelPackage, data: Path | None = None) -> Items:
+    """The test split in random order if it is on this machine, else random items.
+
+    Args:
+        package: the model.
+        data: folder that has the recordings; None: wherever they are found.
+    """
+    try:
+        if package.samples is None:
+            raise DatasetError("the model has no labelled samples")
+        found, module = find(package, data), package.load_module(package.samples)
+        samples: Samples = module.load(found.folder, "test")
+        # A module that knows which rows come from the same recording says so.
+        recordings = (
+            module.recordings(found.folder, "test") if hasattr(module, "recordings") else np.arange(len(samples))
+        )
+    except DatasetError as error:
+        payloads = {m: example_payload(package, m, _RANDOM_ITEMS) for m in package.modalities}
+        return Items(payloads, None, np.arange(_RANDOM_ITEMS), f"random payloads ({error})")
+    order = np.random.default_rng(0).permutation(len(samples))
+    mixed = samples.take(order)
+    return Items(mixed.payloads, mixed.labels, recordings[order], f"{len(samples)} labelled test items")

@@ -1,0 +1,1 @@
+"""`mosel bench policies`: the policies side by side, on real services."""

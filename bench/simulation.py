@@ -1,0 +1,206 @@
+"""Runs the selector's core on a virtual clock: the scheduler is the real one, only the services are simulated.
+
+A simulated call takes what the profile says for its batch, times the lane's drift, times lognormal noise as wide as the
+profile's p50 and p95 say. Client and gateway add a constant, half of it before the scheduler sees a job and half after
+its answer.
+"""
+
+import heapq
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from bench.outcomes import Ending, Outcome
+from bench.workload import Arrival, Demands, demands
+from mosel.errors import Overloaded, Unreachable
+from mosel.modality import format_set
+from mosel.profiles import FUSION, Point, Profile
+from selector.jobs import Call, Effort, EncodeCall, Ended, Job, Wait
+from selector.profile import ModelProfile
+from selector.profiles import model_profile
+from selector.scheduler import Scheduler
+from selector.work import Work
+
+# What the simulated model is called.
+MODEL = "model"
+# Capacity is what a backlog of so many jobs is worked off at.
+_BACKLOG = 300
+# How long callers wait who want a late answer, too.
+PATIENCE_S = 3600.0
+# Keeps this chance apart from that of the workload with the same seed.
+_STREAM = 2
+# The 95 % point of the standard normal distribution.
+_Z = statistics.NormalDist().inv_cdf(0.95)
+
+
+@dataclass(frozen=True)
+class World:
+    """The simulated services.
+
+    Attributes:
+        profile: what calls take, and what the scheduler believes.
+        tokens: calls at the same time.
+        edge_ms: what client and gateway add to a job.
+        noise: standard deviation of the logarithm of a call's time, by lane.
+        drift: how much longer calls take than the profile says, by lane; 1 where nothing is stated.
+        failures: share of calls that fail.
+        cancels: share of jobs that their caller cancels, at a random moment before the deadline.
+        seed: of all chance.
+    """
+
+    profile: ModelProfile
+    tokens: int = 2
+    edge_ms: float = 0.0
+    noise: Mapping[str, float] = field(default_factory=dict)
+    drift: Mapping[str, float] = field(default_factory=dict)
+    failures: float = 0.0
+    cancels: float = 0.0
+    seed: int = 0
+
+    @property
+    def full(self) -> frozenset[str]:
+        """The full modality set."""
+        return max(self.profile.accuracy, key=len)
+
+
+def world_and_demands(profile: Profile) -> tuple[World, Demands]:
+    """The services that a profile was measured on, and what jobs ask of them."""
+    known = model_profile(profile, None)
+    noise = {modality: _noise(points) for modality, points in profile.encoders.items()}
+    noise[FUSION] = max(_noise(points) for points in profile.fusion.values())
+    return World(known, profile.concurrency, profile.edge_ms, noise), demands(profile, known)
+
+
+def new_scheduler(world: World, policy: str, max_queued_items: int = 1_000_000) -> Scheduler:
+    """A scheduler with every service up."""
+    scheduler = Scheduler({MODEL: world.profile}, policy, max_queued_items, world.tokens, world.edge_ms)
+    for lane in (*world.profile.encoders, FUSION):
+        scheduler.lane(lane, True)
+    return scheduler
+
+
+def simulate(
+    arrivals: Iterable[Arrival],
+    scheduler: Scheduler,
+    world: World,
+    *,
+    late_ok: bool = False,
+    effort: Effort = Effort.BEST,
+) -> Iterator[Outcome]:
+    """Runs jobs through a scheduler until all are over; outcomes come in the order of their ends.
+
+    Args:
+        arrivals: by rising time; may be endless.
+        scheduler: of `new_scheduler`.
+        world: the same as the scheduler's.
+        late_ok: no job is refused, dropped or given up for its deadline.
+        effort: of every job.
+    """
+    yield from _Simulation(scheduler, world, late_ok, effort).run(iter(arrivals))
+
+
+def capacity(world: World, demands: Demands, policy: str) -> float:
+    """Jobs per second that a policy answers when it never idles and nobody minds being late."""
+    arrivals = list(demands.arrivals([0.0] * _BACKLOG, seed=0))
+    outcomes = list(simulate(arrivals, new_scheduler(world, policy), world, late_ok=True))
+    return len(outcomes) / max(outcome.at_s for outcome in outcomes)
+
+
+class _Simulation:
+    def __init__(self, scheduler: Scheduler, world: World, late_ok: bool, effort: Effort) -> None:
+        self._scheduler, self._world, self._late_ok, self._effort = scheduler, world, late_ok, effort
+        self._rng = np.random.default_rng((world.seed, _STREAM))
+        self._edge_s = world.edge_ms / 2000
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        self._event_count = self._job_count = 0
+        self._works: dict[bytes, tuple[Arrival, Work]] = {}
+        self._over: list[Outcome] = []
+
+    def run(self, arrivals: Iterator[Arrival]) -> Iterator[Outcome]:
+        self._expect_next(arrivals)
+        wake = math.inf
+        while self._events or wake < math.inf:
+            now = wake
+            if self._events and self._events[0][0] <= wake:
+                now, _, happens = heapq.heappop(self._events)
+                happens(now)
+            wake = self._dispatch(now)
+            yield from self._over
+            self._over.clear()
+
+    def _at(self, at_s: float, happens: Callable[[float], None]) -> None:
+        self._event_count += 1
+        heapq.heappush(self._events, (at_s, self._event_count, happens))
+
+    def _expect_next(self, arrivals: Iterator[Arrival]) -> None:
+        arrival = next(arrivals, None)
+        if arrival is not None:
+            self._at(arrival.at_s + self._edge_s, partial(self._arrive, arrival, arrivals))
+
+    def _arrive(self, arrival: Arrival, arrivals: Iterator[Arrival], now: float) -> None:
+        self._expect_next(arrivals)
+        self._job_count += 1
+        job = Job(
+            id=self._job_count.to_bytes(16),
+            model=MODEL,
+            size=arrival.size,
+            modalities=self._world.full,
+            min_accuracy=arrival.min_accuracy,
+            deadline=now + arrival.deadline_ms / 1000,
+            effort=self._effort,
+            late_ok=self._late_ok,
+            expires=now + PATIENCE_S if self._late_ok else None,
+        )
+        try:
+            work = self._scheduler.submit(job, now)
+        except (Overloaded, Unreachable):
+            self._over.append(Outcome(arrival, Ending.REFUSED, now + self._edge_s))
+            return
+        self._works[job.id] = arrival, work
+        if self._rng.random() < self._world.cancels:
+            self._at(now + self._rng.random() * arrival.deadline_ms / 1000, partial(self._cancel, job.id))
+
+    def _dispatch(self, now: float) -> float:
+        """Does what the scheduler says; returns when to ask it again at the latest."""
+        while not isinstance(step := self._scheduler.next(now), Wait):
+            if isinstance(step, Ended):
+                self._end(step.job_id, Ending.EXPIRED, now)
+            else:
+                self._at(now + self._takes_s(step), partial(self._return, step))
+        return math.inf if step.until is None else step.until
+
+    def _takes_s(self, call: Call) -> float:
+        profile, world = self._world.profile, self._world
+        curve = profile.encoders[call.modality] if isinstance(call, EncodeCall) else profile.fusion[call.modality_set]
+        noise = math.exp(self._rng.normal(0, world.noise.get(call.lane, 0.0)))
+        items = sum(len(rows.items) for rows in call.rows)
+        return curve.call_ms(items) / 1000 * world.drift.get(call.lane, 1.0) * noise
+
+    def _return(self, call: Call, now: float) -> None:
+        if self._rng.random() < self._world.failures:
+            for job_id in self._scheduler.failed(call, now):
+                self._end(job_id, Ending.FAILED, now)
+            return
+        for job_id in self._scheduler.completed(call, now):
+            self._end(job_id, Ending.ANSWERED, now)
+
+    def _cancel(self, job_id: bytes, now: float) -> None:
+        if self._scheduler.cancelled(job_id):
+            self._end(job_id, Ending.CANCELLED, now)
+
+    def _end(self, job_id: bytes, ending: Ending, now: float) -> None:
+        arrival, work = self._works.pop(job_id)
+        at_s = now + self._edge_s
+        if ending is not Ending.ANSWERED:
+            self._over.append(Outcome(arrival, ending, at_s))
+            return
+        counts = tuple((format_set(modality_set), count) for modality_set, count in work.strategy.counts)
+        self._over.append(Outcome(arrival, ending, at_s, counts, work.strategy.accuracy))
+
+
+def _noise(points: Iterable[Point]) -> float:
+    return statistics.median(math.log(max(p.p95_ms / p.p50_ms, 1.0)) / _Z if p.p50_ms else 0.0 for p in points)

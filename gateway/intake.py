@@ -1,0 +1,143 @@
+"""From checked job to the description that the selector gets, with the payloads in the arena. Knows no gRPC."""
+
+import asyncio
+import math
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from gateway.jobs import CheckedJob, Payloads, Times, check_request, times_of
+from gateway.selector_link import slots_of
+from mosel.config import Settings
+from mosel.deadline import Deadline
+from mosel.errors import MoselError, Overloaded, PayloadTooLarge
+from mosel.model_package import ModelPackage
+from mosel.transport import Publisher
+from mosel.v1 import gateway_pb2, selector_pb2, tensor_pb2
+
+_MIB = 1024 * 1024
+# Above this many elements, checking and copying payloads would hold up other calls.
+_OFF_LOOP_ELEMENTS = 256 * 1024
+# What the rest of a message may take beside payloads.
+_ENVELOPE_BYTES = 64 * 1024
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that is ready for the selector; who has it must see to its slots."""
+
+    job: CheckedJob
+    times: Times
+    description: selector_pb2.JobDescription
+
+
+class Intake:
+    """Puts payloads into the arena.
+
+    Args:
+        settings: limits.
+        packages: the models by name.
+        publisher: puts payloads there.
+    """
+
+    def __init__(self, settings: Settings, packages: Mapping[str, ModelPackage], publisher: Publisher) -> None:
+        self._settings, self._packages, self._publisher = settings, packages, publisher
+
+    async def request(self, request: gateway_pb2.PredictRequest, call: Deadline) -> Prepared:
+        """Checks a request and publishes its payloads; cancelling leaves no slot behind.
+
+        Args:
+            request: what the caller sent.
+            call: when the caller's own call ends.
+
+        Raises:
+            MoselError: as `check_request` and `Publisher.publish`.
+        """
+
+        def prepare(wait_s: float) -> Prepared:
+            limits = self._settings.gateway
+            job, payloads = check_request(request, self._packages, limits.max_items_per_job)
+            times = times_of(job, call, limits.default_deadline_ms / 1000)
+            return self._published(secrets.token_bytes(16), job, payloads, times, wait_s)
+
+        return await self._prepared(prepare, is_large(request.payloads))
+
+    async def upload(self, job_id: bytes, job: CheckedJob, payloads: Payloads, times: Times) -> Prepared:
+        """Publishes payloads that were checked as they came, for results as they finish; as `request` otherwise."""
+
+        def prepare(wait_s: float) -> Prepared:
+            prepared = self._published(job_id, job, payloads, times, wait_s)
+            prepared.description.stream = True
+            return prepared
+
+        return await self._prepared(prepare, sum(array.size for array in payloads.values()) > _OFF_LOOP_ELEMENTS)
+
+    async def _prepared(self, prepare: Callable[[float], Prepared], large: bool) -> Prepared:
+        if not large:
+            try:
+                return prepare(0.0)
+            except Overloaded:
+                # The arena is full: wait for a slot where it holds up nobody.
+                pass
+        preparing = asyncio.ensure_future(asyncio.to_thread(prepare, self._settings.transport.full_wait_ms / 1000))
+        try:
+            return await asyncio.shield(preparing)
+        except asyncio.CancelledError:
+            # The thread goes on, and fills slots that no job will release.
+            preparing.add_done_callback(self._give_back)
+            raise
+
+    def _give_back(self, preparing: "asyncio.Future[Prepared]") -> None:
+        if not preparing.cancelled() and preparing.exception() is None:
+            self._publisher.release(slots_of(preparing.result().description))
+
+    def _published(self, job_id: bytes, job: CheckedJob, payloads: Payloads, times: Times, wait_s: float) -> Prepared:
+        description = description_of(job_id, job, times)
+        lease_s = times.ends.remaining + self._settings.transport.lease_grace_ms / 1000
+        try:
+            for name in job.modalities:
+                dtype, array = job.package.modalities[name].dtype, payloads[name]
+                ref = self._publisher.publish(dtype, array.shape, array.data.cast("B"), lease_s, wait_s)
+                description.payloads[name].CopyFrom(ref)
+            self._check_message(description)
+        except MoselError:
+            self._publisher.release(slots_of(description))
+            raise
+        return Prepared(job, times, description)
+
+    def _check_message(self, description: selector_pb2.JobDescription) -> None:
+        """A message beyond the limit would take the stream down, and every other job with it."""
+        inline = sum(ref.nbytes for ref in description.payloads.values() if ref.WhichOneof("place") == "inline")
+        limit = self._settings.transport.max_message_mib * _MIB - _ENVELOPE_BYTES
+        if inline > limit:
+            raise PayloadTooLarge(
+                f"payloads that must travel inside a message have {inline} bytes; expected at most {limit} bytes "
+                "(setting transport.max_message_mib): send fewer items"
+            )
+
+
+def description_of(job_id: bytes, job: CheckedJob, times: Times) -> selector_pb2.JobDescription:
+    """A job without its payloads."""
+    budget_us = max(round(times.deadline.remaining * 1e6), 0)
+    late_us = round((times.ends.at - times.deadline.at) * 1e6)
+    return selector_pb2.JobDescription(
+        job_id=job_id,
+        model=job.package.name,
+        size=job.size,
+        modalities=job.modalities,
+        min_accuracy=job.min_accuracy,
+        exact=job.exact,
+        effort=job.effort,
+        late_ok=job.late_ok,
+        budget_us=budget_us,
+        expiry_us=budget_us + late_us,
+    )
+
+
+def is_large(tensors: Mapping[str, tensor_pb2.Tensor]) -> bool:
+    """Whether checking and copying these would hold up other calls."""
+    # From the shapes: to ask protobuf for its size makes it serialise everything.
+    return sum(math.prod(tensor.shape) for tensor in tensors.values()) > _OFF_LOOP_ELEMENTS

@@ -1,0 +1,203 @@
+"""`mosel profile`: measure a model on this machine."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mosel.cli.options import Device, ModelsFolder
+
+if TYPE_CHECKING:
+    from mosel.client import Client
+    from mosel.config import Settings
+    from mosel.model_package import ModelPackage
+    from mosel.profiles import Profile
+    from mosel.samples import Samples
+
+_READY_TIMEOUT_S = 600.0
+_REPEATS = 30
+_LOAD_S = 6
+_PLOTTED_ITEMS = 8
+
+
+def profile(
+    model: Annotated[str, typer.Argument(help="Name of the model, such as har.")],
+    data: Annotated[Path | None, typer.Option(help="Folder with labelled samples. [default: as `mosel data`]")] = None,
+    batch_sizes: Annotated[str | None, typer.Option(help="Such as 1,2,4,8 or 1..32. [default: the setting]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Profile file. [default: where `mosel up` looks]")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture, a PNG file. [default: beside the profile]")] = None,
+    models: ModelsFolder = None,
+    device: Device = None,
+) -> None:
+    """Measure accuracy and latency of every modality set, for `mosel up`, `mosel plan` and `mosel simulate`."""
+    from mosel.cli.options import settings_from
+    from mosel.cli.starting import console, started
+    from mosel.client import Client
+    from mosel.model_package import find_packages
+    from mosel.profiles import profile_file, save_profile
+
+    kept = settings_from(models, [model], device, grpc_port=0)
+    package = find_packages(kept.models_dir, (model,))[model]
+    samples, source = _validation(package, data)
+    with tempfile.TemporaryDirectory(prefix="mosel-profile-") as scratch:
+        settings = _measuring(kept, batch_sizes, Path(scratch))
+        with started(settings, _READY_TIMEOUT_S) as launcher, Client(launcher.address) as client:
+            quick = _quick(package, launcher.settings)
+            with _progress(_steps(quick, samples, settings)) as advance:
+                measured = _measure(client, package, quick, samples, settings, advance)
+    measured = measured.model_copy(update={"accuracy_source": source, "measured_on": datetime.now(UTC).date()})
+    file = out or profile_file(package, measured.hardware, kept)
+    save_profile(measured, file)
+    _show(measured)
+    console.print(f"profile: {file}", soft_wrap=True, highlight=False)
+    _plot(measured, package, plot or file.with_suffix(".png"))
+
+
+def _validation(package: "ModelPackage", data: Path | None) -> "tuple[Samples | None, str]":
+    """Labelled samples that the training has not seen, if they can be had here; and where accuracies come from."""
+    from mosel.datasets import find
+    from mosel.errors import DatasetError
+    from mosel.profiles import package_accuracy_source
+
+    try:
+        if package.samples is None:
+            raise DatasetError(f"model '{package.name}' has no table [samples] in model.toml")
+        found = find(package, data)
+        samples: Samples = package.load_module(package.samples).load(found.folder, "validation")
+    except DatasetError as error:
+        if data is not None:
+            raise
+        return None, f"{package_accuracy_source(package)} ({error})"
+    return samples, f"measured here: {len(samples)} samples of the validation split ({found.origin})"
+
+
+def _measuring(settings: "Settings", batch_sizes: str | None, profiles_dir: Path) -> "Settings":
+    """Settings under which the selector knows no profile, and measures more than at a usual start."""
+    selector = {"profile_repeats": max(_REPEATS, settings.selector.profile_repeats)} | (
+        {"profile_batch_sizes": _sizes(batch_sizes)} if batch_sizes is not None else {}
+    )
+    return settings.model_copy(
+        update={"profiles_dir": profiles_dir, "selector": settings.selector.model_copy(update=selector)}
+    )
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    from mosel.errors import ConfigError
+
+    first, dots, last = text.partition("..")
+    try:
+        sizes = (
+            tuple(range(int(first), int(last) + 1)) if dots else tuple(sorted({int(part) for part in text.split(",")}))
+        )
+    except ValueError:
+        sizes = ()
+    if not sizes or sizes[0] < 1:
+        raise ConfigError(f"--batch-sizes is '{text}'; expected numbers from 1, such as 1,2,4,8 or 1..32")
+    return sizes
+
+
+def _quick(package: "ModelPackage", settings: "Settings") -> "Profile":
+    """What the selector measured when it started."""
+    from mosel.errors import ConfigError
+    from mosel.profiles import load_profile
+
+    quick = load_profile(package, settings)
+    if quick is None:
+        raise ConfigError("settings fusion.address and encoders.addresses name TCP addresses; expected sockets (unix:)")
+    return quick
+
+
+def _steps(quick: "Profile", samples: "Samples | None", settings: "Settings") -> int:
+    per_set = len(_job_sizes(settings)) + (samples is not None)
+    return len(quick.accuracy) * per_set + _LOAD_S
+
+
+def _job_sizes(settings: "Settings") -> tuple[int, ...]:
+    from mosel.profiling import JOB_SIZES
+
+    return tuple(size for size in JOB_SIZES if size <= settings.gateway.max_items_per_job)
+
+
+def _measure(
+    client: "Client",
+    package: "ModelPackage",
+    quick: "Profile",
+    samples: "Samples | None",
+    settings: "Settings",
+    advance: Callable[[str], None],
+) -> "Profile":
+    from mosel import networks
+    from mosel.profiling import calls_under_load, end_to_end, measured_accuracy
+
+    sizes = _job_sizes(settings)
+    payloads = {m: networks.example_payload(package, m, sizes[-1]) for m in package.modalities}
+    times, edge_ms = end_to_end(client, package.name, quick.accuracy, payloads, sizes, advance)
+    changes = {"quick": False, "end_to_end": times, "edge_ms": edge_ms}
+    if samples is not None:
+        accuracy = measured_accuracy(client, package.name, quick.accuracy, samples, advance)
+        changes |= {"accuracy": accuracy, "accuracy_measured": True}
+    changes["calls"] = calls_under_load(client, quick, payloads, _LOAD_S, advance)
+    return quick.model_copy(update=changes)
+
+
+@contextmanager
+def _progress(steps: int) -> Iterator[Callable[[str], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from mosel.cli.starting import console
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=steps)
+        yield lambda what: bar.update(task, advance=1, description=what)
+
+
+def _show(measured: "Profile") -> None:
+    from rich.table import Table
+
+    from mosel.cli.starting import console
+
+    hardware = measured.hardware
+    console.print(
+        f"{measured.model} {measured.version} on {hardware.device}: {hardware.cpu}, {hardware.cores:g} cores, "
+        f"{hardware.workers} workers; torch {measured.versions.torch}\naccuracy: {measured.accuracy_source}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    sizes = [point.size for point in next(iter(measured.end_to_end.values()))]
+    shown = sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]})
+    sets = Table("modality set", "accuracy", "95 % interval", *(f"p50 / p95 ms, {size} items" for size in shown))
+    for name, accuracy in sorted(measured.accuracy.items(), key=lambda entry: entry[1].value):
+        times = [f"{p.p50_ms:.2f} / {p.p95_ms:.2f}" for p in measured.end_to_end[name] if p.size in shown]
+        sets.add_row(name, f"{accuracy.value:.4f}", f"{accuracy.low:.4f} to {accuracy.high:.4f}", *times)
+    console.print(sets)
+    calls = Table("service", "overhead ms", "factor")
+    for lane, call in measured.calls.items():
+        calls.add_row(lane, f"{call.overhead_ms:.3f}", f"{call.factor:.3f}")
+    console.print(calls)
+
+
+def _plot(measured: "Profile", package: "ModelPackage", file: Path) -> None:
+    from mosel.cli.starting import console
+    from mosel.modality import format_set
+    from selector.frontier import frontier
+    from selector.profiles import model_profile
+
+    try:
+        from mosel.profile_plot import write_plot
+
+        known = model_profile(measured, package.default_min_accuracy)
+        costs = {format_set(s): known.cost_ms(s, _PLOTTED_ITEMS) for s in known.accuracy}
+        strategies = frontier(known, list(known.accuracy), _PLOTTED_ITEMS)
+        write_plot(file, measured, _PLOTTED_ITEMS, costs, [(s.cost_ms, s.accuracy) for s in strategies])
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("matplotlib"):
+            raise
+        console.print("no picture: matplotlib is not installed (pip install mosel-server[demo])", markup=False)
+        return
+    console.print(f"picture: {file}", soft_wrap=True, highlight=False)

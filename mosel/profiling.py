@@ -1,0 +1,159 @@
+"""What a full profile adds to a quick one: measurements of a model through its running services."""
+
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mosel.client import Client
+from mosel.demo.measure import measure, percentile
+from mosel.demo.plan import Setting
+from mosel.errors import DeadlineExceeded, Overloaded, Unreachable
+from mosel.modality import parse_set
+from mosel.profiles import Accuracy, Call, JobPoint, Profile, wilson
+from mosel.samples import Samples
+
+JOB_SIZES = (1, 2, 4, 8, 16, 32)
+# Jobs of one set and size: as many as asked for, but after the time is over no more than the least.
+_JOBS, _LEAST_JOBS, _JOBS_S = 30, 5, 2.0
+_LABELLED = Setting(None, job_items=32, in_flight=4)
+# The load: so many clients, each with a job under way all the time. What was learned is read in the second half.
+_CLIENTS = 8
+_READ_EVERY_S = 0.25
+_LOAD_SIZES = (1, 2, 4, 8)
+
+Payloads = Mapping[str, NDArray[np.generic]]
+# Called with what was just measured.
+Advance = Callable[[str], None]
+
+
+def measured_accuracy(
+    client: Client, model: str, sets: Iterable[str], samples: Samples, advance: Advance
+) -> dict[str, Accuracy]:
+    """The accuracy of every modality set on labelled samples, through the services.
+
+    Raises:
+        MoselError: the services failed.
+    """
+    accuracy = {}
+    for name in sets:
+        modalities = tuple(sorted(parse_set(name)))
+        chosen = Samples({m: samples.payloads[m] for m in modalities}, samples.labels)
+        setting = Setting(None, _LABELLED.job_items, _LABELLED.in_flight, modalities=modalities)
+        accuracy[name] = wilson(measure(client, model, chosen, setting).accuracy, len(samples))
+        advance(f"accuracy of {name}")
+    return accuracy
+
+
+def end_to_end(
+    client: Client, model: str, sets: Iterable[str], payloads: Payloads, sizes: Sequence[int], advance: Advance
+) -> tuple[dict[str, tuple[JobPoint, ...]], float]:
+    """Times jobs of every modality set on an idle system, one at a time.
+
+    Args:
+        client: of the services.
+        model: its name.
+        sets: modality sets.
+        payloads: rows by modality; at least as many as the largest job has.
+        sizes: items per job.
+        advance: told what was measured.
+
+    Returns:
+        Times by modality set, and the median milliseconds that client and gateway add to a job.
+
+    Raises:
+        MoselError: the services failed.
+    """
+    points: dict[str, tuple[JobPoint, ...]] = {}
+    edges: list[float] = []
+    for name in sets:
+        of_set = []
+        for size in sizes:
+            times = _job_times(client, model, _rows(payloads, parse_set(name), size), edges)
+            of_set.append(JobPoint(size=size, p50_ms=statistics.median(times), p95_ms=percentile(times, 95)))
+            advance(f"jobs of {size} with {name}")
+        points[name] = tuple(of_set)
+    return points, max(statistics.median(edges), 0.0)
+
+
+def calls_under_load(
+    client: Client, quick: Profile, payloads: Payloads, seconds: float, advance: Advance
+) -> dict[str, Call]:
+    """What calls cost while the services are saturated, as the selector learned it from its own calls.
+
+    Args:
+        client: of the services, which were started with the quick profile.
+        quick: what the selector expects of calls.
+        payloads: rows by modality.
+        seconds: how long the load lasts.
+        advance: told once for each second.
+
+    Raises:
+        MoselError: the services failed.
+    """
+    readings: list[dict[str, int]] = []
+    stop = threading.Event()
+    with ThreadPoolExecutor(_CLIENTS) as pool:
+        clients = [pool.submit(_load, client, quick, payloads, random.Random(seed), stop) for seed in range(_CLIENTS)]  # noqa: S311
+        try:
+            started = time.monotonic()
+            told = 0
+            while (elapsed := time.monotonic() - started) < seconds:
+                time.sleep(_READ_EVERY_S)
+                if elapsed > seconds / 2:
+                    readings.append(_selector_counters(client))
+                if elapsed >= told + 1:
+                    told += 1
+                    advance("calls under load")
+        finally:
+            stop.set()
+        for running in clients:
+            running.result()
+    return {lane: _corrected(call, f"correction.{quick.model}.{lane}", readings) for lane, call in quick.calls.items()}
+
+
+def _job_times(client: Client, model: str, payloads: Payloads, edges: list[float]) -> list[float]:
+    """Milliseconds of the same job again and again; what the edge added to each goes to `edges`."""
+    client.predict(model, payloads, modalities=payloads)
+    times: list[float] = []
+    give_up = time.perf_counter() + _JOBS_S
+    while len(times) < _LEAST_JOBS or (len(times) < _JOBS and time.perf_counter() < give_up):
+        started = time.perf_counter()
+        prediction = client.predict(model, payloads, modalities=payloads)
+        times.append((time.perf_counter() - started) * 1000)
+        edges.append(times[-1] - prediction.queue_ms - prediction.compute_ms)
+    return times
+
+
+def _load(client: Client, quick: Profile, payloads: Payloads, rng: random.Random, stop: threading.Event) -> None:
+    """One caller, who sends the next job as soon as the last one is answered."""
+    sets = sorted(quick.accuracy)
+    while not stop.is_set():
+        rows = _rows(payloads, parse_set(rng.choice(sets)), rng.choice(_LOAD_SIZES))
+        try:
+            client.predict(quick.model, rows, modalities=rows)
+        except (Overloaded, Unreachable, DeadlineExceeded):
+            continue
+
+
+def _rows(payloads: Payloads, modalities: Iterable[str], size: int) -> dict[str, NDArray[np.generic]]:
+    return {m: payloads[m][:size] for m in sorted(modalities)}
+
+
+def _selector_counters(client: Client) -> dict[str, int]:
+    return next(service.counters for service in client.status() if service.name == "selector")
+
+
+def _corrected(expected: Call, prefix: str, readings: Sequence[Mapping[str, int]]) -> Call:
+    """What calls cost if the selector, which expects this, learned that it is `overhead + factor * expected`."""
+    seen = [r for r in readings if f"{prefix}.factor_permille" in r]
+    if not seen:
+        return expected
+    factor = statistics.median(r[f"{prefix}.factor_permille"] for r in seen) / 1000
+    overhead_ms = statistics.median(r[f"{prefix}.overhead_us"] for r in seen) / 1000
+    return Call(overhead_ms=overhead_ms + factor * expected.overhead_ms, factor=factor * expected.factor)

@@ -1,0 +1,107 @@
+"""Between the core's words and the messages."""
+
+from collections.abc import Iterable, Sequence
+
+from mosel.errors import InvalidRequest, MoselError
+from mosel.modality import format_set
+from mosel.status import retry_after_ms, status_number
+from mosel.transport import slice_rows
+from mosel.v1 import gateway_pb2, selector_pb2, tensor_pb2
+from selector.frontier import Strategy
+from selector.jobs import Effort, Job
+from selector.refusals import Plan
+
+_EFFORTS = {gateway_pb2.CHEAPEST: Effort.CHEAPEST, gateway_pb2.BEST: Effort.BEST}
+# One row of a tensor.
+Place = tuple[tensor_pb2.TensorRef, int]
+
+
+def job_from(description: selector_pb2.JobDescription, now: float) -> Job:
+    """The job behind a description.
+
+    Args:
+        description: from a gateway.
+        now: seconds on the clock that deadlines are kept on.
+
+    Raises:
+        InvalidRequest: names the field that is wrong.
+    """
+    if len(description.job_id) != 16:
+        raise InvalidRequest(f"job_id has {len(description.job_id)} bytes; expected 16")
+    if description.size < 1:
+        raise InvalidRequest("size is 0; expected at least one item")
+    if not description.modalities:
+        raise InvalidRequest("modalities is empty; expected at least one")
+    deadline = now + description.budget_us / 1e6
+    return Job(
+        id=description.job_id,
+        model=description.model,
+        size=description.size,
+        modalities=frozenset(description.modalities),
+        min_accuracy=description.min_accuracy if description.HasField("min_accuracy") else None,
+        deadline=deadline,
+        exact=description.exact,
+        effort=_EFFORTS.get(description.effort),
+        late_ok=description.late_ok,
+        expires=max(deadline, now + description.expiry_us / 1e6) if description.late_ok else None,
+    )
+
+
+def check_payloads(description: selector_pb2.JobDescription) -> None:
+    """Checks that every modality that may be run was sent.
+
+    Raises:
+        InvalidRequest: one was not.
+    """
+    if not description.payloads.keys() >= set(description.modalities):
+        sent = ", ".join(sorted(description.payloads)) or "nothing"
+        raise InvalidRequest(f"modalities are {sorted(description.modalities)}; the payloads have {sent}")
+
+
+def failure_from(job_id: bytes, error: MoselError) -> selector_pb2.JobFailure:
+    """What a gateway is told of a job that failed."""
+    return selector_pb2.JobFailure(
+        job_id=job_id,
+        status_code=status_number(error),
+        message=str(error),
+        retry_after_ms=retry_after_ms(error),
+    )
+
+
+def plan_reply(plan: Plan) -> gateway_pb2.PlanReply:
+    """The answer to a caller that asked for a plan."""
+    reply = gateway_pb2.PlanReply(refusal=plan.refusal)
+    reply.frontier.extend(_strategy(strategy, idle_ms) for strategy, idle_ms in plan.frontier)
+    if plan.chosen is not None:
+        reply.chosen.CopyFrom(_strategy(plan.chosen, plan.latency_ms))
+    return reply
+
+
+def slices(places: Iterable[Place]) -> list[tensor_pb2.RowSlice]:
+    """Rows in this order, for the wire; neighbours in the same tensor become one slice."""
+    runs: list[tuple[tensor_pb2.TensorRef, int, int]] = []
+    for ref, row in places:
+        if runs and runs[-1][0] is ref and row == runs[-1][1] + runs[-1][2]:
+            runs[-1] = (ref, runs[-1][1], runs[-1][2] + 1)
+        else:
+            runs.append((ref, row, 1))
+    return [slice_rows(ref, start, count) for ref, start, count in runs]
+
+
+def slots_in(refs: Iterable[tensor_pb2.TensorRef]) -> list[tensor_pb2.ArenaSlot]:
+    """The slots that hold these tensors; those that travel inside messages have none."""
+    return [ref.slot for ref in refs if ref.WhichOneof("place") == "slot"]
+
+
+def item_group(modality_set: frozenset[str], items: Sequence[int], output: tensor_pb2.Tensor) -> selector_pb2.ItemGroup:
+    """Items of a job that are done."""
+    return selector_pb2.ItemGroup(modality_set=format_set(modality_set), items=items, output=output)
+
+
+def _strategy(strategy: Strategy, latency_ms: float) -> gateway_pb2.Strategy:
+    return gateway_pb2.Strategy(
+        items={format_set(modality_set): count for modality_set, count in strategy.counts},
+        accuracy=strategy.accuracy,
+        cost_ms=strategy.cost_ms,
+        latency_ms=latency_ms,
+    )

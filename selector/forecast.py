@@ -1,0 +1,133 @@
+"""When queued jobs will be answered: their calls, list-scheduled in deadline order on the tokens of each resource.
+
+A *resource* is what services compete for (the cores of a host, a GPU); its *tokens* are the calls that run on it at the
+same time. Calls of several jobs to the same stage share batches, so a job costs what it adds to the calls of the jobs
+in front of it.
+"""
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from selector.stages import Remaining, Stage, Steps
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one job asks of the system.
+
+    Attributes:
+        seconds: how much longer every job behind it waits, by resource.
+        alone_s: the least time from its first call to its answer, with every token at its service.
+    """
+
+    seconds: Mapping[str, float]
+    alone_s: float
+
+
+class Forecast:
+    """The state of the resources at one moment.
+
+    Args:
+        now: seconds on the driver's clock.
+        free_at: when each token is free, in seconds, by resource; at least one token each.
+        resources: the resource of each lane.
+        reply_s: seconds that an answer takes back to the caller.
+        reserve: the share 0..1 of each resource that jobs need which have not come yet.
+        cautious: calls take as long as on what the reserve leaves.
+    """
+
+    def __init__(
+        self,
+        now: float,
+        free_at: Mapping[str, Sequence[float]],
+        resources: Mapping[str, str],
+        reply_s: float = 0.0,
+        reserve: Mapping[str, float] | None = None,
+        *,
+        cautious: bool = False,
+    ) -> None:
+        self.now, self._reply_s = now, reply_s
+        self._reserve, self._cautious = reserve or {}, cautious
+        self._free_at, self._resources = free_at, resources
+        self._call_s: dict[tuple[Stage, int], float] = {}
+
+    def cautious(self) -> "Forecast":
+        """The same, for a plan that leaves the reserve to the jobs to come."""
+        return Forecast(self.now, self._free_at, self._resources, self._reply_s, self._reserve, cautious=True)
+
+    def finish(self, queue: Sequence[Remaining]) -> list[float]:
+        """When each job is answered, in seconds on the driver's clock, if the queue is served in this order.
+
+        Jobs behind do not count: they join a call only as far as the slack of its first job allows.
+        """
+        queued: dict[Stage, int] = {}
+        tokens = {resource: sorted(times) for resource, times in self._free_at.items()}
+        answered = []
+        for left in queue:
+            encoded = self._run(left.encode, queued, tokens, self.now)
+            done = self._run(left.fuse, queued, tokens, max(encoded, left.not_before))
+            answered.append(done + self._reply_s)
+        return answered
+
+    def loads(self, options: Sequence[Remaining], queue: Sequence[Remaining]) -> list[Load]:
+        """What a job asks with each of its options, if it is one of this queue."""
+        rows = _rows(queue)
+        return [self._load(option, rows) for option in options]
+
+    def busy_s(self, resource: str) -> float:
+        """Seconds from now until a token of the resource is free, the mean over its tokens."""
+        times = self._free_at[resource]
+        return sum(max(at - self.now, 0.0) for at in times) / len(times)
+
+    def _load(self, left: Remaining, queued: Mapping[Stage, int]) -> Load:
+        seconds: dict[str, float] = {}
+        longest = []
+        for steps in (left.encode, left.fuse):
+            path = 0.0
+            for stage, rows in steps:
+                resource = self._resources[stage.lane]
+                tokens = len(self._free_at[resource])
+                batch = min(max(queued.get(stage, 0), rows), stage.curve.best_batch)
+                call = self._expected_s(stage, batch)
+                seconds[resource] = seconds.get(resource, 0.0) + rows / batch * call / tokens
+                path = max(path, math.ceil(math.ceil(rows / batch) / tokens) * call)
+            longest.append(path)
+        return Load(seconds, max(sum(longest), *seconds.values(), 0.0) + self._reply_s)
+
+    def _run(self, steps: Steps, queued: dict[Stage, int], tokens: Mapping[str, list[float]], earliest: float) -> float:
+        """Puts what some steps add to the calls of jobs in front on the tokens that are free first; returns the end."""
+        end = earliest
+        waiting: dict[str, list[float]] = {}
+        for stage, rows in steps:
+            free = tokens[self._resources[stage.lane]]
+            # Until these steps may begin, jobs behind use the tokens: those lose only the time that the calls take.
+            own = waiting.setdefault(self._resources[stage.lane], [max(at, earliest) for at in free])
+            while rows:
+                joined = queued.get(stage, 0) % stage.curve.best_batch
+                count = min(rows, stage.curve.best_batch - joined)
+                call = self._expected_s(stage, joined + count)
+                added = max(call - self._expected_s(stage, joined), 0.0) if joined else call
+                end = max(end, own[0] + added, earliest + call)
+                heapq.heapreplace(own, own[0] + added)
+                heapq.heapreplace(free, free[0] + added)
+                queued[stage] = queued.get(stage, 0) + count
+                rows -= count
+        return end
+
+    def _expected_s(self, stage: Stage, items: int) -> float:
+        key = (stage, items)
+        if key not in self._call_s:
+            taken = self._reserve.get(self._resources[stage.lane], 0.0) if self._cautious else 0.0
+            self._call_s[key] = stage.expected_ms(items, self.now) / 1000 / (1 - taken)
+        return self._call_s[key]
+
+
+def _rows(queue: Sequence[Remaining]) -> dict[Stage, int]:
+    """How many rows are queued for each stage; they share its calls."""
+    rows_of: dict[Stage, int] = {}
+    for left in queue:
+        for stage, rows in (*left.encode, *left.fuse):
+            rows_of[stage] = rows_of.get(stage, 0) + rows
+    return rows_of

@@ -1,0 +1,192 @@
+"""Plans: who is admitted, and which strategy each queued job has."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from mosel.errors import MoselError
+from selector.arriving import Arriving
+from selector.forecast import Forecast
+from selector.frontier import Strategy
+from selector.jobs import Job, Option
+from selector.options import Frontiers, allowed_options, floor_of, strategy_of
+from selector.policies import POLICIES, Choices, Queued, finish_times, placed
+from selector.profile import ModelProfile
+from selector.refusals import refusal
+from selector.resources import Resources
+from selector.stages import FUSION, Remaining, Stages
+from selector.work import Work
+
+# Plans are made at most so often; between two, newcomers join the plan as it is.
+_REPLAN_S = 0.010
+
+
+class Planner:
+    """Knows the models, and applies the policy to a queue of jobs.
+
+    Args:
+        profiles: by model name; their latencies may arrive later.
+        policy: a key of `POLICIES`.
+        resources: where work runs.
+
+    Attributes:
+        stages: the steps of every model.
+    """
+
+    def __init__(self, profiles: Mapping[str, ModelProfile], policy: str, resources: Resources) -> None:
+        self._profiles, self._policy, self._resources = profiles, policy, resources
+        self._frontiers = {name: Frontiers(profile) for name, profile in profiles.items()}
+        self._arriving = Arriving()
+        self._planned_at = -_REPLAN_S
+        self.stages = Stages(profiles)
+
+    def new_work(self, job: Job, now: float) -> Work:
+        """A job with the strategies that it may use.
+
+        Raises:
+            FloorUnreachable, ServiceUnavailable.
+        """
+        profile = self._profiles[job.model]
+        floor = floor_of(profile, job)
+        options = self._options(job, job.size, floor)
+        return Work(job, profile, floor, now, options, self._queued(job, options))
+
+    def arrived(self, work: Work, now: float) -> None:
+        """A job came, whether it will be admitted or not."""
+        cheapest = work.queued.options[work.queued.cheapest]
+        self._arriving.add(self._resources.idle_forecast(now).loads([cheapest], ())[0].seconds, now)
+
+    def admit(self, works: Sequence[Work], newcomer: Work, now: float) -> Choices:
+        """Plans with a newcomer in the queue; those who are in it already keep their promise. Changes no strategy.
+
+        Args:
+            works: the queue in deadline order, with the newcomer.
+            newcomer: one of them.
+            now: seconds on the driver's clock.
+
+        Raises:
+            DeadlineUnreachable, Overloaded.
+        """
+        queue, forecast = [self._as_queued(work) for work in works], self._forecast(now)
+        at = works.index(newcomer)
+        if self.is_due(now):
+            choices = self._reassigned(queue, forecast)
+        else:
+            choices = placed(queue, forecast, [work.chosen for work in works], at)
+        times = finish_times(queue, forecast, choices)
+        kept = None not in choices and not _broken(queue, forecast, choices, times, at)
+        newcomer.predicted = times[at] or now
+        if not kept or (newcomer.predicted > newcomer.job.deadline and not newcomer.job.late_ok):
+            raise self._refusal(newcomer, queue, forecast, choices, at)
+        return choices
+
+    def apply(self, works: Sequence[Work], choices: Choices) -> None:
+        """Gives each job its option, as far as its items are not committed."""
+        for work, choice in zip(works, choices, strict=True):
+            if choice is not None and work.uncommitted:
+                work.choose(choice)
+
+    def replan(self, works: Sequence[Work], now: float) -> list[Work]:
+        """Reassigns strategies; returns the jobs that are dropped because they can no longer be met."""
+        queue = [self._as_queued(work) for work in works]
+        choices = self._reassigned(queue, self._forecast(now))
+        self.apply(works, choices)
+        return [work for work, choice in zip(works, choices, strict=True) if choice is None]
+
+    def is_due(self, now: float) -> bool:
+        """Whether the last exact plan is long enough ago."""
+        return now - self._planned_at >= _REPLAN_S
+
+    def plan_without(self, work: Work, lane: str) -> bool:
+        """Plans what is not committed of a job anew after a service went away; False if it cannot do without.
+
+        A call that the service has already may still come back, well or not.
+        """
+        if lane in work.unsent or (lane == FUSION and work.unfinished()):
+            return False
+        if work.uncommitted:
+            try:
+                work.options = self._options(work.job, work.uncommitted, work.floor_of_rest)
+            except MoselError:
+                return False
+            work.queued = self._queued(work.job, work.options)
+            work.choose(0)
+        return True
+
+    def frontier(self, job: Job, now: float) -> list[tuple[Strategy, float]]:
+        """Strategies for a job's size over what it sent, cheapest first, with their milliseconds on an idle system."""
+        profile = self._profiles[job.model]
+        sets = [s for s in profile.accuracy if s <= job.modalities and self._is_ready(profile, s)]
+        strategies = self._frontiers[job.model].of(sets, job.size) if sets else ()
+        return [(s, self._idle_s(self.stages.remaining(job.model, s), now) * 1000) for s in strategies]
+
+    def _is_ready(self, profile: ModelProfile, modality_set: frozenset[str]) -> bool:
+        return self._resources.is_up(modality_set) and profile.is_measured(modality_set)
+
+    def _reassigned(self, queue: Sequence[Queued], forecast: Forecast) -> Choices:
+        choices = POLICIES[self._policy](queue, forecast)
+        if any(choices):
+            self._planned_at = forecast.now
+        return choices
+
+    def _forecast(self, now: float) -> Forecast:
+        return self._resources.forecast(now, self._arriving.shares(now))
+
+    def _idle_s(self, left: Remaining, now: float) -> float:
+        return self._resources.idle_forecast(now).finish([left])[0] - now
+
+    def _refusal(
+        self, work: Work, queue: Sequence[Queued], forecast: Forecast, choices: Choices, at: int
+    ) -> MoselError:
+        now, profile, job = forecast.now, work.profile, work.job
+        idle_s = [self._idle_s(left, now) for left in work.queued.options]
+        fastest = min(range(len(idle_s)), key=lambda i: idle_s[i])
+        others = [other.cheapest if choice is None else choice for other, choice in zip(queue, choices, strict=True)]
+        behind = finish_times(queue, forecast, [*others[:at], fastest, *others[at + 1 :]])[at] or now
+        sets = [s for s in profile.accuracy if s <= job.modalities and profile.is_measured(s)]
+        lefts = {s: self.stages.remaining(job.model, strategy_of(profile, {s: job.size})) for s in sets}
+        fitting = [s for s, left in lefts.items() if self._idle_s(left, now) <= job.deadline - now]
+        return refusal(work, now, fastest, idle_s[fastest], behind - now, fitting)
+
+    def _options(self, job: Job, items: int, floor: float) -> list[Option]:
+        profile, frontiers = self._profiles[job.model], self._frontiers[job.model]
+        is_up, full_only = self._resources.is_up, self._policy == "all"
+        return allowed_options(profile, frontiers, job, items, floor, is_up, full_only)
+
+    def _queued(self, job: Job, options: Sequence[Option]) -> Queued:
+        lefts = [self.stages.remaining(job.model, option.strategy) for option in options]
+        cheapest = min(range(len(options)), key=lambda i: options[i].strategy.cost_ms)
+        values = [option.value for option in options]
+        return Queued(lefts, values, cheapest, job.size, job.deadline, late_ok=job.late_ok)
+
+    def _as_queued(self, work: Work) -> Queued:
+        """The job as a policy sees it now."""
+        if work.started_at is None:
+            return work.queued
+        job, stage = work.job, partial(self.stages.of, work.job.model)
+        committed = Remaining(
+            tuple((stage(modality), len(items)) for modality, items in work.unsent.items()),
+            tuple((stage(modality_set), count) for modality_set, count in work.unfinished().items()),
+            max((under_way.due for under_way in self._resources.calls(work.calls)), default=0.0),
+        )
+        if not work.uncommitted:
+            work.chosen = 0
+            return Queued((committed,), (0.0,), 0, job.size, job.deadline, True, job.late_ok)
+        try:
+            work.replace_options(self._options(job, work.uncommitted, work.floor_of_rest))
+        except MoselError:
+            # Rounding left none that meets the floor to the last digit: the plan stays as it is.
+            work.replace_options([Option(strategy_of(work.profile, work.planned), 0.0)])
+        rest = self._queued(job, work.options)
+        lefts = [committed + left for left in rest.options]
+        return Queued(lefts, rest.values, rest.cheapest, work.uncommitted, job.deadline, True, job.late_ok)
+
+
+def _broken(
+    queue: Sequence[Queued], forecast: Forecast, choices: Choices, times: Sequence[float | None], at: int
+) -> bool:
+    """Whether the newcomer at a place makes a job late that would be in time without it."""
+    late = [i for i, job in enumerate(queue) if i > at and not job.late_ok and (times[i] or 0.0) > job.deadline]
+    if not late:
+        return False
+    without = finish_times(queue, forecast, [*choices[:at], None, *choices[at + 1 :]])
+    return any((without[i] or 0.0) <= queue[i].deadline for i in late)

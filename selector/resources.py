@@ -1,0 +1,109 @@
+"""The services that compute, what they compute on, and the calls under way."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mosel.modality import ModalitySet
+from selector.forecast import Forecast
+from selector.jobs import Call
+from selector.stages import FUSION
+
+# A call that is overdue is expected to take so much longer, as a share of what it was expected to take in all.
+_OVERDUE = 0.1
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """A call that a service has.
+
+    Attributes:
+        items: rows in it.
+        started: seconds on the driver's clock.
+        expected_s: seconds that it is expected to take.
+    """
+
+    call: Call
+    items: int
+    started: float
+    expected_s: float
+
+    @property
+    def due(self) -> float:
+        """When it should be over."""
+        return self.started + self.expected_s
+
+    def ends(self, now: float) -> float:
+        """When it will be over, if it is not yet."""
+        return max(self.due, now + _OVERDUE * self.expected_s)
+
+
+@dataclass
+class _Lane:
+    up: bool = False
+    resource: str = "cpu"
+
+
+class Resources:
+    """Lanes on the same resource share its tokens; each call under way holds one.
+
+    Args:
+        lanes: their names.
+        tokens: calls at the same time on each resource.
+        reply_ms: what an answer takes from here to the caller.
+    """
+
+    def __init__(self, lanes: Iterable[str], tokens: int, reply_ms: float) -> None:
+        self._lanes = {name: _Lane() for name in lanes}
+        self._tokens, self._reply_s = tokens, reply_ms / 1000
+        self._calls: dict[int, UnderWay] = {}
+
+    def set_lane(self, name: str, up: bool, resource: str) -> None:
+        """A service came or went."""
+        self._lanes[name] = _Lane(up, resource)
+
+    def is_up(self, modality_set: ModalitySet) -> bool:
+        """Whether fusion and all encoders of a set are there."""
+        return self._lanes[FUSION].up and all(self._lanes[m].up for m in modality_set)
+
+    def is_lane_up(self, name: str) -> bool:
+        """Whether one service is there."""
+        return self._lanes[name].up
+
+    def open_lanes(self) -> set[str]:
+        """The services that are there and may be called now."""
+        used = Counter(self._lanes[under_way.call.lane].resource for under_way in self._calls.values())
+        return {name for name, lane in self._lanes.items() if lane.up and used[lane.resource] < self._tokens}
+
+    def begin(self, call: Call, items: int, now: float, expected_s: float) -> None:
+        """A call is handed out."""
+        self._calls[call.id] = UnderWay(call, items, now, expected_s)
+
+    def over(self, call: Call) -> UnderWay:
+        """A call came back, well or not."""
+        return self._calls.pop(call.id)
+
+    def calls(self, ids: Iterable[int]) -> list[UnderWay]:
+        """Some of the calls under way."""
+        return [self._calls[call_id] for call_id in ids]
+
+    def forecast(self, now: float, reserve: dict[str, float]) -> Forecast:
+        """From what is under way now; `reserve` is the share of each resource for jobs that have not come yet."""
+        resources = {name: lane.resource for name, lane in self._lanes.items()}
+        free_at = {resource: [now] * self._tokens for resource in resources.values()}
+        for under_way in self._calls.values():
+            free = free_at[resources[under_way.call.lane]]
+            # Where a lane came back on another resource, there may be more calls than tokens for a moment.
+            free[free.index(min(free))] = max(under_way.ends(now), min(free))
+        return Forecast(now, free_at, resources, self._reply_s, reserve)
+
+    def idle_forecast(self, now: float) -> Forecast:
+        """As if nothing were under way."""
+        resources = {name: lane.resource for name, lane in self._lanes.items()}
+        free_at = {resource: [now] * self._tokens for resource in resources.values()}
+        return Forecast(now, free_at, resources, self._reply_s)
+
+    def statistics(self) -> dict[str, int]:
+        """Calls under way by lane."""
+        under_way = Counter(under_way.call.lane for under_way in self._calls.values())
+        return {f"calls_in_flight.{name}": under_way[name] for name in self._lanes}

@@ -1,0 +1,105 @@
+"""The steps of every model, what each is expected to take now, and what is left to do for a job."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mosel.modality import ModalitySet
+from selector.correction import Correction
+from selector.frontier import Strategy
+from selector.profile import LatencyCurve, ModelProfile
+
+FUSION = "fusion"
+
+
+def service_name(lane: str) -> str:
+    """How people know the service behind a lane: `fusion`, `encoder/image`."""
+    return lane if lane == FUSION else f"encoder/{lane}"
+
+
+@dataclass(eq=False)
+class Stage:
+    """A step of a model: the encoder of a modality, or the fusion of a modality set.
+
+    Attributes:
+        lane: the service that does it.
+        curve: measured milliseconds by batch size.
+        correction: what calls to this service and model really take.
+    """
+
+    lane: str
+    curve: LatencyCurve
+    correction: Correction
+    _profiled: dict[int, float] = field(default_factory=dict)
+
+    def profiled_ms(self, items: int) -> float:
+        """Profiled milliseconds of one call."""
+        if items not in self._profiled:
+            self._profiled[items] = self.curve.call_ms(items)
+        return self._profiled[items]
+
+    def expected_ms(self, items: int, now: float) -> float:
+        """The same, corrected by what was measured lately."""
+        return self.correction.expected_ms(self.profiled_ms(items), now)
+
+
+Steps = tuple[tuple[Stage, int], ...]
+
+
+@dataclass(frozen=True)
+class Remaining:
+    """What is left to do for a job.
+
+    Attributes:
+        encode: rows that wait for each encoder.
+        fuse: items that wait for fusion or for embeddings, by modality set.
+        not_before: seconds at which the last call under way for it is over.
+    """
+
+    encode: Steps
+    fuse: Steps
+    not_before: float = 0.0
+
+    def __add__(self, more: "Remaining") -> "Remaining":
+        """What is left for the same job besides."""
+        return Remaining(self.encode + more.encode, self.fuse + more.fuse, max(self.not_before, more.not_before))
+
+
+class Stages:
+    """The stages of all models; made when they are first asked for, once their curves are measured.
+
+    Args:
+        profiles: by model name.
+    """
+
+    def __init__(self, profiles: Mapping[str, ModelProfile]) -> None:
+        self._profiles = profiles
+        self._stages: dict[tuple[str, str | ModalitySet], Stage] = {}
+        self._corrections: dict[tuple[str, str], Correction] = {}
+
+    def of(self, model: str, what: str | ModalitySet) -> Stage:
+        """The stage that encodes a modality or, if `what` is a modality set, fuses it."""
+        key = (model, what)
+        if key not in self._stages:
+            profile = self._profiles[model]
+            if isinstance(what, str):
+                lane, curve, siblings = what, profile.encoders[what], [profile.encoders[what]]
+            else:
+                lane, curve, siblings = FUSION, profile.fusion[what], list(profile.fusion.values())
+            if (model, lane) not in self._corrections:
+                smallest, largest = min(c.points[0][1] for c in siblings), max(c.points[-1][1] for c in siblings)
+                self._corrections[model, lane] = Correction(smallest, largest)
+            self._stages[key] = Stage(lane, curve, self._corrections[model, lane])
+        return self._stages[key]
+
+    def remaining(self, model: str, strategy: Strategy) -> Remaining:
+        """What is left to do for a job that has not started, with a strategy."""
+        rows: Counter[str] = Counter()
+        for modality_set, count in strategy.counts:
+            rows.update(dict.fromkeys(modality_set, count))
+        encode = tuple((self.of(model, modality), count) for modality, count in sorted(rows.items()))
+        return Remaining(encode, tuple((self.of(model, s), count) for s, count in strategy.counts))
+
+    def corrections(self, now: float) -> dict[tuple[str, str], tuple[float, float]]:
+        """What was learned of each (model, lane): a call takes (overhead in ms) + (factor) * its profile."""
+        return {key: correction.fit(now) for key, correction in self._corrections.items()}

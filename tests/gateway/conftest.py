@@ -1,0 +1,61 @@
+"""A gateway in this process, with its own arena and a scripted selector."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+
+from gateway.selector_link import SelectorLink
+from gateway.servicer import GatewayServicer
+from mosel.config import Settings
+from mosel.model_package import ModelPackage
+from mosel.transport import Publisher, SharedMemoryArena, open_arena
+from mosel.v1 import arena_pb2, gateway_pb2_grpc, tensor_pb2
+from tests.gateway.scripted import Gateway, serving
+
+
+@pytest.fixture
+def settings(settings_with: Callable[..., Settings], tmp_path: Path) -> Settings:
+    transport = {"gateway_arena_mib": 1, "inline_max_kib": 0, "max_message_mib": 1}
+    gateway = {"grpc_port": 0, "max_jobs_in_flight": 3}
+    return settings_with(selector={"address": f"unix:{tmp_path}/s.sock"}, transport=transport, gateway=gateway)
+
+
+@dataclass
+class Opened:
+    """A gateway's arena, opened and described before there is a loop that it would block."""
+
+    arena: SharedMemoryArena
+    publisher: Publisher
+    announcement: arena_pb2.Announcement
+
+
+@pytest.fixture
+def opened(settings: Settings) -> Iterator[Opened]:
+    transport = settings.transport
+    with open_arena(transport, transport.gateway_arena_mib, "transport.gateway_arena_mib") as (arena, publisher):
+        yield Opened(arena, publisher, arena_pb2.Announcement(arenas=[arena.announcement()]))
+
+
+@pytest.fixture
+async def gateway(settings: Settings, fruit: ModelPackage, opened: Opened) -> AsyncIterator[Gateway]:
+    publisher, rungs, server = opened.publisher, asyncio.Queue[int](), grpc.aio.server()
+
+    def changed(rung: tensor_pb2.Rung.ValueType) -> None:
+        publisher.rung = rung
+        rungs.put_nowait(rung)
+
+    link = SelectorLink(settings, opened.announcement, publisher.release, changed, lambda: None)
+    async with serving(settings) as selector, link:
+        servicer = GatewayServicer(settings, {"fruit": fruit}, opened.arena, publisher, link)
+        gateway_pb2_grpc.add_GatewayServicer_to_server(servicer, server)
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        gateway = Gateway(address, selector, rungs)
+        await gateway.told(tensor_pb2.POSIX_SHM)
+        async with gateway.client, gateway.channel:
+            yield gateway
+        await server.stop(None)

@@ -1,0 +1,112 @@
+"""A gateway in this process, and a selector that says what a test tells it to; both are real gRPC servers."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+
+from mosel.client import AsyncClient, JobInfo
+from mosel.config import Settings
+from mosel.service import Context
+from mosel.v1 import gateway_pb2, gateway_pb2_grpc, selector_pb2, selector_pb2_grpc, service_pb2, tensor_pb2
+
+Messages = AsyncIterator[selector_pb2.GatewayMessage]
+
+
+class ScriptedSelector(selector_pb2_grpc.SelectorServicer):
+    """Says that the model `fruit` is ready; what else it says is up to the test."""
+
+    def __init__(self) -> None:
+        self.planned: list[selector_pb2.JobDescription] = []
+        self.received: asyncio.Queue[selector_pb2.GatewayMessage] = asyncio.Queue()
+        self.announced: asyncio.Queue[selector_pb2.GatewayMessage] = asyncio.Queue()
+        self.outbox: asyncio.Queue[selector_pb2.SelectorMessage | None] = asyncio.Queue()
+
+    async def Connect(  # noqa: N802 (named by the proto)
+        self, request_iterator: Messages, context: Context
+    ) -> AsyncIterator[selector_pb2.SelectorMessage]:
+        reading = asyncio.create_task(self._read(request_iterator))
+        try:
+            states = [selector_pb2.ModelState(model="fruit", ready=True)]
+            yield selector_pb2.SelectorMessage(models=selector_pb2.ModelStates(models=states))
+            while (message := await self.outbox.get()) is not None:
+                yield message
+        finally:
+            reading.cancel()
+
+    async def Plan(  # noqa: N802 (named by the proto)
+        self, request: selector_pb2.JobDescription, context: Context
+    ) -> gateway_pb2.PlanReply:
+        self.planned.append(request)
+        return gateway_pb2.PlanReply(refusal=f"as scripted for {request.size} items")
+
+    async def Status(  # noqa: N802 (named by the proto)
+        self, request: service_pb2.StatusRequest, context: Context
+    ) -> service_pb2.StatusReply:
+        return service_pb2.StatusReply(services=[service_pb2.ServiceStatus(name="selector", ready=True)])
+
+    async def _read(self, messages: Messages) -> None:
+        async for message in messages:
+            kept = self.announced if message.HasField("announcement") else self.received
+            kept.put_nowait(message)
+
+    def say(self, **message: object) -> None:
+        self.outbox.put_nowait(selector_pb2.SelectorMessage(**message))  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def serving(settings: Settings) -> AsyncIterator[ScriptedSelector]:
+    selector, server = ScriptedSelector(), grpc.aio.server()
+    selector_pb2_grpc.add_SelectorServicer_to_server(selector, server)
+    server.add_insecure_port(settings.selector_address)
+    await server.start()
+    try:
+        yield selector
+    finally:
+        await server.stop(None)
+
+
+class Gateway:
+    """A gateway in this process, its selector, and clients."""
+
+    def __init__(self, address: str, selector: ScriptedSelector, rungs: "asyncio.Queue[int]") -> None:
+        self.address, self.selector, self.rungs = address, selector, rungs
+        self.client = AsyncClient(address)
+        self.channel = grpc.aio.insecure_channel(address)
+        self.stub = gateway_pb2_grpc.GatewayStub(self.channel)
+
+    async def job_at_selector(self) -> selector_pb2.JobDescription:
+        message = await self.selector.received.get()
+        assert message.HasField("job")
+        return message.job
+
+    async def cancelled_at_selector(self) -> bytes:
+        message = await self.selector.received.get()
+        assert message.HasField("cancel")
+        return message.cancel.job_id
+
+    async def told(self, rung: tensor_pb2.Rung.ValueType) -> None:
+        """Lets the selector say how payloads travel."""
+        self.selector.say(transport=selector_pb2.PayloadTransport(rung=rung))
+        async with asyncio.timeout(30):
+            while await self.rungs.get() != rung:
+                pass
+
+    async def held(self) -> int:
+        """Jobs, slots and bytes that this gateway holds."""
+        reply = await self.stub.Status(service_pb2.StatusRequest())
+        counters = reply.services[0].counters
+        names = ("jobs_in_flight", "jobs_at_selector", "arriving_bytes", "slots_published", "slots_filling")
+        return sum(counters[name] for name in names)
+
+    async def idle(self) -> None:
+        async with asyncio.timeout(30):
+            while await self.held():
+                pass
+
+    async def reached(self, job_id: str, state: str) -> JobInfo:
+        async with asyncio.timeout(30):
+            while (info := await self.client.job(job_id)).state != state:
+                pass
+        return info

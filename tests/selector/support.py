@@ -1,0 +1,143 @@
+"""Profiles with round numbers, jobs for them, and a driver that runs the scheduler on a virtual clock."""
+
+import heapq
+import math
+from collections.abc import Mapping
+
+from mosel.modality import ModalitySet, parse_set
+from selector.jobs import Call, Effort, EncodeCall, Ended, FuseCall, Job, Wait
+from selector.profile import LatencyCurve, ModelProfile
+from selector.scheduler import Scheduler
+from selector.stages import FUSION
+
+Points = tuple[tuple[int, float], ...]
+
+
+def points_of(curve: float | Points) -> LatencyCurve:
+    """A curve; a number is the time of one item, and of each in a batch of 4 three quarters of it."""
+    return LatencyCurve(((1, curve), (4, 3 * curve)) if isinstance(curve, float) else curve)
+
+
+def profile_of(
+    accuracy: Mapping[str, float],
+    encoders: Mapping[str, float | Points],
+    fusion: float | Points = 0.5,
+    default_floor: float | None = None,
+) -> ModelProfile:
+    """A profile from set names, and milliseconds or curves by modality."""
+    return ModelProfile(
+        accuracy={parse_set(name): value for name, value in accuracy.items()},
+        samples=1000,
+        default_min_accuracy=default_floor,
+        encoders={name: points_of(curve) for name, curve in encoders.items()},
+        fusion={parse_set(name): points_of(fusion) for name in accuracy},
+    )
+
+
+def profiled_ms(profiles: Mapping[str, ModelProfile], call: Call) -> float:
+    """What a call takes by its profile."""
+    profile = profiles[call.model]
+    items = sum(len(rows.items) for rows in call.rows)
+    if isinstance(call, FuseCall):
+        return profile.fusion[call.modality_set].call_ms(items)
+    return profile.encoders[call.modality].call_ms(items)
+
+
+ACCURACY = {"image": 0.7, "pen": 0.6, "image+pen": 0.9}
+# Calls of up to 4: image 10, 20, 30 ms, pen 2, 4, 6 ms, in both models.
+ENCODERS = {"image": ((1, 10.0), (4, 20.0)), "pen": ((1, 2.0), (4, 4.0))}
+PROFILES = {
+    "one": profile_of(ACCURACY, ENCODERS, ((1, 1.0), (4, 1.0))),
+    "two": profile_of(ACCURACY, ENCODERS, ((1, 1.0), (4, 1.0)), default_floor=0.5),
+}
+MAX_QUEUED = 40
+PEN, IMAGE, BOTH = parse_set("pen"), parse_set("image"), parse_set("image+pen")
+
+
+def scheduler_with(policy: str = "mosel", tokens: int = 2, away: str = "", fusion_on: str = "cpu") -> Scheduler:
+    scheduler = Scheduler(PROFILES, policy, MAX_QUEUED, tokens)
+    for name in ("image", "pen", FUSION):
+        assert scheduler.lane(name, name != away, fusion_on if name == FUSION else "cpu") == []
+    return scheduler
+
+
+def job(
+    name: str,
+    deadline: float = 10.0,
+    size: int = 1,
+    sent: str = "pen",
+    model: str = "one",
+    floor: float | None = None,
+    effort: Effort | None = None,
+    late_ok: bool = False,
+) -> Job:
+    expires = deadline + 60 if late_ok else None
+    return Job(name.encode(), model, size, parse_set(sent), floor, deadline, False, effort, late_ok, expires)
+
+
+def encode_call(scheduler: Scheduler, now: float = 0.0) -> EncodeCall:
+    call = scheduler.next(now)
+    assert isinstance(call, EncodeCall)
+    return call
+
+
+def fuse_call(scheduler: Scheduler, now: float = 0.0) -> FuseCall:
+    call = scheduler.next(now)
+    assert isinstance(call, FuseCall)
+    return call
+
+
+def is_empty(scheduler: Scheduler) -> bool:
+    return not any(count for name, count in scheduler.statistics().items() if name != "jobs_dropped")
+
+
+class Driver:
+    """Does what the service does: makes calls that take the time of the profile, until nothing is left.
+
+    Attributes:
+        now: seconds on the virtual clock.
+        answered: seconds at which each job was answered.
+        ended: the jobs that ended without an answer.
+        fused: how many items of each job were fused, by modality set.
+        calls: every call so far, in order.
+    """
+
+    def __init__(self, scheduler: Scheduler, profiles: Mapping[str, ModelProfile]) -> None:
+        self.scheduler, self.profiles, self.now = scheduler, profiles, 0.0
+        self.answered: dict[bytes, float] = {}
+        self.ended: dict[bytes, Ended] = {}
+        self.fused: dict[bytes, dict[ModalitySet, int]] = {}
+        self.calls: list[Call] = []
+        self._under_way: list[tuple[float, int, Call]] = []
+
+    def dispatch(self) -> Wait:
+        """Makes every call that can be made now."""
+        while not isinstance(action := self.scheduler.next(self.now), Wait):
+            if isinstance(action, Ended):
+                self.ended[action.job_id] = action
+                continue
+            self.calls.append(action)
+            over = self.now + profiled_ms(self.profiles, action) / 1000
+            heapq.heappush(self._under_way, (over, action.id, action))
+        return action
+
+    def run(self, until: float = math.inf) -> None:
+        """Goes on until a time, or until nothing is left to do."""
+        while True:
+            wait = self.dispatch()
+            over = self._under_way[0][0] if self._under_way else math.inf
+            event = min(over, math.inf if wait.until is None else wait.until)
+            if event > until or event == math.inf:
+                break
+            self.now = event
+            if over == event:
+                self._returned(heapq.heappop(self._under_way)[2])
+        self.now = max(self.now, until if until < math.inf else self.now)
+
+    def _returned(self, call: Call) -> None:
+        if isinstance(call, FuseCall):
+            for rows in call.rows:
+                fused = self.fused.setdefault(rows.job_id, {})
+                fused[call.modality_set] = fused.get(call.modality_set, 0) + len(rows.items)
+        for job_id in self.scheduler.completed(call, self.now):
+            self.answered[job_id] = self.now
