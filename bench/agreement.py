@@ -17,9 +17,8 @@ from bench.policies.compare import served
 from bench.policies.runs import Served, Setting, Simulated, at_limit
 from bench.simulation import capacity, world_and_demands
 from mosel.config import load_settings
-from mosel.errors import ConfigError
 from mosel.model_package import find_packages
-from mosel.profiles import load_profile, read_profile
+from mosel.profiles import needed_profile
 
 _LOADS = (0.6, 0.8, 1.3, 1.5)
 _SLACK, _T = 3.3, 0.06
@@ -40,9 +39,7 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = load_settings(models=(arguments.model,), gateway={"grpc_port": 0})
     package = find_packages(settings.models_dir, settings.models)[arguments.model]
-    profile = read_profile(arguments.profile, package) if arguments.profile else load_profile(package, settings)
-    if profile is None:
-        raise ConfigError(f"model '{package.name}' has no profile for this hardware; `mosel profile` makes one")
+    profile = needed_profile(package, settings, arguments.profile)
     workload = Simulated.of(*world_and_demands(profile), arguments.trace)
     items, policies = items_of(package), tuple(arguments.policies.split(","))
     console.print(

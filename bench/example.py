@@ -23,7 +23,7 @@ def example() -> tuple[World, Demands]:
     profile = ModelProfile(accuracy | {sets[-1]: 0.98}, 2000, None, encoders, fusion)
     noise = dict.fromkeys((*encoders, FUSION), 0.1)
     latency = tuple((size, profile.idle_latency_ms(sets[-1], size) + _EDGE_MS) for size in _SIZES)
-    return World(profile, 2, _EDGE_MS, noise), Demands(latency, 0.98, 0.66)
+    return World(profile, edge_ms=_EDGE_MS, noise=noise), Demands(latency, 0.98, 0.66)
 
 
 def _curve(call_ms: float, item_ms: float) -> LatencyCurve:

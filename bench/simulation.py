@@ -1,6 +1,7 @@
 """Runs the selector's core on a virtual clock: the scheduler is the real one, only the services are simulated.
 
-A simulated call takes what the profile says for its batch, times the lane's drift, times lognormal noise as wide as the
+A simulated call takes what the profile says for its batch: what it says of an idle system and of a saturated one, in
+the proportion in which the tokens were in use lately; times the lane's drift, times lognormal noise as wide as the
 profile's p50 and p95 say. Client and gateway add a constant, half of it before the scheduler sees a job and half after
 its answer.
 """
@@ -16,6 +17,7 @@ import numpy as np
 
 from bench.outcomes import Ending, Outcome
 from bench.workload import Arrival, Demands, demands
+from mosel.config import Settings
 from mosel.errors import Overloaded, Unreachable
 from mosel.modality import format_set
 from mosel.profiles import FUSION, Point, Profile
@@ -33,6 +35,8 @@ _BACKLOG = 300
 PATIENCE_S = 3600.0
 # Keeps this chance apart from that of the workload with the same seed.
 _STREAM = 2
+# How far back `lately` reaches.
+_LATELY_S = 1.0
 # The 95 % point of the standard normal distribution.
 _Z = statistics.NormalDist().inv_cdf(0.95)
 
@@ -44,6 +48,7 @@ class World:
     Attributes:
         profile: what calls take, and what the scheduler believes.
         tokens: calls at the same time.
+        loaded: (overhead in milliseconds, factor) of calls on a saturated system, beside the profile, by lane.
         edge_ms: what client and gateway add to a job.
         noise: standard deviation of the logarithm of a call's time, by lane.
         drift: how much longer calls take than the profile says, by lane; 1 where nothing is stated.
@@ -54,6 +59,7 @@ class World:
 
     profile: ModelProfile
     tokens: int = 2
+    loaded: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     edge_ms: float = 0.0
     noise: Mapping[str, float] = field(default_factory=dict)
     drift: Mapping[str, float] = field(default_factory=dict)
@@ -72,12 +78,13 @@ def world_and_demands(profile: Profile) -> tuple[World, Demands]:
     known = model_profile(profile, None)
     noise = {modality: _noise(points) for modality, points in profile.encoders.items()}
     noise[FUSION] = max(_noise(points) for points in profile.fusion.values())
-    return World(known, profile.concurrency, profile.edge_ms, noise), demands(profile, known)
+    loaded = {lane: (call.overhead_ms, call.factor) for lane, call in profile.loaded_calls.items()}
+    return World(known, profile.concurrency, loaded, profile.edge_ms, noise), demands(profile, known)
 
 
 def new_scheduler(world: World, policy: str, max_queued_items: int = 1_000_000) -> Scheduler:
     """A scheduler with every service up."""
-    scheduler = Scheduler({MODEL: world.profile}, policy, max_queued_items, world.tokens, world.edge_ms)
+    scheduler = Scheduler({MODEL: world.profile}, policy, max_queued_items, world.tokens, Settings().selector.reply_ms)
     for lane in (*world.profile.encoders, FUSION):
         scheduler.lane(lane, True)
     return scheduler
@@ -119,6 +126,7 @@ class _Simulation:
         self._event_count = self._job_count = 0
         self._works: dict[bytes, tuple[Arrival, Work]] = {}
         self._over: list[Outcome] = []
+        self._in_use = _InUse(world.tokens)
 
     def run(self, arrivals: Iterator[Arrival]) -> Iterator[Outcome]:
         self._expect_next(arrivals)
@@ -170,17 +178,22 @@ class _Simulation:
             if isinstance(step, Ended):
                 self._end(step.job_id, Ending.EXPIRED, now)
             else:
-                self._at(now + self._takes_s(step), partial(self._return, step))
+                self._at(now + self._takes_s(step, now), partial(self._return, step))
+                self._in_use.add(1, now)
         return math.inf if step.until is None else step.until
 
-    def _takes_s(self, call: Call) -> float:
+    def _takes_s(self, call: Call, now: float) -> float:
         profile, world = self._world.profile, self._world
         curve = profile.encoders[call.modality] if isinstance(call, EncodeCall) else profile.fusion[call.modality_set]
         noise = math.exp(self._rng.normal(0, world.noise.get(call.lane, 0.0)))
         items = sum(len(rows.items) for rows in call.rows)
-        return curve.call_ms(items) / 1000 * world.drift.get(call.lane, 1.0) * noise
+        idle_ms, share = curve.call_ms(items), self._in_use.share(now)
+        overhead_ms, factor = world.loaded.get(call.lane, (0.0, 1.0))
+        ms = (1 - share) * idle_ms + share * (overhead_ms + factor * idle_ms)
+        return ms / 1000 * world.drift.get(call.lane, 1.0) * noise
 
     def _return(self, call: Call, now: float) -> None:
+        self._in_use.add(-1, now)
         if self._rng.random() < self._world.failures:
             for job_id in self._scheduler.failed(call, now):
                 self._end(job_id, Ending.FAILED, now)
@@ -200,6 +213,26 @@ class _Simulation:
             return
         counts = tuple((format_set(modality_set), count) for modality_set, count in work.strategy.counts)
         self._over.append(Outcome(arrival, ending, at_s, counts, work.strategy.accuracy))
+
+
+class _InUse:
+    """The share of the tokens that were in use over about the last second."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens, self._calls = tokens, 0
+        self._share, self._at = 0.0, 0.0
+
+    def add(self, calls: int, now: float) -> None:
+        """So many calls more are under way."""
+        self.share(now)
+        self._calls += calls
+
+    def share(self, now: float) -> float:
+        """The share 0..1."""
+        fading = math.exp((self._at - now) / _LATELY_S)
+        self._share = self._share * fading + self._calls / self._tokens * (1 - fading)
+        self._at = now
+        return self._share
 
 
 def _noise(points: Iterable[Point]) -> float:

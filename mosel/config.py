@@ -67,6 +67,8 @@ class SelectorSettings(_Section):
     # Which queued jobs give up modalities when deadlines get close (docs/scheduling.md).
     policy: Literal["all", "aggressive", "greedy", "mosel"] = "mosel"
     max_queued_items: int = Field(4096, ge=1)
+    # Kept free before each deadline: what a job spends outside the selector, on its way there and back to its caller.
+    reply_ms: float = Field(3.0, ge=0)
     profile_batch_sizes: BatchSizes = (1, 2, 4, 8, 16, 32)
     profile_repeats: int = Field(5, ge=1)
 

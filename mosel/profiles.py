@@ -118,7 +118,8 @@ class Profile(_Value):
         encoders: by modality.
         fusion: by modality set.
         end_to_end: by modality set; empty if quick.
-        calls: by lane: a modality, or `fusion`.
+        calls: on an idle system, by lane: a modality, or `fusion`.
+        loaded_calls: the same while the services are saturated, relative to `calls`; empty if quick.
         edge_ms: what client and gateway add to a job.
     """
 
@@ -137,6 +138,7 @@ class Profile(_Value):
     fusion: dict[str, Points]
     end_to_end: dict[str, tuple[JobPoint, ...]] = {}
     calls: dict[str, Call]
+    loaded_calls: dict[str, Call] = {}
     edge_ms: Milliseconds = 0.0
 
     @model_validator(mode="after")
@@ -259,6 +261,21 @@ def load_profile(package: ModelPackage, settings: Settings, device: str | None =
         if _is_of(profile.hardware, settings, device):
             found.append(profile)
     return max(found, key=lambda profile: (not profile.quick, profile.measured_on), default=None)
+
+
+def needed_profile(package: ModelPackage, settings: Settings, file: Path | None) -> Profile:
+    """The profile in a file, or the kept one of this hardware.
+
+    Raises:
+        ConfigError: there is none, or the file is of something else.
+    """
+    profile = load_profile(package, settings) if file is None else read_profile(file, package)
+    if profile is None:
+        raise ConfigError(
+            f"no profile of {package.name} for this hardware in {settings.profiles_dir}; "
+            f"`mosel profile {package.name}` makes one"
+        )
+    return profile
 
 
 def read_profile(file: Path, package: ModelPackage | None = None) -> Profile:

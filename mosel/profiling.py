@@ -51,44 +51,51 @@ def measured_accuracy(
 
 
 def end_to_end(
-    client: Client, model: str, sets: Iterable[str], payloads: Payloads, sizes: Sequence[int], advance: Advance
-) -> tuple[dict[str, tuple[JobPoint, ...]], float]:
+    client: Client, quick: Profile, payloads: Payloads, sizes: Sequence[int], advance: Advance
+) -> tuple[dict[str, tuple[JobPoint, ...]], dict[str, Call], float]:
     """Times jobs of every modality set on an idle system, one at a time.
 
     Args:
         client: of the services.
-        model: its name.
-        sets: modality sets.
+        quick: what the selector expects of calls.
         payloads: rows by modality; at least as many as the largest job has.
         sizes: items per job.
         advance: told what was measured.
 
     Returns:
-        Times by modality set, and the median milliseconds that client and gateway add to a job.
+        Times by modality set, what calls cost as the selector learned it, and the median milliseconds that client and
+        gateway add to a job.
 
     Raises:
         MoselError: the services failed.
     """
     points: dict[str, tuple[JobPoint, ...]] = {}
     edges: list[float] = []
-    for name in sets:
+    readings: list[dict[str, int]] = []
+    for name in quick.accuracy:
         of_set = []
         for size in sizes:
-            times = _job_times(client, model, _rows(payloads, parse_set(name), size), edges)
+            times = _job_times(client, quick.model, _rows(payloads, parse_set(name), size), edges)
+            readings.append(_selector_counters(client))
             of_set.append(JobPoint(size=size, p50_ms=statistics.median(times), p95_ms=percentile(times, 95)))
             advance(f"jobs of {size} with {name}")
         points[name] = tuple(of_set)
-    return points, max(statistics.median(edges), 0.0)
+    learned = {lane: _learned(f"correction.{quick.model}.{lane}", readings) for lane in quick.calls}
+    calls = {lane: _after(learned[lane], quick.calls[lane]) for lane in quick.calls}
+    return points, calls, max(statistics.median(edges), 0.0)
 
 
 def calls_under_load(
-    client: Client, quick: Profile, payloads: Payloads, seconds: float, advance: Advance
+    client: Client, quick: Profile, idle: Mapping[str, Call], payloads: Payloads, seconds: float, advance: Advance
 ) -> dict[str, Call]:
     """What calls cost while the services are saturated, as the selector learned it from its own calls.
+
+    It is stated beside `idle`, what they cost on an idle system: `overhead + factor * idle`.
 
     Args:
         client: of the services, which were started with the quick profile.
         quick: what the selector expects of calls.
+        idle: what they cost on an idle system.
         payloads: rows by modality.
         seconds: how long the load lasts.
         advance: told once for each second.
@@ -114,7 +121,8 @@ def calls_under_load(
             stop.set()
         for running in clients:
             running.result()
-    return {lane: _corrected(call, f"correction.{quick.model}.{lane}", readings) for lane, call in quick.calls.items()}
+    loaded = {lane: _learned(f"correction.{quick.model}.{lane}", readings) for lane in quick.calls}
+    return {lane: _beside(idle[lane], _after(loaded[lane], quick.calls[lane])) for lane in quick.calls}
 
 
 def _job_times(client: Client, model: str, payloads: Payloads, edges: list[float]) -> list[float]:
@@ -149,11 +157,22 @@ def _selector_counters(client: Client) -> dict[str, int]:
     return next(service.counters for service in client.status() if service.name == "selector")
 
 
-def _corrected(expected: Call, prefix: str, readings: Sequence[Mapping[str, int]]) -> Call:
-    """What calls cost if the selector, which expects this, learned that it is `overhead + factor * expected`."""
+def _learned(prefix: str, readings: Sequence[Mapping[str, int]]) -> Call:
+    """What the selector learned of calls: `overhead + factor * expected`."""
     seen = [r for r in readings if f"{prefix}.factor_permille" in r]
     if not seen:
-        return expected
+        return Call(overhead_ms=0.0)
     factor = statistics.median(r[f"{prefix}.factor_permille"] for r in seen) / 1000
-    overhead_ms = statistics.median(r[f"{prefix}.overhead_us"] for r in seen) / 1000
-    return Call(overhead_ms=overhead_ms + factor * expected.overhead_ms, factor=factor * expected.factor)
+    return Call(overhead_ms=statistics.median(r[f"{prefix}.overhead_us"] for r in seen) / 1000, factor=factor)
+
+
+def _after(learned: Call, expected: Call) -> Call:
+    """What calls cost if the selector, which expected this, learned that."""
+    overhead_ms = learned.overhead_ms + learned.factor * expected.overhead_ms
+    return Call(overhead_ms=overhead_ms, factor=learned.factor * expected.factor)
+
+
+def _beside(idle: Call, loaded: Call) -> Call:
+    """One as overhead and factor of the other."""
+    factor = loaded.factor / idle.factor
+    return Call(overhead_ms=max(loaded.overhead_ms - factor * idle.overhead_ms, 0.0), factor=factor)

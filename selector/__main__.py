@@ -15,10 +15,6 @@ from selector.profile import ModelProfile
 from selector.scheduler import Scheduler
 from selector.servicer import SelectorServicer
 
-# The way of an answer from here through the gateway; measured once (`python -m bench.overhead`), it matters for
-# deadlines of a few milliseconds only.
-_REPLY_MS = 1.0
-
 
 def main() -> int:
     """Serves until a signal; returns the exit code."""
@@ -37,9 +33,8 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
     """
     packages = find_packages(settings.models_dir, settings.models)
     profiles = {name: _profile(package) for name, package in packages.items()}
-    scheduler = Scheduler(
-        profiles, settings.selector.policy, settings.selector.max_queued_items, settings.workers, _REPLY_MS
-    )
+    limits = settings.selector
+    scheduler = Scheduler(profiles, limits.policy, limits.max_queued_items, settings.workers, limits.reply_ms)
     director = Director(scheduler, profiles)
     address = listen or settings.selector_address
     async with Peers(settings, packages, profiles, director.lane_changed) as peers:

@@ -100,12 +100,13 @@ def mosel(queue: Sequence[Queued], forecast: Forecast) -> Choices:
         return choices
     choices = _planned(queue, cautious, may_drop=False)
     late = _late(queue, finish_times(queue, forecast, choices))
-    if any(not (queue[i].committed or queue[i].late_ok) for i in late):
-        choices = aggressive(queue, forecast)
-    if None in choices:
-        # Some cannot be met even so: which ones are given up is part of the plan.
-        choices = _planned(queue, forecast, may_drop=True)
-    return _relieved(queue, forecast, choices, _UpToMiss(queue))
+    if all(queue[i].committed or queue[i].late_ok for i in late):
+        return choices
+    choices = aggressive(queue, forecast)
+    if None not in choices:
+        return choices
+    # Some cannot be met even so: which ones are given up is part of the plan.
+    return _relieved(queue, forecast, _planned(queue, forecast, may_drop=True), _UpToMiss(queue))
 
 
 def placed(queue: Sequence[Queued], forecast: Forecast, plan: Sequence[int], at: int) -> Choices:

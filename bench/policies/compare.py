@@ -91,7 +91,7 @@ class _Comparison:
         world, demands = world_and_demands(profile)
         self._workload = Simulated.of(world, demands, options.trace, options.seed)
         self._saturated = Simulated.of(world, demands, options.saturated_trace, options.seed)
-        self._knees = Knees(self._workload)
+        self._knees = Knees(self._workload, options.slacks[len(options.slacks) // 2])
 
     def about(self) -> list[str]:
         """What was compared, in lines."""

@@ -1,5 +1,6 @@
 """What a policy gains over `all`, and what could be gained at all."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -60,10 +61,20 @@ def speedups_over_all(rows: Sequence[Row]) -> list[Speedup]:
 
 
 class Knees:
-    """Simulated loads at 5 % misses, each found once."""
+    """Simulated loads at 5 % misses, each found once; what could be gained at all is computed for one slack only.
 
-    def __init__(self, simulated: Simulated) -> None:
+    Args:
+        simulated: runs the simulations.
+        ideal_slack: the slack for which `clairvoyant` and `bound` are computed, which takes minutes for each.
+    """
+
+    def __init__(self, simulated: Simulated, ideal_slack: float) -> None:
         self.of = cache(simulated.knee)
+        self._ideal_slack = ideal_slack
+
+    def ideal(self, kind: str, slack: float, t: float, by_items: bool, near: float = 1.0) -> float:
+        """The load of `clairvoyant` or `bound`; NaN for other slacks."""
+        return self.of(kind, slack, t, by_items, near=near) if slack == self._ideal_slack else math.nan
 
 
 def gains(rows: Sequence[Row], simulated: Simulated, knees: Knees) -> Iterator[Gain]:
@@ -75,7 +86,7 @@ def gains(rows: Sequence[Row], simulated: Simulated, knees: Knees) -> Iterator[G
             load, items_per_s = at_limit(mine, by_items)
             load_of_all, items_per_s_of_all = at_limit(of_all, by_items)
             base = knees.of("all", slack, None, by_items)
-            bound = knees.of("bound", slack, t, by_items)
+            bound = knees.ideal("bound", slack, t, by_items)
             yield Gain(
                 policy,
                 slack,
@@ -88,7 +99,7 @@ def gains(rows: Sequence[Row], simulated: Simulated, knees: Knees) -> Iterator[G
                 gain=items_per_s / items_per_s_of_all,
                 simulated=knees.of(policy, slack, t, by_items) / base,
                 capacity_ratio=simulated.capacity_ratio(slack, t),
-                clairvoyant=knees.of("clairvoyant", slack, t, by_items, near=0.9 * bound) / base,
+                clairvoyant=knees.ideal("clairvoyant", slack, t, by_items, near=0.9 * bound) / base,
                 bound=bound / base,
             )
 

@@ -73,7 +73,7 @@ class Simulated:
     capacity: float
     counts: tuple[float, ...] | None = None
     seed: int = 0
-    jobs: int = 3000
+    jobs: int = 1000
 
     @classmethod
     def of(cls, world: World, demands: Demands, trace: Path | None = None, seed: int = 0) -> "Simulated":

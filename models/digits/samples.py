@@ -109,6 +109,16 @@ def load(data: Path, split: str) -> Samples:
     )
 
 
+def recordings(data: Path, split: str) -> NDArray[np.int64]:
+    """The speech take behind each row of a split, int64 [N]: rows of the same take are alike.
+
+    Raises:
+        DatasetError: a file is missing or unreadable.
+    """
+    takes: NDArray[np.int64] = read_recordings(data).rows(split, "speech").astype(np.int64)
+    return takes
+
+
 def _noisy_speech(recordings: Recordings, split: str) -> Floats:
     columns = [
         recordings.rows(split, part).tolist() for part in ("speech", "noise", "noise_start", "speech_start", "snr_db")

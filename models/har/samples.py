@@ -51,6 +51,18 @@ def load(data: Path, split: str) -> Samples:
     return Samples({"acc": acc, "gyro": gyro, "motion": summarise(acc)}, labels[keep])
 
 
+def recordings(data: Path, split: str) -> NDArray[np.int64]:
+    """The experiment behind each window of a split, int64 [N]: windows of the same one are alike.
+
+    Raises:
+        DatasetError: the file is not there or not what was expected.
+    """
+    arrays = _read(data / "hapt.npz")
+    starts, _ = _windows(arrays["label"], arrays["experiment"])
+    experiments: NDArray[np.int64] = arrays["experiment"][starts].astype(np.int64)
+    return experiments[_people(arrays["user"][starts], split)]
+
+
 def summarise(acc: NDArray[np.float32]) -> NDArray[np.float32]:
     """What `motion` is: the magnitude of the acceleration, quarter by quarter of the window.
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from mosel.cli.options import DataFolder, Device, ModelsFolder
+
+if TYPE_CHECKING:
+    pass
 
 bench_app = typer.Typer(help="Compare on real services.", no_args_is_help=True)
 
@@ -41,13 +44,11 @@ def policies_command(
     """Run the same jobs under each policy, and print throughput, misses, completion times and accuracy."""
     from bench.policies.compare import Options, compare
     from mosel.cli.options import settings_from
-    from mosel.errors import ConfigError
     from mosel.model_package import find_packages
-    from mosel.profiles import load_profile, read_profile
-    from selector.policies import POLICIES
+    from mosel.profiles import needed_profile
 
     options = Options(
-        policies=_listed("--policies", policies, str),
+        policies=_policies(policies),
         slacks=_listed("--slack", slack, float),
         ts=tuple(points / 100 for points in _listed("--t", t, float)),
         loads=_listed("--loads", loads, float),
@@ -59,15 +60,20 @@ def policies_command(
     )
     if quick:
         options = Options(("all", "mosel"), (3.3,), (0.06,), seconds=_QUICK_S, saturated_s=0, data=data)
-    for policy in options.policies:
-        if policy not in POLICIES:
-            raise ConfigError(f"--policies has '{policy}'; expected some of {', '.join(POLICIES)}")
     settings = settings_from(models, [model], device, grpc_port=0)
     package = find_packages(settings.models_dir, (model,))[model]
-    measured = read_profile(profile, package) if profile else load_profile(package, settings)
-    if measured is None:
-        raise ConfigError(f"model '{model}' has no profile for this hardware; `mosel profile {model}` makes one")
-    compare(settings, package, measured, options, out)
+    compare(settings, package, needed_profile(package, settings, profile), options, out)
+
+
+def _policies(names: str) -> tuple[str, ...]:
+    from mosel.errors import ConfigError
+    from selector.policies import POLICIES
+
+    listed = _listed("--policies", names, str)
+    for policy in listed:
+        if policy not in POLICIES:
+            raise ConfigError(f"--policies has '{policy}'; expected some of {', '.join(POLICIES)}")
+    return listed
 
 
 def _listed(option: str, text: str, kind: Callable[[str], Value]) -> tuple[Value, ...]:

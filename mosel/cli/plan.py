@@ -10,7 +10,6 @@ from mosel.cli.options import Device, ModelsFolder
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mosel.config import Settings
     from mosel.model_package import ModelPackage
     from mosel.profiles import Profile
     from selector.refusals import Plan
@@ -31,10 +30,11 @@ def plan(
     from mosel.cli.options import settings_from
     from mosel.cli.starting import console
     from mosel.model_package import find_packages
+    from mosel.profiles import needed_profile
 
     settings = settings_from(models, [model], device)
     package = find_packages(settings.models_dir, (model,))[model]
-    measured = _profile(package, settings, profile)
+    measured = needed_profile(package, settings, profile)
     seconds = (latency_slo_ms or settings.gateway.default_deadline_ms) / 1000
     planned = _plan(package, measured, size, min_accuracy, seconds, effort)
     kind = "quick profile" if measured.quick else "profile"
@@ -45,21 +45,6 @@ def plan(
     if planned.refusal:
         console.print(f"refused: {planned.refusal}", soft_wrap=True, highlight=False)
         raise typer.Exit(1)
-
-
-def _profile(package: "ModelPackage", settings: "Settings", file: Path | None) -> "Profile":
-    from mosel.errors import ConfigError
-    from mosel.profiles import load_profile, read_profile
-
-    if file is not None:
-        return read_profile(file, package)
-    kept = load_profile(package, settings)
-    if kept is None:
-        raise ConfigError(
-            f"no profile of {package.name} for this hardware in {settings.profiles_dir}; "
-            f"`mosel profile {package.name}` makes one"
-        )
-    return kept
 
 
 def _plan(

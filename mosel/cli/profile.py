@@ -135,12 +135,12 @@ def _measure(
 
     sizes = _job_sizes(settings)
     payloads = {m: networks.example_payload(package, m, sizes[-1]) for m in package.modalities}
-    times, edge_ms = end_to_end(client, package.name, quick.accuracy, payloads, sizes, advance)
-    changes = {"quick": False, "end_to_end": times, "edge_ms": edge_ms}
+    times, calls, edge_ms = end_to_end(client, quick, payloads, sizes, advance)
+    changes = {"quick": False, "end_to_end": times, "calls": calls, "edge_ms": edge_ms}
     if samples is not None:
         accuracy = measured_accuracy(client, package.name, quick.accuracy, samples, advance)
         changes |= {"accuracy": accuracy, "accuracy_measured": True}
-    changes["calls"] = calls_under_load(client, quick, payloads, _LOAD_S, advance)
+    changes["loaded_calls"] = calls_under_load(client, quick, calls, payloads, _LOAD_S, advance)
     return quick.model_copy(update=changes)
 
 
@@ -176,9 +176,10 @@ def _show(measured: "Profile") -> None:
         times = [f"{p.p50_ms:.2f} / {p.p95_ms:.2f}" for p in measured.end_to_end[name] if p.size in shown]
         sets.add_row(name, f"{accuracy.value:.4f}", f"{accuracy.low:.4f} to {accuracy.high:.4f}", *times)
     console.print(sets)
-    calls = Table("service", "overhead ms", "factor")
+    calls = Table("calls to", "overhead ms", "factor", "more ms under load", "factor")
     for lane, call in measured.calls.items():
-        calls.add_row(lane, f"{call.overhead_ms:.3f}", f"{call.factor:.3f}")
+        numbers = (call, measured.loaded_calls[lane])
+        calls.add_row(lane, *(f"{n:.3f}" for call in numbers for n in (call.overhead_ms, call.factor)))
     console.print(calls)
 
 

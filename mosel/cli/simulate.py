@@ -56,14 +56,10 @@ def _profile(name: str, models: Path | None, device: str | None) -> "Profile":
         ConfigError: there is none.
     """
     from mosel.cli.options import settings_from
-    from mosel.errors import ConfigError
     from mosel.model_package import find_packages
-    from mosel.profiles import load_profile, read_profile
+    from mosel.profiles import needed_profile, read_profile
 
     if Path(name).suffix == ".json":
         return read_profile(Path(name))
     settings = settings_from(models, [name], device)
-    kept = load_profile(find_packages(settings.models_dir, (name,))[name], settings)
-    if kept is None:
-        raise ConfigError(f"model '{name}' has no profile for this hardware; `mosel profile {name}` makes one")
-    return kept
+    return needed_profile(find_packages(settings.models_dir, (name,))[name], settings, None)

@@ -53,7 +53,7 @@ def test_a_limit_that_was_not_seen_is_nan() -> None:
 
 def test_gains_are_ordered_as_they_must_be(simulated: Simulated) -> None:
     few = replace(simulated, jobs=300)
-    for_jobs, _ = gains(ROWS, few, Knees(few))
+    for_jobs, _ = gains(ROWS, few, Knees(few, 3.3))
     assert for_jobs.gain == pytest.approx(140 / 60)
     assert 1 < for_jobs.simulated < for_jobs.clairvoyant <= for_jobs.bound
     assert for_jobs.capacity_ratio > 1

@@ -182,6 +182,9 @@ def test_samples_fit_what_the_package_states(made_up: Path, package: ModelPackag
     for modality, spec in package.modalities.items():
         assert samples.payloads[modality].shape == (20, *spec.shape)
         assert samples.payloads[modality].dtype == np.float32
+    with np.load(made_up / "pairs.npz") as pairs:
+        takes = pairs["val_speech"].tolist()
+    assert samples_module.recordings(made_up, "validation").tolist() == takes
 
 
 def test_missing_data_and_unknown_splits_are_named(tmp_path: Path, made_up: Path, samples_module: ModuleType) -> None:

@@ -151,6 +151,9 @@ def test_windows_are_cut_as_described(made_up: Path, package: ModelPackage, samp
     with np.load(made_up / "hapt.npz") as arrays:
         first = arrays["acc"][1800:1928] / 720  # the first window of person 2, the first of the test people
     np.testing.assert_allclose(splits["test"].payloads["acc"][0], first, rtol=1e-6)
+    experiments = samples_module.recordings(made_up, "test")
+    assert len(experiments) == len(splits["test"])
+    assert len(set(experiments.tolist())) >= people["test"]
     magnitude = np.linalg.norm(first[:32], axis=1)
     expected = [magnitude.mean(), magnitude.std(), magnitude.min(), magnitude.max()]
     np.testing.assert_allclose(splits["test"].payloads["motion"][0, 0], expected, rtol=1e-5)

@@ -51,7 +51,7 @@ PROFILES = {
     "two": profile_of(ACCURACY, ENCODERS, ((1, 1.0), (4, 1.0)), default_floor=0.5),
 }
 MAX_QUEUED = 40
-PEN, IMAGE, BOTH = parse_set("pen"), parse_set("image"), parse_set("image+pen")
+PEN, BOTH = parse_set("pen"), parse_set("image+pen")
 
 
 def scheduler_with(policy: str = "mosel", tokens: int = 2, away: str = "", fusion_on: str = "cpu") -> Scheduler:

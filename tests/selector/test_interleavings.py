@@ -46,17 +46,17 @@ FRONTIERS = {name: Frontiers(profile) for name, profile in PROFILES.items()}
 MAX_QUEUED, TOKENS = 60, 2
 
 models = st.sampled_from(sorted(PROFILES))
-picks = st.sets(st.sampled_from(MODALITIES), min_size=1)
+picks = st.just(set(MODALITIES)) | st.sets(st.sampled_from(MODALITIES), min_size=1)
 demands = st.fixed_dictionaries(
     {
-        "size": st.integers(1, 15),
+        "size": st.sampled_from([1, 1, 1, 2, 3, 6, 15]),
         "min_accuracy": st.none() | st.sampled_from([*THREE.values()]) | st.floats(0, 1),
         "exact": st.booleans(),
         "effort": st.sampled_from([None, *Effort]),
         "late_ok": st.booleans(),
     }
 )
-budgets_ms = st.sampled_from([5.0, 30.0, 100.0, 1000.0])
+budgets_ms = st.sampled_from([5.0, 30.0, 100.0, 1000.0, 10_000.0])
 
 
 def floor_of(job: Job) -> float:
@@ -144,9 +144,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         job_id = len(self.accounts).to_bytes(16, "big")
         return Job(job_id, model, modalities=sent, deadline=deadline, expires=expires, **demand)  # type: ignore[arg-type]
 
-    @rule(model=models, pick=picks, budget_ms=budgets_ms, demand=demands)
-    def submit(self, model: str, pick: set[str], budget_ms: float, demand: dict[str, object]) -> None:
-        job = self.new_job(model, pick, budget_ms, demand)
+    @rule(model=models, pick=picks, budget_ms=budgets_ms, demand=demands, times=st.integers(1, 3))
+    def submit(self, model: str, pick: set[str], budget_ms: float, demand: dict[str, object], times: int) -> None:
+        for _ in range(times):
+            self.submit_one(self.new_job(model, pick, budget_ms, demand))
+
+    def submit_one(self, job: Job) -> None:
         queued = sum(account.job.size for account in self.alive())
         try:
             work = self.scheduler.submit(job, self.now)

@@ -6,16 +6,18 @@ from collections import Counter
 import pytest
 
 from mosel.errors import DeadlineUnreachable, ServiceUnavailable
-from selector.jobs import Effort, EncodeCall, Rows, Wait
+from selector.jobs import Effort, EncodeCall, FuseCall, Rows, Wait
 from selector.scheduler import Scheduler
 from selector.stages import FUSION
 from tests.selector.support import (
     BOTH,
     PEN,
+    Driver,
     encode_call,
     fuse_call,
     is_empty,
     job,
+    profile_of,
     scheduler_with,
 )
 
@@ -81,6 +83,19 @@ def test_a_call_is_not_filled_past_the_slack_of_its_first_job(scheduler: Schedul
             scheduler.cancelled(name)
         scheduler.completed(call, 0.0)
         assert is_empty(scheduler)
+
+
+@pytest.mark.parametrize(("tokens", "fused"), [(1, [8]), (2, [4, 4])])
+def test_fusion_waits_for_items_that_follow_while_there_is_something_to_encode(tokens: int, fused: list[int]) -> None:
+    profiles = {"one": profile_of({"pen": 0.6}, {"pen": ((1, 2.0), (4, 4.0))}, ((1, 5.0), (8, 5.0)))}
+    scheduler = Scheduler(profiles, tokens=tokens)
+    for name in ("pen", FUSION):
+        scheduler.lane(name, up=True)
+    scheduler.submit(job("a", size=8), 0.0)
+    driver = Driver(scheduler, profiles)
+    driver.run()
+    sizes = [sum(len(rows.items) for rows in call.rows) for call in driver.calls if isinstance(call, FuseCall)]
+    assert sizes == fused
 
 
 def test_calls_never_exceed_the_tokens_of_their_resource() -> None:
