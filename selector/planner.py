@@ -9,7 +9,7 @@ from selector.forecast import Forecast
 from selector.frontier import Strategy
 from selector.jobs import Job, Option
 from selector.options import Frontiers, allowed_options, floor_of, strategy_of
-from selector.policies import POLICIES, Choices, Queued, finish_times, placed
+from selector.policies import PLANNED_JOBS, POLICIES, Choices, Queued, finish_times, placed
 from selector.profile import ModelProfile
 from selector.refusals import refusal
 from selector.resources import Resources
@@ -66,8 +66,12 @@ class Planner:
         Raises:
             DeadlineUnreachable, Overloaded.
         """
-        queue, forecast = [self._as_queued(work) for work in works], self._forecast(now)
         at = works.index(newcomer)
+        if newcomer.job.late_ok and at >= PLANNED_JOBS and at == len(works) - 1:
+            # It waits for its turn behind everyone else: nothing to check, and nothing to plan yet.
+            newcomer.predicted = newcomer.job.deadline
+            return [*[None] * at, newcomer.queued.cheapest]
+        queue, forecast = [self._as_queued(work) for work in works], self._forecast(now)
         if self.is_due(now):
             choices = self._reassigned(queue, forecast)
         else:
@@ -86,7 +90,8 @@ class Planner:
                 work.choose(choice)
 
     def replan(self, works: Sequence[Work], now: float) -> list[Work]:
-        """Reassigns strategies; returns the jobs that are dropped because they can no longer be met."""
+        """Reassigns strategies at the head of the queue; returns the jobs dropped as they can no longer be met."""
+        works = works[:PLANNED_JOBS]
         queue = [self._as_queued(work) for work in works]
         choices = self._reassigned(queue, self._forecast(now))
         self.apply(works, choices)

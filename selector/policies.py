@@ -25,7 +25,7 @@ from selector.stages import Remaining
 _DROPPED = -10.0
 _LATE = -5.0
 # The first jobs of the queue, for which the exact plan is made.
-_WINDOW = 64
+PLANNED_JOBS = 64
 _ROUNDS = 3
 
 
@@ -100,13 +100,14 @@ def mosel(queue: Sequence[Queued], forecast: Forecast) -> Choices:
         return choices
     choices = _planned(queue, cautious, may_drop=False)
     late = _late(queue, finish_times(queue, forecast, choices))
-    if all(queue[i].committed or queue[i].late_ok for i in late):
+    if all(queue[i].late_ok for i in late):
         return choices
-    choices = aggressive(queue, forecast)
-    if None not in choices:
-        return choices
-    # Some cannot be met even so: which ones are given up is part of the plan.
-    return _relieved(queue, forecast, _planned(queue, forecast, may_drop=True), _UpToMiss(queue))
+    if any(not queue[i].committed for i in late):
+        choices = aggressive(queue, forecast)
+    if None in choices:
+        # Some cannot be met even so: which ones are given up is part of the plan.
+        choices = _planned(queue, forecast, may_drop=True)
+    return _relieved(queue, forecast, choices, _UpToMiss(queue))
 
 
 def placed(queue: Sequence[Queued], forecast: Forecast, plan: Sequence[int], at: int) -> Choices:
@@ -187,11 +188,11 @@ def _planned(queue: Sequence[Queued], forecast: Forecast, *, may_drop: bool) -> 
     miss, that job's deadline is tightened by it and the plan made again. Jobs behind the first 64 go to their cheapest
     option.
     """
-    window = queue[:_WINDOW]
+    window = queue[:PLANNED_JOBS]
     margins = np.zeros(len(window))
     for _ in range(_ROUNDS):
         choices = _most_valuable(window, forecast, margins, may_drop=may_drop)
-        choices.extend(job.cheapest for job in queue[_WINDOW:])
+        choices.extend(job.cheapest for job in queue[PLANNED_JOBS:])
         late = _late(queue, finish_times(queue, forecast, choices))
         if not late:
             break

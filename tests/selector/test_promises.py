@@ -18,6 +18,7 @@ from mosel.modality import format_set
 from selector.jobs import Effort, EncodeCall, Ended, Rows, Wait
 from selector.policies import POLICIES
 from selector.scheduler import Scheduler
+from selector.stages import FUSION
 from tests.selector.support import (
     ACCURACY,
     BOTH,
@@ -47,6 +48,22 @@ def test_a_job_that_expires_in_the_queue_never_reaches_an_encoder(scheduler: Sch
     assert isinstance(ended, Ended)
     assert (ended.job_id, type(ended.error)) == (b"a", DeadlineExceeded)
     assert scheduler.next(1.0) == Wait(None)
+    assert is_empty(scheduler)
+
+
+def test_a_patient_job_behind_a_long_queue_changes_nothing_in_front_of_it() -> None:
+    scheduler = Scheduler(PROFILES, max_queued_items=1000)
+    for lane in ("image", "pen", FUSION):
+        scheduler.lane(lane, True)
+    patient = [job(f"job {i}", deadline=0.01 + i / 1000, sent="image+pen", floor=0.0, late_ok=True) for i in range(100)]
+    works = [scheduler.submit(one, 0.0) for one in patient]
+    before = [work.strategy for work in works]
+    last = scheduler.submit(job("last", deadline=1.0, sent="image+pen", floor=0.0, late_ok=True), 0.0)
+    assert [work.strategy for work in works] == before
+    assert last.strategy == min((option.strategy for option in last.options), key=lambda s: s.cost_ms)
+    driver = Driver(scheduler, PROFILES)
+    driver.run()
+    assert len(driver.answered) == 101
     assert is_empty(scheduler)
 
 
