@@ -7,7 +7,7 @@ in front of it.
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from selector.stages import Remaining, Stage, Steps
@@ -71,10 +71,10 @@ class Forecast:
             answered.append(done + self._reply_s)
         return answered
 
-    def loads(self, options: Sequence[Remaining], queue: Sequence[Remaining]) -> list[Load]:
-        """What a job asks with each of its options, if it is one of this queue."""
+    def loads(self, jobs: Iterable[Sequence[Remaining]], queue: Sequence[Remaining]) -> list[list[Load]]:
+        """What each job asks with each of its options, if it is one of this queue."""
         rows = _rows(queue)
-        return [self._load(option, rows) for option in options]
+        return [[self._load(option, rows) for option in options] for options in jobs]
 
     def busy_s(self, resource: str) -> float:
         """Seconds from now until a token of the resource is free, the mean over its tokens."""
@@ -101,18 +101,24 @@ class Forecast:
         end = earliest
         waiting: dict[str, list[float]] = {}
         for stage, rows in steps:
-            free = tokens[self._resources[stage.lane]]
-            # Until these steps may begin, jobs behind use the tokens: those lose only the time that the calls take.
-            own = waiting.setdefault(self._resources[stage.lane], [max(at, earliest) for at in free])
+            resource, best_batch = self._resources[stage.lane], stage.curve.best_batch
+            free = tokens[resource]
+            if resource not in waiting:
+                # Until these steps may begin, jobs behind use the tokens: those lose only the time that the calls take.
+                waiting[resource] = [max(at, earliest) for at in free] if free[0] < earliest else free
+            own, before = waiting[resource], queued.get(stage, 0)
+            queued[stage] = before + rows
             while rows:
-                joined = queued.get(stage, 0) % stage.curve.best_batch
-                count = min(rows, stage.curve.best_batch - joined)
+                joined = before % best_batch
+                count = min(rows, best_batch - joined)
                 call = self._expected_s(stage, joined + count)
                 added = max(call - self._expected_s(stage, joined), 0.0) if joined else call
-                end = max(end, own[0] + added, earliest + call)
-                heapq.heapreplace(own, own[0] + added)
-                heapq.heapreplace(free, free[0] + added)
-                queued[stage] = queued.get(stage, 0) + count
+                ends = own[0] + added
+                heapq.heapreplace(own, ends)
+                if own is not free:
+                    heapq.heapreplace(free, free[0] + added)
+                end = max(end, ends, earliest + call)
+                before += count
                 rows -= count
         return end
 

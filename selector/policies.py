@@ -11,6 +11,7 @@ everyone is in time; so jobs move back up as soon as there is slack. What differ
 A job that no reassignment can save is dropped, as a last resort, unless a late answer is wanted.
 """
 
+import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def greedy(queue: Sequence[Queued], forecast: Forecast) -> Choices:
         changed = False
         while deficit > 0 and give_up.settled <= miss:
             job = queue[give_up.settled]
-            now, then = forecast.loads([job.options[0], job.options[job.cheapest]], ())
+            now, then = forecast.loads([[job.options[0], job.options[job.cheapest]]], ())[0]
             saved = [seconds - then.seconds.get(resource, 0.0) for resource, seconds in now.seconds.items()]
             deficit -= max(saved, default=0.0)
             changed |= give_up(choices, give_up.settled, 0.0)
@@ -123,11 +124,17 @@ def placed(queue: Sequence[Queued], forecast: Forecast, plan: Sequence[int], at:
         That plan; if no option does, what `aggressive` says.
     """
     cautious = forecast.cautious()
-    for option in range(len(queue[at].options)):
-        choices: Choices = [*plan[:at], option, *plan[at + 1 :]]
-        if not _late(queue, finish_times(queue, cautious, choices)):
-            return choices
-    return aggressive(queue, forecast)
+
+    def with_option(option: int) -> Choices:
+        return [*plan[:at], option, *plan[at + 1 :]]
+
+    def in_time(option: int) -> bool:
+        return not _late(queue, finish_times(queue, cautious, with_option(option)))
+
+    options = range(len(queue[at].options))
+    # Options of less accuracy cost less, so that it is enough to look at a few.
+    first = 0 if in_time(0) else bisect.bisect_left(options, True, lo=1, key=in_time)
+    return with_option(first) if first in options else aggressive(queue, forecast)
 
 
 POLICIES: dict[str, Policy] = {"all": aggressive, "aggressive": aggressive, "greedy": greedy, "mosel": mosel}
@@ -190,8 +197,9 @@ def _planned(queue: Sequence[Queued], forecast: Forecast, *, may_drop: bool) -> 
     """
     window = queue[:PLANNED_JOBS]
     margins = np.zeros(len(window))
+    loads = forecast.loads([job.options for job in window], [job.options[0] for job in window])
     for _ in range(_ROUNDS):
-        choices = _most_valuable(window, forecast, margins, may_drop=may_drop)
+        choices = _most_valuable(window, forecast, loads, margins, may_drop=may_drop)
         choices.extend(job.cheapest for job in queue[PLANNED_JOBS:])
         late = _late(queue, finish_times(queue, forecast, choices))
         if not late:
@@ -203,11 +211,14 @@ def _planned(queue: Sequence[Queued], forecast: Forecast, *, may_drop: bool) -> 
 
 
 def _most_valuable(
-    window: Sequence[Queued], forecast: Forecast, margins: NDArray[np.float64], *, may_drop: bool
+    window: Sequence[Queued],
+    forecast: Forecast,
+    loads: Sequence[Sequence[Load]],
+    margins: NDArray[np.float64],
+    *,
+    may_drop: bool,
 ) -> Choices:
     """Solves the knapsack whose prefix sums are bounded by the deadlines."""
-    preferred = [job.options[0] for job in window]
-    loads = [forecast.loads(job.options, preferred) for job in window]
     busiest = _busiest(loads)
     costs = [[load.seconds.get(busiest, 0.0) for load in of_job] for of_job in loads]
     start = forecast.now + forecast.busy_s(busiest)

@@ -92,11 +92,11 @@ def test_calls_that_take_longer_than_their_profile_are_expected_to() -> None:
 
 def test_the_load_of_a_job_is_its_share_of_each_resource() -> None:
     forecast = cpu(0, 0, resources=FUSION_APART)
-    alone, among = (forecast.loads([job(image=2, fuse=2)], queue)[0] for queue in ([], [job(image=4, fuse=4)] * 2))
+    alone, among = (forecast.loads([[job(image=2, fuse=2)]], queue)[0][0] for queue in ([], [job(image=4, fuse=4)] * 2))
     assert alone.seconds == pytest.approx({"cpu": 0.012 / 2, "gpu": 0.003 / 2})
     assert alone.alone_s == pytest.approx(0.012 + 0.003)
     assert among.seconds == pytest.approx({"cpu": 0.016 / 2 / 2, "gpu": 0.003 / 2 / 2}), "half of a call of 4"
-    assert forecast.loads([job()], [])[0].alone_s == 0
+    assert forecast.loads([[job()]], [])[0][0].alone_s == 0
 
 
 def test_busy_is_the_mean_over_the_tokens() -> None:
