@@ -16,7 +16,7 @@ from bench.machine import machine_line, profile_line
 from bench.policies.compare import served
 from bench.policies.runs import Served, Setting, Simulated, at_limit
 from bench.simulation import capacity, world_and_demands
-from mosel.config import load_settings
+from mosel.config import FREE_PORTS, load_settings
 from mosel.model_package import find_packages
 from mosel.profiles import needed_profile
 
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="length of a run")
     parser.add_argument("--no-knee", action="store_true", help="compare the four loads only")
     arguments = parser.parse_args()
-    settings = load_settings(models=(arguments.model,), gateway={"grpc_port": 0})
+    settings = load_settings(models=(arguments.model,), gateway=FREE_PORTS)
     package = find_packages(settings.models_dir, settings.models)[arguments.model]
     profile = needed_profile(package, settings, arguments.profile)
     workload = Simulated.of(*world_and_demands(profile), arguments.trace)

@@ -18,7 +18,7 @@ from bench.accuracy import Scored, standard_error
 from bench.items import Items, items_of
 from bench.machine import machine_line
 from mosel import AsyncClient
-from mosel.config import load_settings
+from mosel.config import FREE_PORTS, load_settings
 from mosel.errors import DatasetError
 from mosel.launcher import Launcher
 from mosel.model_package import ModelPackage, find_packages
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with the recordings")
     parser.add_argument("--items", type=int, default=10_000, help="test items per floor, at most")
     arguments = parser.parse_args()
-    settings = load_settings(models=(arguments.model,), gateway={"grpc_port": 0})
+    settings = load_settings(models=(arguments.model,), gateway=FREE_PORTS)
     package = find_packages(settings.models_dir, settings.models)[arguments.model]
     items = items_of(package, arguments.data)
     if items.labels is None:

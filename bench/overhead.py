@@ -22,7 +22,7 @@ from bench.hops import measure_hops
 from bench.load import Load, closed_loop
 from bench.null_model import NAME as NOTHING
 from bench.null_model import write_null_model
-from mosel.config import Settings, load_settings
+from mosel.config import FREE_PORTS, Settings, load_settings
 from mosel.launcher import Launcher
 from mosel.model_package import ModelPackage, find_packages
 from mosel.networks import example_payload
@@ -44,8 +44,8 @@ def main() -> None:
     package = find_packages(load_settings().models_dir, (arguments.model,))[arguments.model]
     with tempfile.TemporaryDirectory() as folder:
         null_package = write_null_model(Path(folder), package)
-        settings = load_settings(models=(package.name,), gateway={"grpc_port": 0})
-        null_settings = load_settings(models_dir=Path(folder), gateway={"grpc_port": 0})
+        settings = load_settings(models=(package.name,), gateway=FREE_PORTS)
+        null_settings = load_settings(models_dir=Path(folder), gateway=FREE_PORTS)
         with Launcher(settings) as real, Launcher(null_settings) as null, Direct(package.folder) as direct:
             for launcher in (real, null):
                 launcher.wait_ready(120)

@@ -11,6 +11,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
+from gateway.plane import DataPlane
 from gateway.selector_link import SelectorLink
 from gateway.servicer import GatewayServicer
 from mosel.config import Settings
@@ -23,7 +24,7 @@ from mosel.v1 import arena_pb2, gateway_pb2, gateway_pb2_grpc, tensor_pb2
 def main() -> int:
     """Serves until a signal; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m gateway", description=__doc__)
-    parser.add_argument("--listen", default="", help="address to listen on (default: gateway.grpc_host and grpc_port)")
+    parser.add_argument("--listen", default="", help="address to listen on (default: gateway.host and grpc_port)")
     arguments = parser.parse_args()
     return run_service("gateway", partial(serve, arguments.listen))
 
@@ -48,12 +49,12 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
         async with SelectorLink(
             settings, announcement, publisher.release, transport_changed, models_changed.set
         ) as link:
-            servicer = GatewayServicer(settings, packages, arena, publisher, link)
-            register = partial(_register, servicer)
+            plane = DataPlane(settings, packages, arena, publisher, link)
+            register = partial(_register, GatewayServicer(plane))
             address = listen or settings.gateway_address
             async with (
                 Service(settings, address, "--grpc-port", register, (RefuseGarbage(),)) as service,
-                _following_models(service, link, list(packages), models_changed),
+                _following_models(service, plane, models_changed),
             ):
                 await service.set_ready(True)
                 await stop.wait()
@@ -70,16 +71,13 @@ def _register(servicer: GatewayServicer, server: grpc.aio.Server) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _following_models(
-    service: Service, link: SelectorLink, models: list[str], changed: asyncio.Event
-) -> AsyncIterator[None]:
+async def _following_models(service: Service, plane: DataPlane, changed: asyncio.Event) -> AsyncIterator[None]:
     """Keeps the health of each model's name in step with what the selector says."""
 
     async def follow() -> None:
         while True:
-            for model in models:
-                state = link.models.get(model)
-                await service.set_ready(state is not None and state.ready and not link.refused, model)
+            for model in plane.packages:
+                await service.set_ready(plane.is_ready(model), model)
             await changed.wait()
             changed.clear()
 

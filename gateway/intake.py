@@ -5,24 +5,22 @@ import math
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
-from gateway.jobs import CheckedJob, Payloads, Times, check_request, times_of
+from gateway.jobs import CheckedJob, Payloads, Times, times_of
 from gateway.selector_link import slots_of
 from mosel.config import Settings
 from mosel.deadline import Deadline
 from mosel.errors import MoselError, Overloaded, PayloadTooLarge
-from mosel.model_package import ModelPackage
 from mosel.transport import Publisher
-from mosel.v1 import gateway_pb2, selector_pb2, tensor_pb2
+from mosel.v1 import selector_pb2, tensor_pb2
 
 _MIB = 1024 * 1024
 # Above this many elements, checking and copying payloads would hold up other calls.
-_OFF_LOOP_ELEMENTS = 256 * 1024
+OFF_LOOP_ELEMENTS = 256 * 1024
 # What the rest of a message may take beside payloads.
 _ENVELOPE_BYTES = 64 * 1024
 
-T = TypeVar("T")
+Check = Callable[[], tuple[CheckedJob, Payloads]]
 
 
 @dataclass(frozen=True)
@@ -39,31 +37,30 @@ class Intake:
 
     Args:
         settings: limits.
-        packages: the models by name.
         publisher: puts payloads there.
     """
 
-    def __init__(self, settings: Settings, packages: Mapping[str, ModelPackage], publisher: Publisher) -> None:
-        self._settings, self._packages, self._publisher = settings, packages, publisher
+    def __init__(self, settings: Settings, publisher: Publisher) -> None:
+        self._settings, self._publisher = settings, publisher
 
-    async def request(self, request: gateway_pb2.PredictRequest, call: Deadline) -> Prepared:
+    async def request(self, check: Check, elements: int, call: Deadline) -> Prepared:
         """Checks a request and publishes its payloads; cancelling leaves no slot behind.
 
         Args:
-            request: what the caller sent.
+            check: what the caller sent, as a function that checks it; runs in a thread if there is much of it.
+            elements: of all payloads together, as the caller says.
             call: when the caller's own call ends.
 
         Raises:
-            MoselError: as `check_request` and `Publisher.publish`.
+            MoselError: whatever `check` raises, and as `Publisher.publish`.
         """
 
         def prepare(wait_s: float) -> Prepared:
-            limits = self._settings.gateway
-            job, payloads = check_request(request, self._packages, limits.max_items_per_job)
-            times = times_of(job, call, limits.default_deadline_ms / 1000)
+            job, payloads = check()
+            times = times_of(job, call, self._settings.gateway.default_deadline_ms / 1000)
             return self._published(secrets.token_bytes(16), job, payloads, times, wait_s)
 
-        return await self._prepared(prepare, is_large(request.payloads))
+        return await self._prepared(prepare, elements > OFF_LOOP_ELEMENTS)
 
     async def upload(self, job_id: bytes, job: CheckedJob, payloads: Payloads, times: Times) -> Prepared:
         """Publishes payloads that were checked as they came, for results as they finish; as `request` otherwise."""
@@ -73,7 +70,7 @@ class Intake:
             prepared.description.stream = True
             return prepared
 
-        return await self._prepared(prepare, sum(array.size for array in payloads.values()) > _OFF_LOOP_ELEMENTS)
+        return await self._prepared(prepare, sum(array.size for array in payloads.values()) > OFF_LOOP_ELEMENTS)
 
     async def _prepared(self, prepare: Callable[[float], Prepared], large: bool) -> Prepared:
         if not large:
@@ -132,12 +129,13 @@ def description_of(job_id: bytes, job: CheckedJob, times: Times) -> selector_pb2
         exact=job.exact,
         effort=job.effort,
         late_ok=job.late_ok,
+        priority=job.priority,
         budget_us=budget_us,
         expiry_us=budget_us + late_us,
     )
 
 
-def is_large(tensors: Mapping[str, tensor_pb2.Tensor]) -> bool:
-    """Whether checking and copying these would hold up other calls."""
+def elements_of(tensors: Mapping[str, tensor_pb2.Tensor]) -> int:
+    """How many elements tensors have, as they say."""
     # From the shapes: to ask protobuf for its size makes it serialise everything.
-    return sum(math.prod(tensor.shape) for tensor in tensors.values()) > _OFF_LOOP_ELEMENTS
+    return sum(math.prod(tensor.shape) for tensor in tensors.values())

@@ -15,6 +15,9 @@ from mosel.tensors import DTYPES, byte_count, dtype_name, from_proto
 from mosel.v1 import gateway_pb2, tensor_pb2
 
 Payloads = Mapping[str, NDArray[np.generic]]
+# What both say of a job.
+Demand = gateway_pb2.PredictRequest | gateway_pb2.JobSpec
+_LAST_PRIORITY = 9
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class CheckedJob:
         latency_slo_ms: the caller's deadline in milliseconds, or None.
         exact: the caller named the modalities and gave no floor: all of them are run.
         late_ok: a late answer is wanted, too.
+        priority: 1 to 9, or 0: the selector's default.
     """
 
     package: ModelPackage
@@ -38,6 +42,7 @@ class CheckedJob:
     exact: bool
     effort: gateway_pb2.Effort.ValueType
     late_ok: bool
+    priority: int = 0
 
     def payload_bytes(self) -> dict[str, int]:
         """Bytes of each payload."""
@@ -84,19 +89,24 @@ def check_request(
         PayloadTooLarge: more items than one job may have.
         InvalidRequest: names the field, what it holds and what was expected.
     """
-    package = _package(request.model, packages)
+    package = package_of(request.model, packages)
     payloads = check_payloads("payloads", request.payloads, package, max_items)
-    for name in request.modalities:
+    return check_demand(request, package, payloads), payloads
+
+
+def check_demand(demand: Demand, package: ModelPackage, payloads: Payloads) -> CheckedJob:
+    """Checks what is asked for items whose payloads are known to be sound; errors as of `check_request`."""
+    for name in demand.modalities:
         if name not in payloads:
             raise InvalidRequest(f"modalities has '{name}'; expected some of the payloads: {', '.join(payloads)}")
-    modalities = tuple(sorted(set(request.modalities) or payloads))
-    exact = bool(request.modalities) and not request.HasField("min_accuracy")
-    return _job(request, package, size_of(payloads), modalities, exact), payloads
+    modalities = tuple(sorted(set(demand.modalities) or payloads))
+    exact = bool(demand.modalities) and not demand.HasField("min_accuracy")
+    return _job(demand, package, size_of(payloads), modalities, exact)
 
 
 def check_spec(spec: gateway_pb2.JobSpec, packages: Mapping[str, ModelPackage], max_items: int) -> CheckedJob:
     """Checks every field of a job whose items are elsewhere; arguments and errors as of `check_request`."""
-    package = _package(spec.model, packages)
+    package = package_of(spec.model, packages)
     if spec.size < 1:
         raise InvalidRequest("size is 0; expected at least one item")
     if spec.size > max_items:
@@ -147,7 +157,12 @@ def size_of(payloads: Payloads) -> int:
     return len(next(iter(payloads.values())))
 
 
-def _package(model: str, packages: Mapping[str, ModelPackage]) -> ModelPackage:
+def package_of(model: str, packages: Mapping[str, ModelPackage]) -> ModelPackage:
+    """The model of this name.
+
+    Raises:
+        ModelNotFound: there is none.
+    """
     package = packages.get(model)
     if package is None:
         raise ModelNotFound(f"model is '{model}'; expected one of {', '.join(sorted(packages))}")
@@ -155,7 +170,7 @@ def _package(model: str, packages: Mapping[str, ModelPackage]) -> ModelPackage:
 
 
 def _job(
-    request: gateway_pb2.PredictRequest | gateway_pb2.JobSpec,
+    request: Demand,
     package: ModelPackage,
     size: int,
     modalities: tuple[str, ...],
@@ -169,7 +184,9 @@ def _job(
         raise InvalidRequest(f"latency_slo_ms is {slo}; expected a positive number of milliseconds")
     if request.effort not in gateway_pb2.Effort.values():
         raise InvalidRequest(f"effort is {request.effort}; expected CHEAPEST, BEST or none")
-    return CheckedJob(package, size, modalities, floor, slo, exact, request.effort, request.late_ok)
+    if request.priority > _LAST_PRIORITY:
+        raise InvalidRequest(f"priority is {request.priority}; expected 1 to {_LAST_PRIORITY}, or 0 for the default")
+    return CheckedJob(package, size, modalities, floor, slo, exact, request.effort, request.late_ok, request.priority)
 
 
 def _payload(field: str, tensor: tensor_pb2.Tensor, spec: ModalitySpec, max_items: int) -> NDArray[np.generic]:

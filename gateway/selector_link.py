@@ -10,7 +10,7 @@ import grpc
 from mosel.config import Settings
 from mosel.deadline import Deadline
 from mosel.errors import MoselError, ServiceUnavailable
-from mosel.service import channel_options
+from mosel.service import open_channel
 from mosel.status import error_from_number, error_from_rpc
 from mosel.v1 import arena_pb2, gateway_pb2, selector_pb2, selector_pb2_grpc, service_pb2, tensor_pb2
 
@@ -91,7 +91,7 @@ class SelectorLink:
         self._answers: dict[bytes, Answers] = {}
 
     async def __aenter__(self) -> "SelectorLink":
-        self._channel = grpc.aio.insecure_channel(self._settings.selector_address, channel_options(self._settings))
+        self._channel = open_channel(self._settings, self._settings.selector_address)
         self._stub = selector_pb2_grpc.SelectorStub(self._channel)
         self._task = asyncio.create_task(self._stay_connected(), name="selector link")
         return self
@@ -151,9 +151,14 @@ class SelectorLink:
         except grpc.RpcError as error:
             raise error_from_rpc(error, "selector") from None
 
-    async def statuses(self) -> service_pb2.StatusReply:
-        """The state of the selector and of the services behind it; raises grpc.RpcError."""
-        return await self._stub.Status(service_pb2.StatusRequest(), timeout=_STATUS_TIMEOUT_S)
+    async def statuses(self) -> list[service_pb2.ServiceStatus]:
+        """The state of the selector and of the services behind it; of a selector that does not answer, why."""
+        try:
+            return list((await self._stub.Status(service_pb2.StatusRequest(), timeout=_STATUS_TIMEOUT_S)).services)
+        except grpc.RpcError as error:
+            detail = f"does not answer: {error.code().name}"
+            address = self._settings.selector_address
+            return [service_pb2.ServiceStatus(name="selector", address=address, detail=detail)]
 
     def _send(self, message: selector_pb2.GatewayMessage) -> None:
         if self._outbox is not None:

@@ -1,90 +1,54 @@
-"""gRPC in front of the gateway's logic: convert, call, convert back."""
+"""gRPC in front of the data plane, as `mosel.v1`: convert, call, convert back."""
 
 import asyncio
 import contextlib
-import os
 import secrets
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from gateway.answers import accepted_event, reply_from, results_event, summary_event
-from gateway.intake import Intake, description_of, is_large
-from gateway.jobs import CheckedJob, Times, check_spec, times_of
-from gateway.registry import JobRegistry, OpenJob
-from gateway.selector_link import SelectorLink
-from gateway.upload import ArrivingBytes, Read, Upload, read_batch, read_end, read_spec
-from mosel.config import Settings
+from gateway.answers import accepted_event, predict_reply, results_event, summary_event
+from gateway.intake import OFF_LOOP_ELEMENTS, description_of, elements_of
+from gateway.jobs import CheckedJob, Times, check_request, check_spec, times_of
+from gateway.plane import DataPlane
+from gateway.registry import OpenJob
+from gateway.upload import Read, Upload, read_batch, read_end, read_spec
 from mosel.deadline import Deadline
 from mosel.errors import InvalidRequest, MoselError
-from mosel.model_package import ModelPackage
 from mosel.service import MAX_DEADLINE_S, Context, answers_with_status, deadline_of
 from mosel.tensors import dtype_value
-from mosel.transport import Publisher, SharedMemoryArena
 from mosel.v1 import gateway_pb2, gateway_pb2_grpc, selector_pb2, service_pb2
 
 _CANCELLED_WITHIN_S = 0.02
 
 
 class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
-    """Serves `mosel.v1.Gateway`.
+    """Serves `mosel.v1.Gateway`."""
 
-    Args:
-        settings: limits.
-        packages: the models by name.
-        arena: where payloads are kept.
-        publisher: puts them there.
-        link: the stream to the selector.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        packages: Mapping[str, ModelPackage],
-        arena: SharedMemoryArena,
-        publisher: Publisher,
-        link: SelectorLink,
-    ) -> None:
-        self.counters: Counter[str] = Counter()
-        self._settings, self._packages, self._arena, self._link = settings, packages, arena, link
-        self._intake = Intake(settings, packages, publisher)
-        self._registry = JobRegistry(settings.gateway.max_jobs_in_flight)
-        limit = settings.transport.gateway_arena_mib * 1024 * 1024
-        self._arriving = ArrivingBytes(arena.largest_slot, limit, "transport.gateway_arena_mib")
+    def __init__(self, plane: DataPlane) -> None:
+        self._plane, self._limits = plane, plane.settings.gateway
 
     @answers_with_status
     async def Predict(self, request: gateway_pb2.PredictRequest, context: Context) -> gateway_pb2.PredictReply:
-        self._admit()
-        prepared = await self._intake.request(request, deadline_of(context))
-        job, times = prepared.job, prepared.times
-        with (
-            self._registry.open(prepared.description.job_id, job.package.name, job.size, times.ends) as entry,
-            self._link.submit(prepared.description) as answers,
-        ):
-            entry.under_way()
-            groups = [group async for finished in answers for group in finished]
-            reply = reply_from(job, groups, answers.result, times.deadline.remaining * 1000)
-            entry.status.items_done = job.size
-        self.counters.update(answered=1, items=job.size)
-        return reply
+        check = partial(check_request, request, self._plane.packages, self._limits.max_items_per_job)
+        return predict_reply(await self._plane.predict(check, elements_of(request.payloads), deadline_of(context)))
 
     @answers_with_status
     async def SubmitJob(  # type: ignore[override] # a coroutine that writes, so that cancelling it always reaches it
         self, request_iterator: object, context: Context
     ) -> None:
-        limits, read = self._settings.gateway, partial(_read, context)
+        plane, limits, read = self._plane, self._limits, partial(_read, context)
         spec = await read_spec(read, limits.default_deadline_ms / 1000)
-        self._admit()
-        job = check_spec(spec, self._packages, limits.max_items_per_job)
+        plane.admit()
+        job = check_spec(spec, plane.packages, limits.max_items_per_job)
         times = times_of(job, deadline_of(context), limits.default_deadline_ms / 1000)
         job_id = secrets.token_bytes(16)
-        with self._registry.open(job_id, job.package.name, job.size, times.ends) as entry:
+        with plane.registry.open(job_id, job.package.name, job.size, times.ends) as entry:
             await context.write(accepted_event(job_id))
             description = await self._receive(job_id, job, times, read, entry)
-            with self._link.submit(description) as answers, _no_more(read, entry):
+            with plane.link.submit(description) as answers, _no_more(read, entry):
                 entry.under_way()
                 groups = []
                 async for finished in answers:
@@ -93,30 +57,30 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
                         entry.status.items_done += len(group.items)
                         await context.write(results_event(job, group, entry.status.items_done))
             summary = summary_event(job, groups, answers.result, times.deadline.remaining * 1000)
-        self.counters.update(answered=1, items=job.size)
+        plane.counters.update(answered=1, items=job.size)
         await context.write(summary)
 
     @answers_with_status
     async def Plan(self, request: gateway_pb2.PlanRequest, context: Context) -> gateway_pb2.PlanReply:
-        limits = self._settings.gateway
-        job = check_spec(request.job, self._packages, limits.max_items_per_job)
+        limits = self._limits
+        job = check_spec(request.job, self._plane.packages, limits.max_items_per_job)
         # How long the caller waits for the plan says nothing about the job.
         times = times_of(job, Deadline.after(MAX_DEADLINE_S), limits.default_deadline_ms / 1000)
-        return await self._link.plan(description_of(secrets.token_bytes(16), job, times), deadline_of(context))
+        return await self._plane.link.plan(description_of(secrets.token_bytes(16), job, times), deadline_of(context))
 
     @answers_with_status
     async def GetJob(self, request: gateway_pb2.GetJobRequest, context: Context) -> gateway_pb2.JobStatus:
-        return self._registry.status(request.job_id)
+        return self._plane.registry.status(request.job_id)
 
     @answers_with_status
     async def CancelJob(self, request: gateway_pb2.CancelJobRequest, context: Context) -> gateway_pb2.JobStatus:
-        return self._registry.cancel(request.job_id)
+        return self._plane.registry.cancel(request.job_id)
 
     @answers_with_status
     async def ListModels(self, request: gateway_pb2.ListModelsRequest, context: Context) -> gateway_pb2.ListModelsReply:
         reply = gateway_pb2.ListModelsReply()
-        for name, package in self._packages.items():
-            state = self._link.models.get(name, selector_pb2.ModelState())
+        for name, package in self._plane.packages.items():
+            state = self._plane.state_of(name)
             model = reply.models.add(
                 name=name,
                 version=package.version,
@@ -132,44 +96,22 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
 
     @answers_with_status
     async def Status(self, request: service_pb2.StatusRequest, context: Context) -> service_pb2.StatusReply:
-        reply = service_pb2.StatusReply()
-        counters = dict(self.counters) | self._arena.statistics().as_counters() | self._registry.statistics()
-        reply.services.add(
-            name="gateway",
-            address=self._settings.gateway_address,
-            ready=not self._link.refused and any(state.ready for state in self._link.models.values()),
-            detail=self._link.refused or ("" if self._link.models else "selector is not reachable"),
-            pid=os.getpid(),
-            counters=counters | self._arriving.statistics() | self._link.statistics(),
-        )
-        try:
-            reply.services.extend((await self._link.statuses()).services)
-        except grpc.RpcError as error:
-            reply.services.add(
-                name="selector", address=self._settings.selector_address, detail=f"does not answer: {error.code().name}"
-            )
-        return reply
-
-    def _admit(self) -> None:
-        """Raises ServiceError if no job can be taken now."""
-        self.counters["requests"] += 1
-        self._registry.check_room()
-        self._link.check_connected()
+        return service_pb2.StatusReply(services=await self._plane.statuses())
 
     async def _receive(
         self, job_id: bytes, job: CheckedJob, times: Times, read: Read, entry: OpenJob
     ) -> selector_pb2.JobDescription:
         """The description of a job once its items are there."""
-        with self._arriving.reserve(job):
-            upload = Upload(job, self._settings.gateway.max_items_per_job)
+        with self._plane.arriving.reserve(job):
+            upload = Upload(job, self._limits.max_items_per_job)
             while not upload.complete:
                 batch = await read_batch(read, upload)
-                if is_large(batch.payloads):
+                if elements_of(batch.payloads) > OFF_LOOP_ELEMENTS:
                     await asyncio.to_thread(upload.add, batch)
                 else:
                     upload.add(batch)
                 entry.status.items_received = upload.received
-            prepared = await self._intake.upload(job_id, job, upload.payloads, times)
+            prepared = await self._plane.intake.upload(job_id, job, upload.payloads, times)
             return prepared.description
 
 

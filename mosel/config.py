@@ -25,6 +25,9 @@ _ENV_PREFIX = "MOSEL_"
 # Environment variables that are not settings of a service.
 _OTHER_VARIABLES = {"MOSEL_CONFIG", "MOSEL_DATA"}
 
+# Flags of the section `gateway` for services that may listen anywhere.
+FREE_PORTS = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
+
 Port = Annotated[int, Field(ge=0, le=65535)]
 BatchSizes = Annotated[
     tuple[PositiveInt, ...], Field(min_length=1), AfterValidator(lambda sizes: tuple(sorted({*sizes})))
@@ -53,8 +56,10 @@ class _Section(BaseModel):
 class GatewaySettings(_Section):
     """The public edge."""
 
-    grpc_host: str = "127.0.0.1"
+    host: str = "127.0.0.1"
     grpc_port: Port = 8001
+    http_port: Port = 8000
+    metrics_port: Port = 8002
     max_items_per_job: int = Field(1024, ge=1)
     max_jobs_in_flight: int = Field(256, ge=1)
     default_deadline_ms: float = Field(30_000, gt=0)
@@ -148,7 +153,7 @@ class Settings(BaseSettings):
     @property
     def gateway_address(self) -> str:
         """Where the gateway listens."""
-        return f"{self.gateway.grpc_host}:{self.gateway.grpc_port}"
+        return f"{self.gateway.host}:{self.gateway.grpc_port}"
 
     @property
     def selector_address(self) -> str:

@@ -31,6 +31,7 @@ class Demand(TypedDict, total=False):
         effort: what happens to time that a floor leaves unused: `cheapest` (with a floor, the default) saves it,
             `best` spends it on accuracy.
         late_ok: a late answer is wanted, too: `latency_slo_ms` orders and plans, and the timeout alone ends the job.
+        priority: 1 goes first, 9 last; without it 5.
     """
 
     min_accuracy: float | None
@@ -38,6 +39,7 @@ class Demand(TypedDict, total=False):
     modalities: Iterable[str]
     effort: Literal["cheapest", "best"] | None
     late_ok: bool
+    priority: int
 
 
 def predict_request(model: str, payloads: Payloads, demand: Demand, max_message_mib: int) -> gateway_pb2.PredictRequest:
@@ -55,6 +57,7 @@ def predict_request(model: str, payloads: Payloads, demand: Demand, max_message_
         modalities=demand.get("modalities", ()),
         effort=_effort(demand),
         late_ok=demand.get("late_ok", False),
+        priority=demand.get("priority", 0),
     )
 
 
@@ -72,6 +75,7 @@ def spec_of(model: str, size: int, demand: Demand) -> gateway_pb2.JobSpec:
         modalities=demand.get("modalities", ()),
         effort=_effort(demand),
         late_ok=demand.get("late_ok", False),
+        priority=demand.get("priority", 0),
     )
 
 

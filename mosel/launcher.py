@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mosel.client import Client, ModelInfo
-from mosel.config import Settings
+from mosel.config import GatewaySettings, Settings
 from mosel.errors import ConfigError, MoselError, ServiceUnavailable
 from mosel.model_package import find_packages
 from mosel.transport.control import remove_orphans
@@ -62,14 +62,14 @@ class Launcher:
                 "(README, 'Other platforms'); the Python client mosel.Client works here"
             )
         self.packages = find_packages(settings.models_dir.resolve(), settings.models)
-        port = _usable_port(settings.gateway.grpc_host, settings.gateway.grpc_port)
+        ports = {name: _usable_port(settings.gateway, name) for name in ("grpc_port", "http_port", "metrics_port")}
         self._folder = Path(tempfile.mkdtemp(prefix="mosel-", dir=_runtime_folder()))
         self.settings = settings.model_copy(
             update={
                 "models_dir": settings.models_dir.resolve(),
                 "run_dir": self._folder,
                 "parent_pid": os.getpid(),
-                "gateway": settings.gateway.model_copy(update={"grpc_port": port}),
+                "gateway": settings.gateway.model_copy(update=ports),
             }
         )
         self.children: dict[str, Child] = {}
@@ -177,17 +177,18 @@ def _runtime_folder() -> str:
     return private if os.access(private, os.W_OK) else tempfile.gettempdir()
 
 
-def _usable_port(host: str, port: int) -> int:
-    """The port, or a free one for 0.
+def _usable_port(gateway: GatewaySettings, name: str) -> int:
+    """The port that a setting names, or a free one for 0.
 
     Raises:
         ConfigError: nobody can listen there.
     """
+    host, port = gateway.host, getattr(gateway, name)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            flag = f"--host {host}" if isinstance(error, socket.gaierror) else f"--grpc-port {port}"
+            flag = f"--host {host}" if isinstance(error, socket.gaierror) else f"--{name.replace('_', '-')} {port}"
             raise ConfigError(f"{flag}: cannot listen on {host}:{port}: {error.strerror}") from None
         return int(probe.getsockname()[1])

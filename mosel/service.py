@@ -48,6 +48,11 @@ def channel_options(settings: Settings) -> list[tuple[str, int]]:
     ]
 
 
+def open_channel(settings: Settings, address: str) -> grpc.aio.Channel:
+    """A channel to another service of this system; the caller closes it."""
+    return grpc.aio.insecure_channel(address, channel_options(settings))
+
+
 class Service:
     """A gRPC server with health; a context manager that listens inside and stops at its end.
 

@@ -8,7 +8,7 @@ from mosel.status import retry_after_ms, status_number
 from mosel.transport import slice_rows
 from mosel.v1 import gateway_pb2, selector_pb2, tensor_pb2
 from selector.frontier import Strategy
-from selector.jobs import Effort, Job
+from selector.jobs import NORMAL_PRIORITY, Effort, Job
 from selector.refusals import Plan
 
 _EFFORTS = {gateway_pb2.CHEAPEST: Effort.CHEAPEST, gateway_pb2.BEST: Effort.BEST}
@@ -43,6 +43,7 @@ def job_from(description: selector_pb2.JobDescription, now: float) -> Job:
         exact=description.exact,
         effort=_EFFORTS.get(description.effort),
         late_ok=description.late_ok,
+        priority=description.priority or NORMAL_PRIORITY,
         expires=max(deadline, now + description.expiry_us / 1e6) if description.late_ok else None,
     )
 

@@ -8,6 +8,10 @@ from mosel.modality import ModalitySet
 from selector.frontier import Strategy
 from selector.stages import FUSION
 
+NORMAL_PRIORITY = 5
+# What a level of priority is worth, in seconds of the deadline.
+_LEVEL_S = 5.0
+
 
 class Effort(StrEnum):
     """What happens to time that an accuracy floor leaves unused: nothing, or more accuracy."""
@@ -31,6 +35,7 @@ class Job:
         effort: None: cheapest with a floor, best without.
         late_ok: a late answer is wanted too, so the job is neither refused nor dropped for its deadline.
         expires: seconds on the driver's clock after which nobody waits; None: the deadline.
+        priority: 1 goes first, 9 last.
     """
 
     id: bytes
@@ -43,6 +48,15 @@ class Job:
     effort: Effort | None = None
     late_ok: bool = False
     expires: float | None = None
+    priority: int = NORMAL_PRIORITY
+
+    @property
+    def order(self) -> float:
+        """Jobs are served by rising order: by deadline, as if that were sooner or later for each level of priority.
+
+        So a job that has waited long enough goes before a newer one of any priority.
+        """
+        return self.deadline + (self.priority - NORMAL_PRIORITY) * _LEVEL_S
 
     @property
     def ends(self) -> float:

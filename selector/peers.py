@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mosel.config import Settings
 from mosel.model_package import ModelPackage
-from mosel.service import channel_options
+from mosel.service import open_channel
 from mosel.v1 import (
     arena_pb2,
     encoder_pb2_grpc,
@@ -66,8 +66,7 @@ class Peers:
         self.attachments = Attachments(self._open_arena)
 
     async def __aenter__(self) -> "Peers":
-        options = channel_options(self._settings)
-        self._channels = {name: grpc.aio.insecure_channel(a, options) for name, a in self._addresses.items()}
+        self._channels = {name: open_channel(self._settings, a) for name, a in self._addresses.items()}
         self.encoders = {
             name: encoder_pb2_grpc.EncoderStub(channel) for name, channel in self._channels.items() if name != FUSION
         }

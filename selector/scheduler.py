@@ -1,7 +1,8 @@
 """The scheduler core: which rows of which job go to which service, and when. No sockets, no threads, no clock.
 
-Jobs wait in deadline order. A *lane* is one service that computes: the encoder of a modality, or fusion. Lanes on the
-same resource share its tokens, and each call holds one. The driver feeds events in and asks `next` what to do:
+Jobs wait in deadline order, priorities considered (`Job.order`). A *lane* is one service that computes: the encoder of
+a modality, or fusion. Lanes on the same resource share its tokens, and each call holds one. The driver feeds events in
+and asks `next` what to do:
 
     submit(job, now)                       -> the job's work, or an error
     next(now)                              -> EncodeCall | FuseCall | Ended | Wait
@@ -200,7 +201,7 @@ class Scheduler:
         """Puts a job into the queue, if it can be met there; returns the plan that meets everyone."""
         if self._queued_items + work.job.size > self._max_queued_items:
             raise Overloaded(f"{self._queued_items} items are queued, at most {self._max_queued_items} may be")
-        bisect.insort(self._queue, work, key=lambda w: w.job.deadline)
+        bisect.insort(self._queue, work, key=lambda w: w.job.order)
         try:
             return self._planner.admit(self._queue, work, now)
         except MoselError:

@@ -14,7 +14,7 @@ from blockbuster import BlockBuster
 from numpy.typing import NDArray
 
 from mosel.client import Client
-from mosel.config import Settings, load_settings
+from mosel.config import FREE_PORTS, Settings, load_settings
 from mosel.launcher import Child, Launcher
 from mosel.model_package import ModelPackage, load_package
 
@@ -43,6 +43,9 @@ def profiles_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("profiles")
         patch.setenv("MOSEL_PROFILES_DIR", str(folder))
+        # The standard ports may be in use here.
+        patch.setenv("MOSEL_GATEWAY__HTTP_PORT", "0")
+        patch.setenv("MOSEL_GATEWAY__METRICS_PORT", "0")
         yield folder
 
 
@@ -81,7 +84,7 @@ def settings_with(models_dir: Path) -> Callable[..., Settings]:
     """Makes settings that serve `fruit` on a free port; flags are those of `load_settings`."""
 
     def make(**flags: object) -> Settings:
-        common = {"models_dir": models_dir, "gateway": {"grpc_port": 0}, "device": "cpu"}
+        common = {"models_dir": models_dir, "gateway": FREE_PORTS, "device": "cpu"}
         return load_settings(**(common | flags))
 
     return make

@@ -44,6 +44,7 @@ def policies_command(
     """Run the same jobs under each policy, and print throughput, misses, completion times and accuracy."""
     from bench.policies.compare import Options, compare
     from mosel.cli.options import settings_from
+    from mosel.config import FREE_PORTS
     from mosel.model_package import find_packages
     from mosel.profiles import needed_profile
 
@@ -60,7 +61,7 @@ def policies_command(
     )
     if quick:
         options = Options(("all", "mosel"), (3.3,), (0.06,), seconds=_QUICK_S, saturated_s=0, data=data)
-    settings = settings_from(models, [model], device, grpc_port=0)
+    settings = settings_from(models, [model], device, **FREE_PORTS)
     package = find_packages(settings.models_dir, (model,))[model]
     compare(settings, package, needed_profile(package, settings, profile), options, out)
 

@@ -36,9 +36,10 @@ def demo(
     from mosel.cli.options import settings_from
     from mosel.cli.starting import console, started
     from mosel.client import Client
+    from mosel.config import FREE_PORTS
 
     begin = time.monotonic()
-    settings = settings_from(device=device, grpc_port=0)
+    settings = settings_from(None, None, device, **FREE_PORTS)
     package, found, reason = _choose(settings, model, data)
     console.print(reason, soft_wrap=True, highlight=False)
     settings = settings.model_copy(update={"models": (package.name,)})

@@ -15,6 +15,8 @@ Models = Annotated[list[str] | None, typer.Option("--model", help="Serve only th
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
 GrpcPort = Annotated[int | None, typer.Option(help="gRPC port; 0 takes a free one.")]
+HttpPort = Annotated[int | None, typer.Option(help="HTTP port; 0 takes a free one.")]
+MetricsPort = Annotated[int | None, typer.Option(help="Port of Prometheus metrics; 0 takes a free one.")]
 Address = Annotated[str, typer.Option(help="The gateway: host:port or unix:/path.")]
 DataFolder = Annotated[Path | None, typer.Option("--data", help="Folder with samples; default: MOSEL_DATA.")]
 
@@ -23,17 +25,15 @@ def settings_from(
     models: Path | None = None,
     model: list[str] | None = None,
     device: str | None = None,
-    host: str | None = None,
-    grpc_port: int | None = None,
+    **gateway: str | int | None,
 ) -> "Settings":
-    """The effective settings, with what was given on the command line.
+    """The effective settings, with what was given on the command line; `gateway` are flags of its section.
 
     Raises:
         ConfigError: a setting or a flag is wrong.
     """
     from mosel.config import load_settings
 
-    gateway = {"grpc_host": host, "grpc_port": grpc_port}
     flags = {
         "models_dir": models,
         "models": tuple(model) if model else None,

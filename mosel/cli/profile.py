@@ -37,10 +37,11 @@ def profile(
     from mosel.cli.options import settings_from
     from mosel.cli.starting import console, started
     from mosel.client import Client
+    from mosel.config import FREE_PORTS
     from mosel.model_package import find_packages
     from mosel.profiles import profile_file, save_profile
 
-    kept = settings_from(models, [model], device, grpc_port=0)
+    kept = settings_from(models, [model], device, **FREE_PORTS)
     package = find_packages(kept.models_dir, (model,))[model]
     samples, source = _validation(package, data)
     with tempfile.TemporaryDirectory(prefix="mosel-profile-") as scratch:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mosel.cli.options import Device, GrpcPort, Host, Models, ModelsFolder
+from mosel.cli.options import Device, GrpcPort, Host, HttpPort, MetricsPort, Models, ModelsFolder
 
 
 def up(
@@ -16,13 +16,17 @@ def up(
     device: Device = None,
     host: Host = None,
     grpc_port: GrpcPort = None,
+    http_port: HttpPort = None,
+    metrics_port: MetricsPort = None,
     ready_timeout_s: Annotated[float, typer.Option(help="Seconds to wait for the services.")] = 120,
 ) -> None:
     """Start gateway, selector, encoders and fusion; Ctrl-C stops them."""
     from mosel.cli.options import settings_from
     from mosel.cli.starting import started
 
-    settings = settings_from(models, model, device, host, grpc_port)
+    settings = settings_from(
+        models, model, device, host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port
+    )
     known = set(settings.profiles_dir.glob("*.json"))
     with started(settings, ready_timeout_s) as launcher:
         _report_quick_profiles(set(settings.profiles_dir.glob("*.json")) - known)

@@ -103,6 +103,7 @@ class PredictRequest(_message.Message):
     MODALITIES_FIELD_NUMBER: _builtins.int
     EFFORT_FIELD_NUMBER: _builtins.int
     LATE_OK_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     min_accuracy: _builtins.float
     """The least expected accuracy, 0..1, in the model's own metric. Without it, all of what was sent is used as long as
@@ -113,6 +114,8 @@ class PredictRequest(_message.Message):
     effort: Global___Effort.ValueType
     late_ok: _builtins.bool
     """A late answer is wanted, too: latency_slo_ms orders and plans, and the gRPC deadline alone ends the job."""
+    priority: _builtins.int
+    """1 goes first, 9 last; 0: 5. Each level counts as 5 s of the deadline, so that a job of any priority has its turn."""
     @_builtins.property
     def payloads(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
         """Payload tensors [B, ...] by modality; all with the same B. Any non-empty subset of the model's modalities."""
@@ -131,10 +134,11 @@ class PredictRequest(_message.Message):
         modalities: _abc.Iterable[_builtins.str] | None = ...,
         effort: Global___Effort.ValueType = ...,
         late_ok: _builtins.bool = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms", "_min_accuracy", b"_min_accuracy", "latency_slo_ms", b"latency_slo_ms", "min_accuracy", b"min_accuracy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms", "_min_accuracy", b"_min_accuracy", "effort", b"effort", "late_ok", b"late_ok", "latency_slo_ms", b"latency_slo_ms", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "payloads", b"payloads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms", "_min_accuracy", b"_min_accuracy", "effort", b"effort", "late_ok", b"late_ok", "latency_slo_ms", b"latency_slo_ms", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "payloads", b"payloads", "priority", b"priority"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__latency_slo_ms: _TypeAlias = _typing.Literal["latency_slo_ms"]  # noqa: Y015
     _WhichOneofArgType__latency_slo_ms: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms"]  # noqa: Y015
@@ -214,6 +218,7 @@ class JobSpec(_message.Message):
     MODALITIES_FIELD_NUMBER: _builtins.int
     EFFORT_FIELD_NUMBER: _builtins.int
     LATE_OK_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     size: _builtins.int
     """Items, B."""
@@ -221,6 +226,7 @@ class JobSpec(_message.Message):
     latency_slo_ms: _builtins.float
     effort: Global___Effort.ValueType
     late_ok: _builtins.bool
+    priority: _builtins.int
     @_builtins.property
     def modalities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Those that will be sent and may be run. Empty: all of the model's."""
@@ -235,10 +241,11 @@ class JobSpec(_message.Message):
         modalities: _abc.Iterable[_builtins.str] | None = ...,
         effort: Global___Effort.ValueType = ...,
         late_ok: _builtins.bool = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms", "_min_accuracy", b"_min_accuracy", "latency_slo_ms", b"latency_slo_ms", "min_accuracy", b"min_accuracy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms", "_min_accuracy", b"_min_accuracy", "effort", b"effort", "late_ok", b"late_ok", "latency_slo_ms", b"latency_slo_ms", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms", "_min_accuracy", b"_min_accuracy", "effort", b"effort", "late_ok", b"late_ok", "latency_slo_ms", b"latency_slo_ms", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "priority", b"priority", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__latency_slo_ms: _TypeAlias = _typing.Literal["latency_slo_ms"]  # noqa: Y015
     _WhichOneofArgType__latency_slo_ms: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms"]  # noqa: Y015

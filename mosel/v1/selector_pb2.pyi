@@ -92,6 +92,7 @@ class JobDescription(_message.Message):
     LATE_OK_FIELD_NUMBER: _builtins.int
     EXPIRY_US_FIELD_NUMBER: _builtins.int
     STREAM_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     job_id: _builtins.bytes
     """16 random bytes, made by the gateway."""
     model: _builtins.str
@@ -109,6 +110,8 @@ class JobDescription(_message.Message):
     """Microseconds from now until nobody waits any more; at least budget_us. 0: the same."""
     stream: _builtins.bool
     """Results are sent as they finish (`part`), not all at the end."""
+    priority: _builtins.int
+    """1 goes first, 9 last; 0: 5."""
     @_builtins.property
     def payloads(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.TensorRef]:
         """Payload refs [B, ...] by modality."""
@@ -132,10 +135,11 @@ class JobDescription(_message.Message):
         late_ok: _builtins.bool = ...,
         expiry_us: _builtins.int = ...,
         stream: _builtins.bool = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy", "min_accuracy", b"min_accuracy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy", "budget_us", b"budget_us", "effort", b"effort", "exact", b"exact", "expiry_us", b"expiry_us", "job_id", b"job_id", "late_ok", b"late_ok", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "payloads", b"payloads", "size", b"size", "stream", b"stream"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy", "budget_us", b"budget_us", "effort", b"effort", "exact", b"exact", "expiry_us", b"expiry_us", "job_id", b"job_id", "late_ok", b"late_ok", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "payloads", b"payloads", "priority", b"priority", "size", b"size", "stream", b"stream"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_accuracy: _TypeAlias = _typing.Literal["min_accuracy"]  # noqa: Y015
     _WhichOneofArgType__min_accuracy: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy"]  # noqa: Y015

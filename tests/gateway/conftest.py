@@ -8,9 +8,10 @@ from pathlib import Path
 import grpc
 import pytest
 
+from gateway.plane import DataPlane
 from gateway.selector_link import SelectorLink
 from gateway.servicer import GatewayServicer
-from mosel.config import Settings
+from mosel.config import FREE_PORTS, Settings
 from mosel.model_package import ModelPackage
 from mosel.transport import Publisher, SharedMemoryArena, open_arena
 from mosel.v1 import arena_pb2, gateway_pb2_grpc, tensor_pb2
@@ -20,7 +21,7 @@ from tests.gateway.scripted import Gateway, serving
 @pytest.fixture
 def settings(settings_with: Callable[..., Settings], tmp_path: Path) -> Settings:
     transport = {"gateway_arena_mib": 1, "inline_max_kib": 0, "max_message_mib": 1}
-    gateway = {"grpc_port": 0, "max_jobs_in_flight": 3}
+    gateway = FREE_PORTS | {"max_jobs_in_flight": 3}
     return settings_with(selector={"address": f"unix:{tmp_path}/s.sock"}, transport=transport, gateway=gateway)
 
 
@@ -50,7 +51,7 @@ async def gateway(settings: Settings, fruit: ModelPackage, opened: Opened) -> As
 
     link = SelectorLink(settings, opened.announcement, publisher.release, changed, lambda: None)
     async with serving(settings) as selector, link:
-        servicer = GatewayServicer(settings, {"fruit": fruit}, opened.arena, publisher, link)
+        servicer = GatewayServicer(DataPlane(settings, {"fruit": fruit}, opened.arena, publisher, link))
         gateway_pb2_grpc.add_GatewayServicer_to_server(servicer, server)
         address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from gateway.answers import reply_from, results_event, summary_event
+from gateway.answers import answer_from, predict_reply, results_event, summary_event
 from gateway.jobs import CheckedJob
 from mosel.errors import InternalError
 from mosel.model_package import ModelPackage
@@ -30,7 +30,7 @@ def group(modality_set: str, items: Sequence[int], rows: NDArray[np.float32]) ->
 
 def test_groups_are_put_in_the_order_of_the_items(fruit: ModelPackage) -> None:
     groups = [group("scent", [1], ROWS), group("photo", [0, 2], ROWS)]
-    reply = reply_from(job_of(fruit, 3), groups, RESULT, slack_ms=-4.0)
+    reply = predict_reply(answer_from(job_of(fruit, 3), groups, RESULT, slack_ms=-4.0))
     assert reply.job_id == "000102030405060708090a0b0c0d0e0f"
     np.testing.assert_array_equal(from_proto(reply.output, "output"), ROWS)
     assert list(reply.labels) == ["plum", "apple", "lemon"]
@@ -44,16 +44,16 @@ def test_every_item_gets_its_own_row_and_set(fruit: ModelPackage, sets: list[str
     rows = np.random.default_rng(len(sets)).normal(size=(len(sets), 3)).astype(np.float32)
     items = {name: [i for i, own in enumerate(sets) if own == name] for name in sets}
     groups = [group(name, chosen, rows) for name, chosen in items.items()]
-    reply = reply_from(job_of(fruit, len(sets)), groups, RESULT, 0.0)
-    np.testing.assert_array_equal(from_proto(reply.output, "output"), rows)
-    assert list(reply.modality_sets) == sets
+    answer = answer_from(job_of(fruit, len(sets)), groups, RESULT, 0.0)
+    np.testing.assert_array_equal(answer.output, rows)
+    assert answer.modality_sets == sets
     summary = summary_event(job_of(fruit, len(sets)), groups, RESULT, 0.0).summary
     assert dict(summary.strategy) == {name: len(chosen) for name, chosen in items.items()}
 
 
 def test_items_that_are_missing_are_a_bug_and_no_answer(fruit: ModelPackage) -> None:
     with pytest.raises(InternalError, match="answered 2 items; expected the 3 of the job"):
-        reply_from(job_of(fruit, 3), [group("photo", [0, 2], ROWS)], RESULT, 0.0)
+        answer_from(job_of(fruit, 3), [group("photo", [0, 2], ROWS)], RESULT, 0.0)
     with pytest.raises(InternalError, match="answered 1 items; expected the 3 of the job"):
         summary_event(job_of(fruit, 3), [group("photo", [1], ROWS)], RESULT, 0.0)
 
@@ -68,5 +68,5 @@ def test_results_carry_their_items_and_labels(fruit: ModelPackage) -> None:
 def test_a_model_without_labels_names_none(fruit: ModelPackage) -> None:
     unnamed = replace(fruit, output=replace(fruit.output, labels=()))
     groups = [group("photo", [0, 1, 2], ROWS)]
-    assert list(reply_from(job_of(unnamed, 3), groups, RESULT, 0.0).labels) == []
+    assert list(predict_reply(answer_from(job_of(unnamed, 3), groups, RESULT, 0.0)).labels) == []
     assert list(results_event(job_of(unnamed, 3), groups[0], 3).results.labels) == []

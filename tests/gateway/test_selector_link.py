@@ -167,7 +167,7 @@ async def test_releases_are_handed_on(settings: Settings) -> None:
     recorder = Recorder()
     async with serving(settings) as selector, linked(settings, recorder) as link:
         await connected(link, recorder)
-        assert (await link.statuses()).services[0].name == "selector"
+        assert (await link.statuses())[0].name == "selector"
         slots = [tensor_pb2.ArenaSlot(arena_id=1, epoch=2, slot=n, generation=4) for n in range(3)]
         selector.say(release=tensor_pb2.ReleaseSlots(slots=slots))
         async with asyncio.timeout(30):

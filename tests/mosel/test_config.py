@@ -33,13 +33,13 @@ def test_the_default_models_are_the_reference_models() -> None:
 
 def test_file_gives_way_to_environment_and_environment_to_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings().gateway.grpc_port == 8001
-    write("[gateway]\ngrpc_port = 1\nmax_items_per_job = 7\ngrpc_host = 'file'")
+    write("[gateway]\ngrpc_port = 1\nmax_items_per_job = 7\nhost = 'file'")
     assert load_settings().gateway.grpc_port == 1
     monkeypatch.setenv("MOSEL_GATEWAY__GRPC_PORT", "2")
-    monkeypatch.setenv("MOSEL_GATEWAY__GRPC_HOST", "environment")
+    monkeypatch.setenv("MOSEL_GATEWAY__HOST", "environment")
     assert load_settings().gateway.grpc_port == 2
     gateway = load_settings(gateway={"grpc_port": 3}).gateway
-    assert (gateway.grpc_port, gateway.grpc_host, gateway.max_items_per_job) == (3, "environment", 7)
+    assert (gateway.grpc_port, gateway.host, gateway.max_items_per_job) == (3, "environment", 7)
 
 
 def test_another_file_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_a_child_process_gets_the_same_settings_from_its_environment(
         models=models,
         run_dir=run_dir,
         parent_pid=parent_pid,
-        gateway={"grpc_host": host, "grpc_port": 0},
+        gateway={"host": host, "grpc_port": 0},
         encoders={"addresses": addresses, "torch_threads": threads},
         selector={"profile_batch_sizes": sizes},
         transport={"lease_grace_ms": grace},

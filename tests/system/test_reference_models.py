@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from mosel import Client, datasets, networks
-from mosel.config import load_settings, reference_models
+from mosel.config import FREE_PORTS, load_settings, reference_models
 from mosel.errors import DatasetError
 from mosel.launcher import Launcher
 from mosel.modality import format_set, subsets
@@ -25,7 +25,7 @@ CASES = [pytest.param(name, s, id=f"{name}-{format_set(s)}") for name in MODELS 
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    with Launcher(load_settings(models=MODELS, gateway={"grpc_port": 0})) as launcher:
+    with Launcher(load_settings(models=MODELS, gateway=FREE_PORTS)) as launcher:
         launcher.wait_ready(120)
         with Client(launcher.address) as client:
             yield client
