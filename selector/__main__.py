@@ -12,6 +12,7 @@ from mosel.v1 import selector_pb2_grpc
 from selector.director import Director
 from selector.peers import Peers
 from selector.profile import ModelProfile
+from selector.profiles import believed_accuracy
 from selector.scheduler import Scheduler
 from selector.servicer import SelectorServicer
 
@@ -32,8 +33,8 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
         PackageError: a model package is wrong.
     """
     packages = find_packages(settings.models_dir, settings.models)
-    profiles = {name: _profile(package) for name, package in packages.items()}
     limits = settings.selector
+    profiles = {name: _profile(package, limits.floor_confidence) for name, package in packages.items()}
     scheduler = Scheduler(profiles, limits.policy, limits.max_queued_items, settings.workers, limits.reply_ms)
     director = Director(scheduler, profiles)
     address = listen or settings.selector_address
@@ -47,9 +48,10 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
             await director.drain(settings.stop_grace_ms / 1000)
 
 
-def _profile(package: ModelPackage) -> ModelProfile:
-    accuracy = package.accuracy
-    return ModelProfile(accuracy.sets, accuracy.samples, package.default_min_accuracy)
+def _profile(package: ModelPackage, floor_confidence: float) -> ModelProfile:
+    stated = package.accuracy
+    accuracy = {s: believed_accuracy(value, stated.samples, floor_confidence) for s, value in stated.sets.items()}
+    return ModelProfile(accuracy, stated.samples, package.default_min_accuracy)
 
 
 if __name__ == "__main__":

@@ -121,12 +121,15 @@ class Latencies:
             kept = load_profile(package, self._settings, self._hardware.device)
             if kept is None or not self._is_as_asked_for(kept):
                 continue
-            known, profile = model_profile(kept, package.default_min_accuracy), self._profiles[name]
+            known, profile = self._believed(kept, package), self._profiles[name]
             profile.encoders.update(known.encoders)
             profile.fusion.update(known.fusion)
             if kept.accuracy_measured:
                 profile.accuracy, profile.samples = known.accuracy, known.samples
             log.info("profile", extra={"model": name, "quick": kept.quick, "measured_on": str(kept.measured_on)})
+
+    def _believed(self, kept: Profile, package: ModelPackage) -> ModelProfile:
+        return model_profile(kept, package.default_min_accuracy, self._settings.selector.floor_confidence)
 
     def _is_as_asked_for(self, kept: Profile) -> bool:
         """Whether a quick profile has the batch sizes of the settings; a full one was asked for with its own."""
