@@ -127,7 +127,8 @@ def _sent(request: InferRequest) -> Iterator[Sent]:
             raise InvalidRequest(
                 f"{field} has the parameter '{unknown[0]}'; expected its data in the request, and none"
             )
-        yield Sent(tensor.name, field, "datatype", tensor.datatype, tensor.shape, partial(_read, tensor, field))
+        dtype = tensor.datatype or "missing"
+        yield Sent(tensor.name, field, "datatype", dtype, tensor.shape, partial(_read, tensor, field))
 
 
 def _read(tensor: InputTensor, field: str) -> NDArray[np.generic]:
