@@ -28,12 +28,12 @@ EXTENSIONS = (
 
 
 def server_ready(plane: DataPlane) -> bool:
-    """Whether jobs for every model would be run."""
+    """Whether jobs for every model that is loaded would be run."""
     try:
         plane.link.check_connected()
     except ServiceUnavailable:
         return False
-    return all(map(plane.is_ready, plane.packages))
+    return all(map(plane.is_ready, plane.link.models))
 
 
 def model_ready(plane: DataPlane, model: str, model_version: str = "") -> bool:
