@@ -53,7 +53,7 @@ class Hosted:
     """
 
     def __init__(
-        self, make: Callable[[ModelPackage], torch.nn.Module], warm: Callable[[Loaded], None], device: torch.device
+        self, make: Callable[[ModelPackage], torch.nn.Module], warm: Callable[[Loaded], object], device: torch.device
     ) -> None:
         self._make, self._warm, self._device = make, warm, device
         self._loaded: dict[str, Loaded] = {}

@@ -105,7 +105,7 @@ class Models:
         for model in named - self._models.keys():
             # It started after the files had changed, and has not what they were before.
             if (name := _name_of(model)) in self._current:
-                self._start(self._load(name))
+                self._load_later(name)
         self._retire_unnamed()
 
     def gateway_went(self, gateway: str) -> None:
@@ -163,13 +163,17 @@ class Models:
                 model.lacks(lane, str(error))
                 if self.current_name(model.package.id):
                     # A service that starts can only have what is on disk now, so all are brought to that.
-                    self._start(self._load(model.package.name))
+                    self._load_later(model.package.name)
         await self._measure(lane, [model for model in models if lane not in model.lacking])
 
     def free_drained(self) -> None:
         """Frees the retired models whose last jobs are over."""
         for model_id in self._scheduler.drained():
             self._freeing[model_id] = self._start(self._free(self._models[model_id]))
+
+    def _load_later(self, name: str) -> None:
+        """Loads a model anew though nobody waits for it; what goes wrong is in the log."""
+        _ = self._start(self._load(name))
 
     async def _load(self, name: str) -> selector_pb2.ModelState:
         async with self._one_at_a_time[name]:

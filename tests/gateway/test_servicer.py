@@ -332,7 +332,8 @@ async def test_a_plan_runs_nothing(gateway: Gateway) -> None:
     plan = await gateway.client.plan("fruit", 7, min_accuracy=0.5, latency_slo_ms=40, modalities=["scent"])
     assert (plan.frontier, plan.chosen, plan.refusal) == ((), None, "as scripted for 7 items")
     (description,) = gateway.selector.planned
-    assert (description.model, description.size, list(description.modalities)) == ("fruit", 7, ["scent"])
+    assert description.model == f"fruit@{gateway.selector.fruit.revision}"
+    assert (description.size, list(description.modalities)) == (7, ["scent"])
     assert (len(description.payloads), len(description.job_id), description.min_accuracy) == (0, 16, 0.5)
     assert 0 < description.budget_us <= 40_000
     with pytest.raises(InvalidRequest, match="size is 0; expected at least one item"):
