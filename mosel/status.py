@@ -93,8 +93,12 @@ def error_from_rpc(
     status, details = error.code(), error.details() or ""
     if status is grpc.StatusCode.UNAVAILABLE:
         return ServiceUnavailable(details if details.startswith("service ") else f"service {peer} is not reachable")
-    trailers = {pair[0]: pair[1] for pair in cast(Iterable[tuple[str, str]], error.trailing_metadata() or ())}
-    retry = int(trailers.get(RETRY_AFTER, 0))
-    found = error_from(status, details or f"service {peer} answered {status.name}", retry)
+    found = error_from(status, details or f"service {peer} answered {status.name}", retry_hint_ms(error))
     meant = (instead or {}).get(type(found))
     return meant(str(found)) if meant else found
+
+
+def retry_hint_ms(error: grpc.RpcError) -> int:
+    """When to make a failed call again, in milliseconds, as the server said; 0 if it did not."""
+    trailers = {pair[0]: pair[1] for pair in cast(Iterable[tuple[str, str]], error.trailing_metadata() or ())}
+    return int(trailers.get(RETRY_AFTER, 0))

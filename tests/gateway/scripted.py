@@ -88,7 +88,7 @@ class Gateway:
 
     def __init__(self, address: str, selector: ScriptedSelector, rungs: "asyncio.Queue[int]") -> None:
         self.address, self.selector, self.rungs = address, selector, rungs
-        self.client = AsyncClient(address)
+        self.client = AsyncClient(address, retries=None)
         self.channel = grpc.aio.insecure_channel(address)
         self.stub = gateway_pb2_grpc.GatewayStub(self.channel)
 
