@@ -116,7 +116,7 @@ class DataPlane:
 
     def state_of(self, model: str) -> selector_pb2.ModelState:
         """What the selector last said of a model; nothing is ready while it is away."""
-        reason = "not loaded" if self.link.models else "service selector is not reachable"
+        reason = "not loaded" if self.link.connected else "service selector is not reachable"
         return self.link.models.get(model, selector_pb2.ModelState(model=model, reason=reason))
 
     def is_ready(self, model: str) -> bool:
@@ -131,11 +131,14 @@ class DataPlane:
 
     async def statuses(self) -> list[service_pb2.ServiceStatus]:
         """The state of every service; of a selector that does not answer, why."""
+        detail = self.link.refused
+        if not self.link.models:
+            detail = "no model is loaded" if self.link.connected else "selector is not reachable"
         own = service_pb2.ServiceStatus(
             name="gateway",
             address=self.settings.gateway_address,
             ready=any(map(self.is_ready, self.packages)),
-            detail=self.link.refused or ("" if self.link.models else "selector is not reachable"),
+            detail=detail,
             pid=os.getpid(),
             counters=self.statistics(),
         )

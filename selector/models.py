@@ -237,9 +237,8 @@ class Models:
     async def _unload(self, name: str) -> None:
         async with self._one_at_a_time[name]:
             if self._current.pop(name, None) is None:
-                raise ModelNotFound(
-                    f"model '{name}' is not loaded; loaded: {', '.join(sorted(self._current)) or 'none'}"
-                )
+                loaded = ", ".join(sorted(self._current)) or "none"
+                raise ModelNotFound(f"model '{name}' is not loaded; expected one of: {loaded}")
             log.info("model unloaded", extra={"model": name})
             self._changed()
             self._retire_unnamed()
