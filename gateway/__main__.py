@@ -80,7 +80,8 @@ async def _following_models(service: Service, plane: DataPlane, changed: asyncio
 
     async def follow() -> None:
         while True:
-            for model in plane.packages:
+            await plane.models.follow()
+            for model in list(plane.packages):
                 await service.set_ready(plane.is_ready(model), model)
             await changed.wait()
             changed.clear()

@@ -1,0 +1,28 @@
+"""`mosel reload` and `mosel unload`: which models a running system has loaded."""
+
+from typing import Annotated
+
+import typer
+
+from mosel.cli.options import DEFAULT_ADDRESS, Address
+
+Model = Annotated[str, typer.Argument(help="Name of the model, that of its folder.")]
+Timeout = Annotated[float, typer.Option(help="Seconds to wait at most; the services go on after that.")]
+
+
+def reload(model: Model, timeout_s: Timeout = 600, address: Address = DEFAULT_ADDRESS) -> None:
+    """Load a model from the services' models folder, or load it anew; jobs under way are not touched."""
+    from mosel.client import Client
+
+    with Client(address) as client:
+        loaded = client.load_model(model, timeout_s)
+    typer.echo(f"loaded {loaded.name} {loaded.version}, revision {loaded.revision}")
+
+
+def unload(model: Model, timeout_s: Timeout = 600, address: Address = DEFAULT_ADDRESS) -> None:
+    """Take no more jobs for a model, and free its memory once those under way are over."""
+    from mosel.client import Client
+
+    with Client(address) as client:
+        client.unload_model(model, timeout_s)
+    typer.echo(f"unloaded {model}")
