@@ -1,5 +1,6 @@
 """Errors on the wire: the one table from error to gRPC status, and the way back."""
 
+import re
 from collections.abc import Iterable
 from typing import cast
 
@@ -18,8 +19,10 @@ from mosel.errors import (
     MoselError,
     Overloaded,
     PayloadTooLarge,
+    PermissionDenied,
     ReadNotProven,
     ServiceUnavailable,
+    Unauthenticated,
     Unreachable,
 )
 
@@ -28,6 +31,8 @@ RETRY_AFTER = "retry-after-ms"
 STATUS: dict[type[MoselError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     PayloadTooLarge: grpc.StatusCode.INVALID_ARGUMENT,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     ModelNotFound: grpc.StatusCode.NOT_FOUND,
     JobNotFound: grpc.StatusCode.NOT_FOUND,
     Unreachable: grpc.StatusCode.FAILED_PRECONDITION,
@@ -42,6 +47,10 @@ STATUS: dict[type[MoselError], grpc.StatusCode] = {
     InternalError: grpc.StatusCode.INTERNAL,
 }
 
+
+# What grpc itself says, where a setting or the reason would be hard to guess.
+_TOO_LARGE = "larger than max"
+_HANDSHAKE_FAILED = re.compile(r"[Hh]andshake failed.*?OPENSSL_internal:([A-Z_0-9]+(?:: [a-z ]+)?)")
 
 # Several errors share a status; the way back takes the first of them.
 _ERRORS = {status: error for error, status in reversed(STATUS.items())} | {
@@ -86,8 +95,11 @@ def error_from_rpc(error: grpc.RpcError, peer: str) -> MoselError:
         peer: who was called, for messages that grpc itself made.
     """
     status, details = error.code(), error.details() or ""
-    if status is grpc.StatusCode.UNAVAILABLE:
-        return ServiceUnavailable(details if details.startswith("service ") else f"service {peer} is not reachable")
+    if status is grpc.StatusCode.UNAVAILABLE and not details.startswith("service "):
+        failed = _HANDSHAKE_FAILED.search(details)
+        return ServiceUnavailable(f"service {peer} is not reachable" + (f": TLS says {failed[1]}" if failed else ""))
+    if status is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in details:
+        return PayloadTooLarge(f"{details} (setting transport.max_message_mib): send fewer items")
     trailers = {pair[0]: pair[1] for pair in cast(Iterable[tuple[str, str]], error.trailing_metadata() or ())}
     retry = int(trailers.get(RETRY_AFTER, 0))
     return error_from(status, details or f"service {peer} answered {status.name}", retry)

@@ -6,6 +6,7 @@ import sys
 from functools import partial
 
 from mosel.config import Settings
+from mosel.messages import ENVELOPE_BYTES, limit_bytes
 from mosel.model_package import ModelPackage, find_packages
 from mosel.service import Service, run_service
 from mosel.v1 import selector_pb2_grpc
@@ -35,7 +36,7 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
     profiles = {name: _profile(package) for name, package in packages.items()}
     limits = settings.selector
     scheduler = Scheduler(profiles, limits.policy, limits.max_queued_items, settings.workers, limits.reply_ms)
-    director = Director(scheduler, profiles)
+    director = Director(scheduler, profiles, limit_bytes(settings.transport.max_message_mib) - ENVELOPE_BYTES)
     address = listen or settings.selector_address
     async with Peers(settings, packages, profiles, director.lane_changed) as peers:
         director.use(peers)

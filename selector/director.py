@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from mosel.errors import InternalError, InvalidRequest, MoselError, ServiceUnavailable
+from mosel.errors import InternalError, InvalidRequest, MoselError, PayloadTooLarge, ServiceUnavailable
+from mosel.messages import check_message
 from mosel.modality import format_set
 from mosel.status import error_from_rpc
 from mosel.v1 import encoder_pb2, fusion_pb2, gateway_pb2, selector_pb2, tensor_pb2
@@ -76,11 +77,12 @@ class Director:
     Args:
         scheduler: the core.
         profiles: by model name.
+        max_answer_bytes: what the outputs of one job may have in a message.
     """
 
-    def __init__(self, scheduler: Scheduler, profiles: Mapping[str, ModelProfile]) -> None:
+    def __init__(self, scheduler: Scheduler, profiles: Mapping[str, ModelProfile], max_answer_bytes: int) -> None:
         self.counters: Counter[str] = Counter()
-        self._scheduler, self._profiles = scheduler, profiles
+        self._scheduler, self._profiles, self._max_answer_bytes = scheduler, profiles, max_answer_bytes
         self._ledger: Ledger[SlotKey] = Ledger()
         self._jobs: dict[bytes, _JobInFlight] = {}
         self._sessions: set[Session] = set()
@@ -306,9 +308,15 @@ class Director:
             return
         work = job.work
         started_at = now if work.started_at is None else work.started_at
+        groups = job.done if job.emission is None else job.emission.rest()
+        try:
+            check_message("the outputs have", sum(len(group.output.data) for group in groups), self._max_answer_bytes)
+        except PayloadTooLarge as error:
+            self._fail(job_id, error)
+            return
         result = selector_pb2.JobResult(
             job_id=job_id,
-            groups=job.done if job.emission is None else job.emission.rest(),
+            groups=groups,
             expected_accuracy=work.strategy.accuracy,
             queue_us=round((started_at - work.submitted_at) * 1e6),
             compute_us=round((now - started_at) * 1e6),
