@@ -72,6 +72,14 @@ class OpenJob:
             self.status.error = str(error)[:_SHOWN_ERROR] if isinstance(error, MoselError) else "internal error"
 
 
+@dataclass(frozen=True)
+class _OverJob:
+    """What is remembered of a job that is over."""
+
+    status: gateway_pb2.JobStatus
+    owner: str | None
+
+
 class JobRegistry:
     """Finds jobs by their id, and bounds how many there are.
 
@@ -83,7 +91,7 @@ class JobRegistry:
     def __init__(self, max_open: int, max_over: int = 1024) -> None:
         self._max_open, self._max_over = max_open, max_over
         self._open: dict[str, OpenJob] = {}
-        self._over: dict[str, tuple[str | None, gateway_pb2.JobStatus]] = {}
+        self._over: dict[str, _OverJob] = {}
 
     def check_room(self) -> None:
         """Raises Overloaded if no further job may be opened."""
@@ -116,7 +124,8 @@ class JobRegistry:
                 yield job
         finally:
             expiry.cancel()
-            self._over[name] = job.owner, self._open.pop(name).status
+            del self._open[name]
+            self._over[name] = _OverJob(job.status, job.owner)
             if len(self._over) > self._max_over:
                 del self._over[next(iter(self._over))]
 
@@ -133,13 +142,11 @@ class JobRegistry:
         if not _JOB_ID.fullmatch(job_id):
             raise InvalidRequest(f"job_id is {job_id[:_SHOWN_ID]!r}; expected 32 hexadecimal digits")
         name = job_id.lower()
-        if name in self._open:
-            owner, status = self._open[name].owner, self._open[name].status
-        else:
-            owner, status = self._over.get(name, (None, None))
-        if status is None or caller() not in (None, owner):
+        job = self._open.get(name) or self._over.get(name)
+        # Another tenant's job is none.
+        if job is None or caller() not in (None, job.owner):
             raise JobNotFound(f"job_id is '{name}'; expected a job under way or one of the last {self._max_over}")
-        return status
+        return job.status
 
     def cancel(self, job_id: str) -> gateway_pb2.JobStatus:
         """Ends a job unless it is over, and says where it is then; arguments and errors as of `status`."""

@@ -59,6 +59,7 @@ class HttpServer:
         self._server = uvicorn.Server(self._config)
 
     async def __aenter__(self) -> "HttpServer":
+        context = None if self._tls is None else await asyncio.to_thread(self._tls.ssl_context, self._refused)
         listener = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -71,8 +72,7 @@ class HttpServer:
         self._listener = listener
         # As `uvicorn.Server.serve` does, without its signal handlers.
         self._config.load()
-        if self._tls is not None:
-            self._config.ssl = await asyncio.to_thread(self._tls.ssl_context, self._refused)
+        self._config.ssl = context
         self._server.lifespan = self._config.lifespan_class(self._config)
         await self._server.startup([listener])
         self._task = asyncio.create_task(self._server.main_loop(), name=f"http on {self.port}")

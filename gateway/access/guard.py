@@ -46,12 +46,14 @@ class _Usage:
 
     def check(self, requests: int, now: float) -> None:
         """Raises Overloaded, with the time to wait, unless so many requests more are within the limits."""
-        tenant = self.tenant
         # Payloads are counted once they are there, so that one may be larger than the rate: the next ones wait then.
-        if self.payloads is not None and (wait_s := self.payloads.wait_s(0, now)):
-            raise self._overloaded(f"payload_bytes_per_s of {tenant.payload_bytes_per_s:g}", wait_s)
-        if self.requests is not None and (wait_s := self.requests.wait_s(requests, now)):
-            raise self._overloaded(f"requests_per_s of {tenant.requests_per_s:g}", wait_s)
+        limits = ("payload_bytes_per_s", self.payloads, 0), ("requests_per_s", self.requests, requests)
+        waits = [(bucket.wait_s(least, now), limit) for limit, bucket, least in limits if bucket is not None]
+        wait_s, limit = max(waits, default=(0.0, ""))
+        if wait_s:
+            wait_ms, most = math.ceil(wait_s * 1000), getattr(self.tenant, limit)
+            beyond = f"tenant {self.name} is beyond its {limit} of {most:g}"
+            raise Overloaded(f"{beyond}; try again in {wait_ms} ms", wait_ms)
 
     def take(self, requests: int, nbytes: int, now: float) -> None:
         """Counts requests and bytes."""
@@ -59,10 +61,6 @@ class _Usage:
             self.requests.take(requests, now)
         if self.payloads is not None and nbytes:
             self.payloads.take(nbytes, now)
-
-    def _overloaded(self, limit: str, wait_s: float) -> Overloaded:
-        wait_ms = math.ceil(wait_s * 1000)
-        return Overloaded(f"tenant {self.name} is beyond its {limit}; try again in {wait_ms} ms", wait_ms)
 
 
 def _limited(bucket: TokenBucket | None, rate: float | None, capacity: float, now: float) -> TokenBucket | None:

@@ -37,6 +37,7 @@ def settings_from(
     model: list[str] | None = None,
     device: str | None = None,
     tls: Mapping[str, Path | None] | None = None,
+    /,
     **gateway: str | int | Path | None,
 ) -> "Settings":
     """The effective settings, with what was given on the command line; `tls` and `gateway` are flags of their sections.

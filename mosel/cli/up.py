@@ -39,7 +39,7 @@ def up(
         models,
         model,
         device,
-        tls={"certificate": tls_certificate, "key": tls_key, "client_ca": tls_client_ca},
+        {"certificate": tls_certificate, "key": tls_key, "client_ca": tls_client_ca},
         host=host,
         grpc_port=grpc_port,
         http_port=http_port,
