@@ -92,7 +92,7 @@ async def _send(
             scored.extend(items.scored(rows, prediction.labels, package.output.labels))
             expected += prediction.expected_accuracy * len(prediction.modality_sets)
 
-    async with AsyncClient(address) as client, asyncio.TaskGroup() as group:
+    async with AsyncClient(address, retries=None) as client, asyncio.TaskGroup() as group:
         for _ in range(_IN_FLIGHT):
             group.create_task(caller(client))
     return expected / len(scored), scored

@@ -97,7 +97,8 @@ async def _following_models(
 
     async def follow() -> None:
         while True:
-            for model, service in itertools.product(plane.packages, services):
+            await plane.models.follow()
+            for model, service in itertools.product(list(plane.packages), services):
                 await service.set_ready(plane.is_ready(model), model)
             await changed.wait()
             changed.clear()

@@ -116,7 +116,7 @@ def description_of(job_id: bytes, job: CheckedJob, times: Times) -> selector_pb2
     late_us = round((times.ends.at - times.deadline.at) * 1e6)
     return selector_pb2.JobDescription(
         job_id=job_id,
-        model=job.package.name,
+        model=job.package.id,
         size=job.size,
         modalities=job.modalities,
         min_accuracy=job.min_accuracy,

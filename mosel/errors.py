@@ -19,9 +19,9 @@
     │   ├── ServiceUnavailable      a service that is needed is away        UNAVAILABLE
     │   ├── ReadNotProven           shared bytes changed while being read   ABORTED
     │   └── InternalError           a bug                                   INTERNAL
-    └── SetupError              found before anything is served
+    └── SetupError              found before anything is served with it
         ├── ConfigError             a setting is wrong
-        ├── PackageError            a model package is wrong
+        ├── PackageError            a model package is wrong                FAILED_PRECONDITION
         └── DatasetError            samples cannot be had or are damaged
 
 Messages are written for the person who reads them: they name the field or setting, what it holds and what was
@@ -115,7 +115,7 @@ class InternalError(ServiceError):
 
 
 class SetupError(MoselError):
-    """Found before anything is served."""
+    """Found before anything is served with it."""
 
 
 class ConfigError(SetupError):

@@ -117,7 +117,7 @@ class Launcher:
         ready: set[str] = set()
         details: dict[str, str] = {}
         until = time.monotonic() + timeout_s
-        with Client(self.local_address) as client:
+        with Client(self.local_address, retries=None) as client:
             while time.monotonic() < until:
                 self._check_alive()
                 try:

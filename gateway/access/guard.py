@@ -165,7 +165,11 @@ class Guard:
 
     def refused(self, error: MoselError, peer: str, method: str, name: str = "") -> None:
         """Counts and logs what was refused; never what the caller sent as its token."""
-        kind = {Unauthenticated: "unauthenticated", PermissionDenied: "permission"}.get(type(error), f"quota.{name}")
+        kind = f"quota.{name}"
+        if isinstance(error, Unauthenticated):
+            kind = "unauthenticated"
+        elif isinstance(error, PermissionDenied):
+            kind = "permission"
         self._counters[f"refused.{kind}"] += 1
         log.warning(
             "refused",

@@ -8,8 +8,10 @@ import pytest
 from mosel import errors
 from mosel.errors import (
     InternalError,
+    ModelNotFound,
     MoselError,
     Overloaded,
+    PackageError,
     PayloadTooLarge,
     RequestError,
     ServiceError,
@@ -41,8 +43,8 @@ SERVED = [*leaves(RequestError), *leaves(ServiceError)]
 
 
 def test_the_table_holds_every_error_that_a_request_can_meet_and_no_other() -> None:
-    # Unreachable is what its two kinds come back as.
-    assert set(STATUS) == {*SERVED, Unreachable}
+    # Unreachable is what its two kinds come back as; a package that is wrong is met when a model is loaded.
+    assert set(STATUS) == {*SERVED, Unreachable, PackageError}
 
 
 def test_the_tree_s_picture_names_every_error_with_its_status() -> None:
@@ -96,6 +98,15 @@ def test_a_failed_call_becomes_the_error_behind_it() -> None:
     error = error_from_rpc(failed_call(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", (RETRY_AFTER, "40")), "selector")
     assert isinstance(error, Overloaded)
     assert (str(error), error.retry_after_ms) == ("full", 40)
+
+
+def test_a_call_may_know_better_which_of_the_errors_of_a_status_it_is() -> None:
+    failed = failed_call(grpc.StatusCode.FAILED_PRECONDITION, "model.toml: wrong")
+    assert type(error_from_rpc(failed, "selector")) is Unreachable
+    meant = error_from_rpc(failed, "selector", {Unreachable: PackageError})
+    assert (type(meant), str(meant)) == (PackageError, "model.toml: wrong")
+    other = failed_call(grpc.StatusCode.NOT_FOUND, "model.toml: wrong")
+    assert type(error_from_rpc(other, "selector", {Unreachable: PackageError})) is ModelNotFound
 
 
 def test_a_peer_that_is_away_is_named_and_not_by_grpc_s_own_words() -> None:

@@ -158,7 +158,7 @@ def test_a_tenant_gets_the_answer_that_the_networks_give(
     with called(secured, files.tls()) as gateway:
         for name in ("alice", "bob"):
             reply = gateway.Predict(predict_request(payloads), metadata=header(files.tokens[name]), timeout=30)
-            answer = from_proto(reply.output, "output")
+            answer: Any = from_proto(reply.output, "output")
             np.testing.assert_allclose(answer, directly(payloads, ENCODERS), rtol=1e-4, atol=1e-5)
 
 
@@ -181,7 +181,7 @@ def test_who_has_no_token_or_no_quota_left_is_refused_logged_and_counted(
         code, details = refusal(
             lambda: gateway.ListModels(gateway_pb2.ListModelsRequest(), metadata=metadata, timeout=30)
         )
-    assert (code.name, details.partition(";")[0]) == (status, details.partition(";")[0])
+    assert code.name == status
     assert details.startswith(reason)
     assert counted(secured)[counter] == before + 1
     (line,) = logged(secured)[lines:]
@@ -230,7 +230,7 @@ def test_a_caller_refuses_a_gateway_that_its_authority_does_not_know(secured: La
 def test_what_only_admins_may_do_others_may_not(secured: Launcher, files: Files, method: str) -> None:
     before, lines = counted(secured).get("refused.permission", 0), len(logged(secured))
     with grpc.secure_channel(public_address(secured), files.tls().channel_credentials()) as channel:
-        call = channel.unary_unary(method)
+        call: Any = channel.unary_unary(method)
         code, details = refusal(lambda: call(b"", metadata=header(files.tokens["alice"]), timeout=10))
     assert code is grpc.StatusCode.PERMISSION_DENIED
     assert details == f"tenant alice is no admin; expected the token of one for {method}"
@@ -280,6 +280,30 @@ def test_this_user_needs_neither_token_nor_certificate_on_the_gateway_s_socket(
         assert {service.name for service in client.status()} == secured.children.keys()
     status = run_mosel("status", "--address", secured.local_address)
     assert (status.returncode, "encoder/photo" in status.stdout) == (0, True)
+
+
+def test_commands_take_a_token_and_certificates(secured: Launcher, files: Files, run_mosel: Run) -> None:
+    pair = ["--certificate", str(files.path("caller.pem")), "--key", str(files.path("caller.key"))]
+    mutual = ["--address", public_address(secured), "--ca", str(files.path("public-ca.pem")), *pair]
+    listed = run_mosel("models", *mutual, env={"MOSEL_TOKEN": files.tokens["alice"]})
+    assert (listed.returncode, listed.stdout.startswith("fruit 1 (ready)")) == (0, True)
+    assert run_mosel("status", *mutual, "--token", files.tokens["bob"]).returncode == 0
+    for arguments, says in (
+        (mutual, "header authorization is missing; expected 'Bearer' and a token"),
+        ([*mutual, "--token", files.tokens["alice"]], "tenant alice is no admin; expected the token of one for "),
+        (mutual[:2], f"service gateway at {public_address(secured)} is not reachable"),
+        (
+            ["--ca", str(files.path("internal-ca.pem")), *mutual[:2], *pair],
+            f"service gateway at {public_address(secured)} "
+            "is not reachable: TLS says CERTIFICATE_VERIFY_FAILED: unable to get local issuer certificate",
+        ),
+        ([*mutual[:4], *pair[:2]], "tls.key is missing; expected certificate and key, or neither"),
+    ):
+        refused = run_mosel("status", *arguments)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        # Before it gRPC may have said something of its own.
+        assert refused.stderr.splitlines()[-1].startswith(f"error: {says}")
+    assert run_mosel("health", public_address(secured), *mutual[2:]).stdout == "SERVING\n"
 
 
 def test_services_on_tcp_let_nobody_in_but_each_other(secured: Launcher, files: Files, until: Until) -> None:
@@ -409,9 +433,9 @@ def test_up_says_where_this_user_needs_no_token(
     both = [*command, *certificate, "--tokens", str(files.path("tokens.toml"))]
     with subprocess.Popen(both, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(2)]
-        assert lines[0].startswith("ready: gRPC on 0.0.0.0:"), process.stderr and process.stderr.read()
-        local = re.fullmatch(r"for this user alone, without a token: (unix:\S+)\n", lines[1])
+        ready = next((line for line in process.stdout if line.startswith("ready: ")), "")
+        assert ready.startswith("ready: gRPC on 0.0.0.0:")
+        local = re.fullmatch(r"for this user alone, without a token: (unix:\S+)\n", process.stdout.readline())
         assert local is not None
         with Client(local[1]) as client:
             assert [model.name for model in client.models()] == ["fruit"]

@@ -54,7 +54,7 @@ def test_outputs_beyond_the_limit_fail_their_job_and_no_other(served: Launcher) 
 
 def test_results_that_come_one_by_one_have_no_such_limit(served: Launcher) -> None:
     with Client(served.address, max_message_mib=1) as client:
-        events = list(client.submit(NAME, scents(64), modalities=["scent"]))
+        events = list(client.submit_job(NAME, scents(64), modalities=["scent"]))
     assert sum(len(getattr(event, "items", ())) for event in events) == 64
 
 
