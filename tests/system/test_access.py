@@ -294,8 +294,7 @@ def test_commands_take_a_token_and_certificates(secured: Launcher, files: Files,
         (mutual[:2], f"service gateway at {public_address(secured)} is not reachable"),
         (
             ["--ca", str(files.path("internal-ca.pem")), *mutual[:2], *pair],
-            f"service gateway at {public_address(secured)} "
-            "is not reachable: TLS says CERTIFICATE_VERIFY_FAILED: unable to get local issuer certificate",
+            f"service gateway at {public_address(secured)} is not reachable: TLS says CERTIFICATE_VERIFY_FAILED: ",
         ),
         ([*mutual[:4], *pair[:2]], "tls.key is missing; expected certificate and key, or neither"),
     ):
