@@ -4,6 +4,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 
+from gateway.access.guard import Guard
 from gateway.answers import Answer, answer_from
 from gateway.inferences import Inferences
 from gateway.intake import Check, Intake
@@ -36,6 +37,7 @@ class DataPlane:
         registry: the jobs under way.
         arriving: what jobs take whose items are still arriving.
         counters: requests, answers and items since the start.
+        guard: who may call; None: everybody.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class DataPlane:
         limit = settings.transport.gateway_arena_mib * 1024 * 1024
         self.arriving = ArrivingBytes(arena.largest_slot, limit, "transport.gateway_arena_mib")
         self.counters: Counter[str] = Counter()
+        self.guard: Guard | None = None
         self._arena = arena
         self._inferences: defaultdict[str, Inferences] = defaultdict(Inferences)
 
@@ -136,7 +139,8 @@ class DataPlane:
     def statistics(self) -> dict[str, int]:
         """Counts since the start, and what is held now."""
         counts = dict(self.counters) | self._arena.statistics().as_counters() | self.registry.statistics()
-        return counts | self.arriving.statistics() | self.link.statistics()
+        counts |= self.arriving.statistics() | self.link.statistics()
+        return counts | (self.guard.statistics() if self.guard is not None else {})
 
     async def statuses(self) -> list[service_pb2.ServiceStatus]:
         """The state of every service; of a selector that does not answer, why."""

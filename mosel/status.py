@@ -1,5 +1,6 @@
 """Errors on the wire: the one table from error to gRPC status, and the way back."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import cast
 
@@ -19,8 +20,10 @@ from mosel.errors import (
     Overloaded,
     PackageError,
     PayloadTooLarge,
+    PermissionDenied,
     ReadNotProven,
     ServiceUnavailable,
+    Unauthenticated,
     Unreachable,
 )
 
@@ -29,6 +32,8 @@ RETRY_AFTER = "retry-after-ms"
 STATUS: dict[type[MoselError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     PayloadTooLarge: grpc.StatusCode.INVALID_ARGUMENT,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     ModelNotFound: grpc.StatusCode.NOT_FOUND,
     JobNotFound: grpc.StatusCode.NOT_FOUND,
     Unreachable: grpc.StatusCode.FAILED_PRECONDITION,
@@ -44,6 +49,10 @@ STATUS: dict[type[MoselError], grpc.StatusCode] = {
     InternalError: grpc.StatusCode.INTERNAL,
 }
 
+
+# What grpc itself says, where a setting or the reason would be hard to guess.
+_TOO_LARGE = "larger than max"
+_HANDSHAKE_FAILED = re.compile(r"[Hh]andshake failed.*?OPENSSL_internal:([A-Z_0-9]+(?:: [a-z ]+)?)")
 
 # Several errors share a status; the way back takes the first of them.
 _ERRORS = {status: error for error, status in reversed(STATUS.items())} | {
@@ -91,8 +100,11 @@ def error_from_rpc(
         instead: what an error means in this call, where several share a status.
     """
     status, details = error.code(), error.details() or ""
-    if status is grpc.StatusCode.UNAVAILABLE:
-        return ServiceUnavailable(details if details.startswith("service ") else f"service {peer} is not reachable")
+    if status is grpc.StatusCode.UNAVAILABLE and not details.startswith("service "):
+        failed = _HANDSHAKE_FAILED.search(details)
+        return ServiceUnavailable(f"service {peer} is not reachable" + (f": TLS says {failed[1]}" if failed else ""))
+    if status is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in details:
+        return PayloadTooLarge(f"{details} (setting transport.max_message_mib): send fewer items")
     found = error_from(status, details or f"service {peer} answered {status.name}", retry_hint_ms(error))
     meant = (instead or {}).get(type(found))
     return meant(str(found)) if meant else found

@@ -6,6 +6,7 @@ import sys
 from functools import partial
 
 from mosel.config import Settings
+from mosel.messages import ENVELOPE_BYTES, limit_bytes
 from mosel.model_package import find_packages
 from mosel.service import Service, run_service
 from mosel.v1 import selector_pb2_grpc
@@ -35,7 +36,7 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
     limits = settings.selector
     scheduler = Scheduler({}, limits.policy, limits.max_queued_items, settings.workers, limits.reply_ms)
     models = Models(settings, packages.values(), scheduler)
-    director = Director(scheduler, models)
+    director = Director(scheduler, models, limit_bytes(settings.transport.max_message_mib) - ENVELOPE_BYTES)
     address = listen or settings.selector_address
     async with Peers(settings, models.modalities, models.prepare, director.lane_changed) as peers:
         director.use(peers)

@@ -13,7 +13,15 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from mosel.errors import InternalError, InvalidRequest, MoselError, ServiceUnavailable, Unreachable
+from mosel.errors import (
+    InternalError,
+    InvalidRequest,
+    MoselError,
+    PayloadTooLarge,
+    ServiceUnavailable,
+    Unreachable,
+)
+from mosel.messages import check_message
 from mosel.status import error_from_rpc
 from mosel.v1 import encoder_pb2, fusion_pb2, gateway_pb2, selector_pb2, tensor_pb2
 from selector.conversions import (
@@ -75,11 +83,12 @@ class Director:
     Args:
         scheduler: the core.
         models: those that are loaded.
+        max_answer_bytes: what the outputs of one job may have in a message.
     """
 
-    def __init__(self, scheduler: Scheduler, models: Models) -> None:
+    def __init__(self, scheduler: Scheduler, models: Models, max_answer_bytes: int) -> None:
         self.counters: Counter[str] = Counter()
-        self._scheduler, self._models = scheduler, models
+        self._scheduler, self._models, self._max_answer_bytes = scheduler, models, max_answer_bytes
         self._ledger: Ledger[SlotKey] = Ledger()
         self._jobs: dict[bytes, _JobInFlight] = {}
         self._sessions: set[Session] = set()
@@ -306,9 +315,15 @@ class Director:
             return
         work = job.work
         started_at = now if work.started_at is None else work.started_at
+        groups = job.done if job.emission is None else job.emission.rest()
+        try:
+            check_message("the outputs have", sum(len(group.output.data) for group in groups), self._max_answer_bytes)
+        except PayloadTooLarge as error:
+            self._fail(job_id, error)
+            return
         result = selector_pb2.JobResult(
             job_id=job_id,
-            groups=job.done if job.emission is None else job.emission.rest(),
+            groups=groups,
             expected_accuracy=work.strategy.accuracy,
             queue_us=round((started_at - work.submitted_at) * 1e6),
             compute_us=round((now - started_at) * 1e6),

@@ -12,6 +12,7 @@ from mosel.errors import (
     MoselError,
     Overloaded,
     PackageError,
+    PayloadTooLarge,
     RequestError,
     ServiceError,
     ServiceUnavailable,
@@ -115,3 +116,28 @@ def test_a_peer_that_is_away_is_named_and_not_by_grpc_s_own_words() -> None:
     assert str(error) == "service fusion is not reachable"
     passed_on = failed_call(grpc.StatusCode.UNAVAILABLE, "service encoder/audio went away")
     assert str(error_from_rpc(passed_on, "selector")) == "service encoder/audio went away"
+
+
+TLS_FAILED = (
+    "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: Tls handshake failed "
+    "(TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: error:1000007d:SSL routines:OPENSSL_internal:CERTIFICATE_VERIFY_FAILED: "
+    "unable to get local issuer certificate: OK"
+)
+
+
+def test_why_tls_failed_is_said() -> None:
+    error = error_from_rpc(failed_call(grpc.StatusCode.UNAVAILABLE, TLS_FAILED), "gateway")
+    assert isinstance(error, ServiceUnavailable)
+    assert str(error) == (
+        "service gateway is not reachable: TLS says CERTIFICATE_VERIFY_FAILED: unable to get local issuer certificate"
+    )
+
+
+@pytest.mark.parametrize(
+    "side", ["Sent message larger", "Received message larger", "message after decompression larger"]
+)
+def test_a_message_that_grpc_finds_too_large_is_no_overload_and_the_setting_is_named(side: str) -> None:
+    details = f"CLIENT: {side} than max (6291470 vs. 4194304)"
+    error = error_from_rpc(failed_call(grpc.StatusCode.RESOURCE_EXHAUSTED, details), "gateway")
+    assert isinstance(error, PayloadTooLarge)
+    assert str(error) == f"{details} (setting transport.max_message_mib): send fewer items"
