@@ -4,7 +4,6 @@ tritonclient and others register messages of the same names in the pool that a p
 there. The pool also holds what else the gateway serves, so that reflection finds everything in one place.
 """
 
-from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
@@ -53,9 +52,10 @@ def _class(name: str) -> Any:
     return class_of(POOL.FindMessageTypeByName(f"{_PACKAGE}.{name}"))
 
 
-def message(name: str, content: Mapping[str, Any]) -> Message:
+def message(name: str, content: dict[str, Any]) -> Message:
     """A message of the protocol with the content that its JSON has."""
-    return json_format.ParseDict(content, _class(name)())
+    made: Message = _class(name)()
+    return json_format.ParseDict(content, made)
 
 
 ModelInferRequest = _class("ModelInferRequest")

@@ -13,6 +13,8 @@ from mosel.model_package import ModelPackage
 Json = dict[str, Any]
 
 PLATFORM = "mosel"
+# Read once: it is in a file.
+VERSION = version("mosel-server")
 # The names that Triton gave to what both do.
 EXTENSIONS = (
     "binary_tensor_data",
@@ -26,12 +28,12 @@ EXTENSIONS = (
 
 
 def server_ready(plane: DataPlane) -> bool:
-    """Whether jobs for every model would be run."""
+    """Whether jobs for every model that is loaded would be run."""
     try:
         plane.link.check_connected()
     except ServiceUnavailable:
         return False
-    return all(map(plane.is_ready, plane.packages))
+    return all(map(plane.is_ready, plane.link.models))
 
 
 def model_ready(plane: DataPlane, model: str, model_version: str = "") -> bool:
@@ -42,7 +44,7 @@ def model_ready(plane: DataPlane, model: str, model_version: str = "") -> bool:
 
 def server_metadata() -> Json:
     """Who answers, and which extensions of the protocol it knows."""
-    return {"name": PLATFORM, "version": version("mosel-server"), "extensions": list(EXTENSIONS)}
+    return {"name": PLATFORM, "version": VERSION, "extensions": list(EXTENSIONS)}
 
 
 def model_metadata(package: ModelPackage) -> Json:

@@ -155,7 +155,7 @@ def _typed(tensor: InputTensor, field: str) -> NDArray[np.generic]:
     if values.ndim != 1 or values.dtype.kind not in _KINDS[dtype.kind]:
         raise InvalidRequest(f"{field} has values that are no {tensor.datatype}; expected a flat list of such")
     if dtype.kind in "iu":
-        limits, least, most = np.iinfo(dtype), values.min(), values.max()
+        limits, least, most = np.iinfo(dtype.str), values.min(), values.max()
         if least < limits.min or most > limits.max:
             outside = least if least < limits.min else most
             raise InvalidRequest(

@@ -72,7 +72,8 @@ def raw_of(tensor: OutputTensor) -> bytes:
     """The bytes of an output, little endian and row-major; before each element of BYTES its length as 4 bytes."""
     if tensor.datatype != "BYTES":
         return tensor.array.tobytes()
-    return b"".join(len(element).to_bytes(4, "little") + element for element in tensor.array.flat)
+    elements: list[bytes] = tensor.array.ravel().tolist()
+    return b"".join(len(element).to_bytes(4, "little") + element for element in elements)
 
 
 def _check_classes(field: str, value: Parameter, package: ModelPackage) -> None:

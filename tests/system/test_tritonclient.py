@@ -17,7 +17,7 @@ from mosel.model_package import ModelPackage
 ROOT = Path(__file__).parents[2]
 CALLS = Path(__file__).parent / "triton"
 # The last two are what the gateway's messages need beside it.
-NEEDED = ["tritonclient[grpc,http]", "grpcio-health-checking>=1.76", "grpcio-reflection>=1.76"]
+NEEDED = ["tritonclient[grpc,http]==2.73.*", "grpcio-health-checking>=1.76", "grpcio-reflection>=1.76"]
 
 Payloads = dict[str, NDArray[Any]]
 Draw = Callable[..., Payloads]

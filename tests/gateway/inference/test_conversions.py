@@ -8,11 +8,11 @@ import pytest
 
 from gateway.inference.conversions import message_from, request_from
 from gateway.inference.messages import ModelInferRequest, ModelInferResponse
-from gateway.inference.words import InferResponse, OutputTensor
+from gateway.inference.words import InferResponse, OutputTensor, Parameter
 from mosel.errors import InvalidRequest
 from tests.gateway.inference.support import parameters_of
 
-PARAMETERS = {"a": True, "b": -7, "c": "text", "d": 0.5, "e": 2**64 - 1}
+PARAMETERS: dict[str, Parameter] = {"a": True, "b": -7, "c": "text", "d": 0.5, "e": 2**64 - 1}
 FIELDS = {"a": "bool_param", "b": "int64_param", "c": "string_param", "d": "double_param", "e": "uint64_param"}
 
 
@@ -119,7 +119,7 @@ def test_a_response_has_raw_contents() -> None:
     numbers = np.array([[0.5, 2.0], [1.0, 4.0]], np.float32)
     texts = np.array([b"pear", "zwölf".encode()], object)
     outputs = [OutputTensor("y", "FP32", numbers), OutputTensor("modalities", "BYTES", texts)]
-    parameters = {"a": True, "b": -7, "c": "text", "d": 0.5}
+    parameters: dict[str, Parameter] = {"a": True, "b": -7, "c": "text", "d": 0.5}
     message = message_from(InferResponse("fruit", "1", "é7", parameters, outputs))
     back = ModelInferResponse.FromString(message.SerializeToString())
     assert (back.model_name, back.model_version, back.id, parameters_of(back)) == ("fruit", "1", "é7", parameters)

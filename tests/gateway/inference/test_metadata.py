@@ -1,7 +1,7 @@
 """What servers and models are, told over gRPC, with a selector that does what the test says."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -35,7 +35,7 @@ def ask(gateway: Gateway) -> Callable[..., Any]:
 Ask = Callable[..., Any]
 
 
-async def until(condition: Callable[[], Any]) -> None:
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(30):
         while not await condition():
             pass
@@ -52,7 +52,7 @@ async def test_server_and_model_are_ready_while_jobs_would_be_run(gateway: Gatew
     gateway.selector.say(models=away)
 
     async def not_ready() -> bool:
-        return await ask("ServerReady") == {"ready": False}
+        return (await ask("ServerReady"))["ready"] is False
 
     await until(not_ready)
     assert await ask("ServerLive") == {"live": True}
@@ -71,7 +71,7 @@ async def test_a_server_without_a_selector_is_live_but_not_ready(gateway: Gatewa
     gateway.selector.outbox.put_nowait(None)
 
     async def not_ready() -> bool:
-        return await ask("ServerReady") == {"ready": False}
+        return (await ask("ServerReady"))["ready"] is False
 
     await until(not_ready)
     assert await ask("ServerLive") == {"live": True}

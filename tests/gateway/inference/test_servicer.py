@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from gateway.inference import servicer
 from gateway.inference.messages import ModelInferRequest, ModelStreamInferResponse, message
+from gateway.intake import OFF_LOOP_ELEMENTS
 from mosel.v1 import selector_pb2
 from tests.gateway.inference.support import array_of, infer_request, parameters_of, stub_of
 from tests.gateway.scripted import Gateway, group, release_of
@@ -41,7 +42,13 @@ async def refused(call: Any) -> tuple[grpc.StatusCode, str]:
 
 async def test_a_request_becomes_a_job_and_its_result_the_response(gateway: Gateway, stub: Any, draw: Draw) -> None:
     payloads = draw(3)
-    parameters = {"min_accuracy": 0.5, "latency_slo_ms": 9_000, "priority": 3, "effort": "best", "policy": "all"}
+    parameters: dict[str, Any] = {
+        "min_accuracy": 0.5,
+        "latency_slo_ms": 9_000,
+        "priority": 3,
+        "effort": "best",
+        "policy": "all",
+    }
     outputs = ("modalities", "probabilities", "labels")
     call = stub.ModelInfer(infer_request(payloads, id="7", outputs=outputs, **parameters), timeout=30)
     description = await gateway.job_at_selector()
@@ -49,9 +56,9 @@ async def test_a_request_becomes_a_job_and_its_result_the_response(gateway: Gate
     assert (description.min_accuracy, description.exact, description.priority) == (0.5, True, 3)
     assert 8_000_000 < description.budget_us <= 9_000_000
     gateway.selector.say(part=selector_pb2.JobPart(job_id=description.job_id, group=group("scent", 1)))
-    result = {"expected_accuracy": 0.875, "queue_us": 1500, "compute_us": 2500}
-    groups = [group("photo+scent", 0, 2)]
-    gateway.selector.say(result=selector_pb2.JobResult(job_id=description.job_id, groups=groups, **result))
+    groups, times = [group("photo+scent", 0, 2)], {"queue_us": 1500, "compute_us": 2500}
+    result = selector_pb2.JobResult(job_id=description.job_id, groups=groups, expected_accuracy=0.875, **times)
+    gateway.selector.say(result=result)
     gateway.selector.say(release=release_of(description))
     response = await call
     assert (response.model_name, response.model_version, response.id) == ("fruit", "1", "7")
@@ -93,13 +100,14 @@ async def test_typed_contents_are_the_same_request(gateway: Gateway, stub: Any, 
     ],
 )
 async def test_the_smallest_of_all_deadlines_wins(
-    gateway: Gateway, stub: Any, draw: Draw, parameters: dict[str, int], timeout: float, budget_us: int
+    gateway: Gateway, stub: Any, draw: Draw, parameters: dict[str, Any], timeout: float, budget_us: int
 ) -> None:
     call = stub.ModelInfer(infer_request(draw(1), **parameters), timeout=timeout)
     description = await gateway.job_at_selector()
-    assert budget_us / 2 < description.budget_us <= budget_us
+    # gRPC counts a call's own deadline from when it has arrived.
+    assert budget_us / 2 < description.budget_us < budget_us * 1.2
     answer(gateway, description)
-    assert 0 < parameters_of(await call)["deadline_slack_ms"] < budget_us / 1000
+    assert 0 < parameters_of(await call)["deadline_slack_ms"] < budget_us / 1000 * 1.2
 
 
 async def test_a_job_ends_with_its_timeout(gateway: Gateway, stub: Any, draw: Draw) -> None:
@@ -121,7 +129,7 @@ async def test_what_the_selector_refuses_with_is_the_status(gateway: Gateway, st
     failure = selector_pb2.JobFailure(job_id=description.job_id, status_code=number, message="full", retry_after_ms=70)
     gateway.selector.say(failure=failure)
     assert await refused(call) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
-    assert ("retry-after-ms", "70") in await call.trailing_metadata()
+    assert (await call.trailing_metadata())["retry-after-ms"] == "70"
 
 
 async def test_a_wrong_request_is_refused_before_anything_is_run(gateway: Gateway, stub: Any, draw: Draw) -> None:
@@ -136,11 +144,12 @@ async def test_a_wrong_request_is_refused_before_anything_is_run(gateway: Gatewa
 
 async def test_large_payloads_are_converted_off_the_loop(gateway: Gateway, stub: Any, draw: Draw) -> None:
     payloads = draw(152)
-    assert payloads["photo"].size > servicer.OFF_LOOP_ELEMENTS
+    assert payloads["photo"].size > OFF_LOOP_ELEMENTS
     call = stub.ModelInfer(infer_request(payloads), timeout=30)
+    # Checked, and larger than a slot of this small arena.
     status, details = await refused(call)
-    # Converted and checked, and larger than a slot of this small arena.
-    assert (status, "photo" in details or "MiB" in details or "bytes" in details) == (INVALID, True)
+    assert status is INVALID
+    assert details.startswith("a tensor of 262656 bytes is larger than the largest slot")
 
 
 async def stream_of(stub: Any, *requests: Any) -> Any:
