@@ -2,14 +2,11 @@
 
 from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import version
-from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
 from gateway.inference.json_messages import IndexRequestJson, InferRequestJson, LoadRequestJson
-
-Json = dict[str, Any]
+from gateway.inference.metadata import VERSION, Json
 
 _DESCRIPTION = (
     "The Open Inference Protocol (KServe v2) with the binary tensor extension. Bodies may be compressed with gzip or "
@@ -38,7 +35,7 @@ def document() -> Json:
     """The document: OpenAPI 3.1."""
     return {
         "openapi": "3.1.0",
-        "info": {"title": "MOSEL", "version": version("mosel-server"), "description": _DESCRIPTION},
+        "info": {"title": "MOSEL", "version": VERSION, "description": _DESCRIPTION},
         "paths": dict(_paths()),
         "components": {"schemas": _sent() | _answered(), "responses": {"Error": _reply("An error.", "Error")}},
     }

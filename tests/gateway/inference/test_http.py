@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from gateway.inference import http as module
 from gateway.inference import metadata
 from gateway.inference.http import InferenceHttp
-from mosel.config import Settings
 from mosel.http import HttpServer
 from mosel.v1 import selector_pb2
 from tests.gateway.inference.json_support import LENGTH, Body, infer_body, outputs_of
@@ -35,7 +34,7 @@ INFER = "/v2/models/fruit/infer"
 class Http:
     """The HTTP port of a gateway, and a client."""
 
-    port: int
+    server: HttpServer
     client: httpx.AsyncClient
 
     async def infer(self, body: Body, path: str = INFER, **headers: str) -> httpx.Response:
@@ -48,9 +47,9 @@ async def speaking_http(gateway: Gateway, idle_s: float = 60, **limits: float) -
     changed = gateway.plane.settings.gateway.model_copy(update=limits)
     gateway.plane.settings = gateway.plane.settings.model_copy(update={"gateway": changed})
     with InferenceHttp(gateway.plane) as inference:
-        async with HttpServer(inference.app(), "127.0.0.1", 0, "--http-port", 5, idle_s) as server:
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=30) as client:
-                yield Http(server.port, client)
+        server = HttpServer(inference.app(), "127.0.0.1", 0, "--http-port", 5, idle_s)
+        async with server, httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=30) as client:
+            yield Http(server, client)
 
 
 @pytest.fixture
@@ -426,4 +425,76 @@ async def test_random_damage_is_refused_and_the_next_request_is_answered(
         call, description = await under_way(gateway, http.infer(good))
         gateway.answer(description)
         assert outputs_of(await call)["probabilities"].shape == (2, 3)
+    await gateway.idle()
+
+
+# Bounds
+
+
+async def connect(http: Http) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    return await asyncio.open_connection("127.0.0.1", http.server.port)
+
+
+def head(length: int | None, *headers: str) -> bytes:
+    """The head of a request to infer; without a length its body comes in chunks."""
+    body = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+    return "\r\n".join((f"POST {INFER} HTTP/1.1", "Host: here", body, *headers, "\r\n")).encode()
+
+
+async def answered(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], str]:
+    """The status, headers and error that come on a connection."""
+    async with asyncio.timeout(30):
+        lines = (await reader.readuntil(b"\r\n\r\n")).decode().splitlines()
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:-1])}
+        content = json.loads(await reader.readexactly(int(headers["content-length"])))
+    return int(lines[0].split()[1]), headers, content["error"]
+
+
+TOO_LARGE = "expected at most 1048576 (setting transport.max_message_mib)"
+
+
+async def test_a_body_that_is_announced_too_large_is_not_read(gateway: Gateway, http: Http) -> None:
+    reader, writer = await connect(http)
+    # It would be asked for, had it been waited for.
+    writer.write(head(2**40, "Expect: 100-continue"))
+    status, _, error = await answered(reader)
+    assert (status, error) == (413, f"the body has {2**40} bytes; {TOO_LARGE}")
+    writer.close()
+
+
+async def test_a_client_that_sends_a_body_too_large_reads_why(gateway: Gateway, http: Http) -> None:
+    for content in (bytes(3 * 2**20), chunks(3 * 2**20)):
+        response = await http.client.post(INFER, content=content)
+        assert refusal(response)[0] == 413
+        assert refusal(response)[1].endswith(TOO_LARGE)
+    await gateway.idle()
+    # The connection is as good as before.
+    assert (await http.client.get("/v2/health/live")).status_code == 200
+
+
+async def chunks(size: int) -> AsyncIterator[bytes]:
+    for _ in range(size // 2**16):
+        yield bytes(2**16)
+
+
+@pytest.mark.parametrize("window", [31, 15])
+async def test_a_bomb_is_refused_without_being_unpacked(
+    gateway: Gateway, http: Http, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    packer = zlib.compressobj(wbits=window)
+    bomb = b"".join(packer.compress(bytes(2**20)) for _ in range(256)) + packer.flush()
+    assert len(bomb) < 2**19
+    unpacked = []
+    original = module.Bodies.read
+
+    @asynccontextmanager
+    async def watched(self: Any, request: Any) -> AsyncIterator[memoryview]:
+        async with original(self, request) as body:
+            yield body
+
+    monkeypatch.setattr(module.Bodies, "read", watched)
+    unpacked.append(gateway.plane.arriving.statistics()["arriving_bytes"])
+    encoding = {31: "gzip", 15: "deflate"}[window]
+    response = await http.client.post(INFER, content=bomb, headers={"Content-Encoding": encoding})
+    assert refusal(response) == (413, f"the body has more than 1048576 bytes; {TOO_LARGE}")
     await gateway.idle()
