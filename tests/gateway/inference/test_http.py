@@ -1,10 +1,12 @@
 """The Open Inference Protocol over HTTP, with a selector that does what the test says."""
 
 import asyncio
+import contextlib
 import gzip
 import json
 import logging
 import random
+import tracemalloc
 import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -408,7 +410,7 @@ async def test_random_damage_is_refused_and_the_next_request_is_answered(
     rng = random.Random(5)
     for binary in (False, True):
         good = infer_body({"scent": draw(2)["scent"]}, binary=binary, min_accuracy=0.5)
-        for _ in range(150):
+        for _ in range(50):
             content = bytearray(good.content)
             for _ in range(rng.randint(1, 4)):
                 # Behind the tensors' own bytes everything is a good tensor, so that only the JSON is damaged.
@@ -477,24 +479,151 @@ async def chunks(size: int) -> AsyncIterator[bytes]:
         yield bytes(2**16)
 
 
-@pytest.mark.parametrize("window", [31, 15])
+@pytest.mark.parametrize(("encoding", "window"), [("gzip", 31), ("deflate", 15)])
 async def test_a_bomb_is_refused_without_being_unpacked(
-    gateway: Gateway, http: Http, monkeypatch: pytest.MonkeyPatch, window: int
+    gateway: Gateway, http: Http, encoding: str, window: int
 ) -> None:
     packer = zlib.compressobj(wbits=window)
     bomb = b"".join(packer.compress(bytes(2**20)) for _ in range(256)) + packer.flush()
     assert len(bomb) < 2**19
-    unpacked = []
-    original = module.Bodies.read
-
-    @asynccontextmanager
-    async def watched(self: Any, request: Any) -> AsyncIterator[memoryview]:
-        async with original(self, request) as body:
-            yield body
-
-    monkeypatch.setattr(module.Bodies, "read", watched)
-    unpacked.append(gateway.plane.arriving.statistics()["arriving_bytes"])
-    encoding = {31: "gzip", 15: "deflate"}[window]
+    tracemalloc.start()
     response = await http.client.post(INFER, content=bomb, headers={"Content-Encoding": encoding})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
     assert refusal(response) == (413, f"the body has more than 1048576 bytes; {TOO_LARGE}")
+    assert peak < 16 * 2**20
     await gateway.idle()
+
+
+async def test_json_has_a_bound_of_its_own(gateway: Gateway) -> None:
+    scents = {"scent": np.zeros((1024, 6), np.float32)}
+    async with speaking_http(gateway, max_json_mib=0) as http:
+        status, error = refusal(await http.infer(infer_body(scents)))
+        assert (status, error.partition(" bytes; ")[2]) == (
+            413,
+            "expected at most 0 (setting gateway.max_json_mib): send tensors as binary data",
+        )
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(gateway: Gateway) -> None:
+    async with speaking_http(gateway, max_body_ms=200) as http:
+        reader, writer = await connect(http)
+        writer.write(head(1000) + b"{")
+        status, _, error = await answered(reader)
+        expected = (
+            "1 bytes of the body were there after 0.2 s; expected all of it by then (setting gateway.max_body_ms)"
+        )
+        assert (status, error) == (504, expected)
+        writer.close()
+        await gateway.idle()
+
+
+async def arrived(gateway: Gateway, http: Http, nbytes: int) -> None:
+    """Returns when so many bytes of bodies are there."""
+    async with asyncio.timeout(30):
+        while gateway.plane.arriving.statistics()["arriving_bytes"] < nbytes:
+            await http.client.get("/v2/health/live")
+
+
+async def test_bodies_that_arrive_take_no_more_than_they_may(gateway: Gateway, http: Http) -> None:
+    _, writer = await connect(http)
+    writer.write(head(900_000) + bytes(800_000))
+    await arrived(gateway, http, 800_000)
+    response = await http.client.post(INFER, content=bytes(900_000))
+    status, error = refusal(response)
+    assert (status, error.endswith("of 1048576 bytes (transport.gateway_arena_mib)")) == (429, True)
+    assert int(response.headers["retry-after"]) >= 1
+    writer.close()
+    await gateway.idle()
+
+
+async def test_a_gateway_that_is_full_says_so_before_it_reads(gateway: Gateway, http: Http, draw: Draw) -> None:
+    calls = [await under_way(gateway, http.infer(infer_body(draw(1)))) for _ in range(3)]
+    reader, writer = await connect(http)
+    writer.write(head(1000))
+    status, headers, error = await answered(reader)
+    assert (status, error) == (429, "3 jobs are in flight, the most that gateway.max_jobs_in_flight allows")
+    assert int(headers["retry-after"]) >= 1
+    assert int(headers["retry-after-ms"]) >= 1
+    writer.close()
+    assert gateway.plane.inferences_of("fruit").fail.count == 1
+    for call, description in calls:
+        gateway.answer(description)
+        assert (await call).status_code == 200
+    await gateway.idle()
+
+
+@pytest.mark.parametrize("abort", [False, True])
+async def test_a_caller_that_goes_away_ends_its_job(gateway: Gateway, http: Http, draw: Draw, abort: bool) -> None:
+    _, writer = await connect(http)
+    body = infer_body(draw(2))
+    writer.write(head(len(body.content)) + body.content)
+    description = await gateway.job_at_selector()
+    if abort:
+        writer.transport.abort()
+    else:
+        writer.close()
+    assert await gateway.cancelled_at_selector() == description.job_id
+    gateway.selector.say(release=release_of(description))
+    await gateway.idle()
+    fruit = gateway.plane.inferences_of("fruit")
+    assert (fruit.success.count, fruit.fail.count) == (0, 1)
+
+
+async def test_a_caller_that_goes_away_while_it_sends_leaves_nothing(gateway: Gateway, http: Http) -> None:
+    _, writer = await connect(http)
+    writer.write(head(1000) + b"{")
+    await arrived(gateway, http, 1)
+    writer.close()
+    await gateway.idle()
+
+
+@pytest.mark.parametrize("first", [b"", b"GET /v2/health/live HTTP/1.1\r\n", head(1000)])
+async def test_a_connection_that_brings_no_request_is_closed(gateway: Gateway, first: bytes) -> None:
+    async with speaking_http(gateway, idle_s=0.3, max_body_ms=100) as http:
+        reader, writer = await connect(http)
+        writer.write(first)
+
+        async def dribble() -> None:
+            with contextlib.suppress(OSError):
+                while first:
+                    writer.write(b"x: y\r\n")
+                    await writer.drain()
+                    await asyncio.sleep(0.02)
+
+        dribbling = asyncio.create_task(dribble())
+        with contextlib.suppress(ConnectionResetError):
+            async with asyncio.timeout(30):
+                await reader.read()
+        dribbling.cancel()
+        writer.close()
+
+
+async def test_a_connection_serves_many_requests(gateway: Gateway) -> None:
+    async with speaking_http(gateway, idle_s=1) as http:
+        reader, writer = await connect(http)
+        for _ in range(20):
+            writer.write(b"GET /v2/health/live HTTP/1.1\r\nHost: here\r\n\r\n")
+            async with asyncio.timeout(30):
+                assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
+                await reader.readexactly(len(b'{"live":true}'))
+            await asyncio.sleep(0.1)
+        writer.close()
+
+
+async def listens(http: Http) -> bool:
+    try:
+        (await connect(http))[1].close()
+    except OSError:
+        return False
+    return True
+
+
+async def test_requests_under_way_are_answered_before_it_stops(gateway: Gateway, http: Http, draw: Draw) -> None:
+    call, description = await under_way(gateway, http.infer(infer_body(draw(1))))
+    http.server.stop()
+    async with asyncio.timeout(30):
+        while await listens(http):
+            pass
+    gateway.answer(description)
+    assert outputs_of(await call)["probabilities"].shape == (1, 3)

@@ -4,6 +4,8 @@ import contextlib
 import json
 import math
 import struct
+import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -256,6 +258,20 @@ def test_any_bytes_are_a_request_or_refused(data: st.DataObject) -> None:
         if not text:
             break
     is_request_or_refused(bytes(text))
+
+
+def test_reading_gives_way_to_other_threads() -> None:
+    nested = np.arange(900_000).reshape(-1, 3)
+    content = json.dumps(request_with(shape=nested.shape, data=nested.tolist())).encode()
+    reading = threading.Thread(target=read, args=(content,))
+    started = last = time.perf_counter()
+    longest = 0.0
+    reading.start()
+    while reading.is_alive():
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    # If it did not, the longest would be most of it.
+    assert longest < (time.perf_counter() - started) / 3
 
 
 # Responses
