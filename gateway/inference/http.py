@@ -42,7 +42,7 @@ class InferenceHttp:
 
     def __init__(self, plane: DataPlane) -> None:
         self._plane = plane
-        self._bodies = Bodies(plane.settings, plane.arriving)
+        self._bodies, self._document = Bodies(plane.settings, plane.arriving), document()
         # One: what is large waits for its turn, for JSON takes many times its size while it is read.
         self._thread = ThreadPoolExecutor(1, "json")
 
@@ -78,7 +78,7 @@ class InferenceHttp:
     @answers_with_error
     async def openapi(self, request: Request) -> Response:
         """The whole of it, described."""
-        return JsonReply(document())
+        return JsonReply(self._document)
 
     @answers_with_error
     async def server_live(self, request: Request) -> Response:
