@@ -10,7 +10,8 @@ from google.protobuf import descriptor_pool
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from numpy.typing import NDArray
 
-from gateway.inference.messages import SERVICE
+from gateway.inference.messages import SERVICE, message
+from mosel.config import Settings
 from mosel.launcher import Launcher
 from tests.gateway.inference.support import array_of, infer_request, parameters_of, stub_of
 
@@ -85,3 +86,34 @@ def test_methods_of_others_are_not_implemented(channel: grpc.Channel) -> None:
         with pytest.raises(grpc.RpcError) as refused:
             call(b"", timeout=20)
         assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.xfail(reason="models cannot be unloaded yet")
+def test_models_are_unloaded_and_loaded_again(settings_with: Callable[..., Settings], draw: Draw) -> None:
+    with Launcher(settings_with()) as launcher:
+        launcher.wait_ready(120)
+        with grpc.insecure_channel(launcher.address) as channel:
+            stub, request = stub_of(channel), infer_request(draw(1))
+
+            def tell(method: str, model: str) -> None:
+                getattr(stub, method)(message(f"{method}Request", {"model_name": model}), timeout=60)
+
+            def state() -> str:
+                (model,) = stub.RepositoryIndex(message("RepositoryIndexRequest", {}), timeout=30).models
+                assert bool(model.reason) is (model.state != "READY")
+                return f"{model.name} {model.state}"
+
+            tell("RepositoryModelUnload", "fruit")
+            assert state() == "fruit UNAVAILABLE"
+            assert not stub.ModelReady(message("ModelReadyRequest", {"name": "fruit"}), timeout=30).ready
+            assert stub.ServerLive(message("ServerLiveRequest", {}), timeout=30).live
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.ModelInfer(request, timeout=30)
+            assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+            tell("RepositoryModelLoad", "fruit")
+            assert state() == "fruit READY"
+            assert array_of(stub.ModelInfer(request, timeout=30), "probabilities").shape == (1, 3)
+            for method in ("RepositoryModelLoad", "RepositoryModelUnload"):
+                with pytest.raises(grpc.RpcError) as refused:
+                    tell(method, "pear")
+                assert refused.value.code() is grpc.StatusCode.NOT_FOUND
