@@ -14,6 +14,8 @@ from grpc_reflection.v1alpha import reflection
 
 from gateway.access.guarding import guarding
 from gateway.access.interceptor import OnlyTenants
+from gateway.inference.messages import POOL, SERVICE
+from gateway.inference.servicer import InferenceServicer, handlers
 from gateway.plane import DataPlane
 from gateway.selector_link import SelectorLink
 from gateway.servicer import GatewayServicer
@@ -57,7 +59,7 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
             settings, announcement, publisher.release, transport_changed, models_changed.set
         ) as link:
             plane = DataPlane(settings, packages, arena, publisher, link)
-            register = partial(_register, GatewayServicer(plane))
+            register = partial(_register, plane)
             checks = (RefuseGarbage(), RefuseHugeAnswers(settings))
             refused = partial(_handshake_refused, plane)
             async with guarding(settings.gateway.tokens_file, plane.counters) as guard:
@@ -79,14 +81,16 @@ def _handshake_refused(plane: DataPlane, reason: str) -> None:
     handshake_refused(reason)
 
 
-def _register(servicer: GatewayServicer, server: grpc.aio.Server) -> None:
-    gateway_pb2_grpc.add_GatewayServicer_to_server(servicer, server)
+def _register(plane: DataPlane, server: grpc.aio.Server) -> None:
+    gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(plane), server)
+    server.add_generic_rpc_handlers((handlers(InferenceServicer(plane)),))
     names = [
+        SERVICE.full_name,
         gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name,
         health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
         reflection.SERVICE_NAME,
     ]
-    reflection.enable_server_reflection(names, server)
+    reflection.enable_server_reflection(names, server, POOL)
 
 
 @contextlib.asynccontextmanager

@@ -1,11 +1,12 @@
 """The data plane: the one way in for every protocol. Checked jobs go in, answers come out. Knows no protocol."""
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 
 from gateway.access.guard import Guard
 from gateway.answers import Answer, answer_from
+from gateway.inferences import Inferences
 from gateway.intake import Check, Intake
 from gateway.models import Models
 from gateway.registry import JobRegistry
@@ -57,6 +58,7 @@ class DataPlane:
         self.counters: Counter[str] = Counter()
         self.guard: Guard | None = None
         self._arena = arena
+        self._inferences: defaultdict[str, Inferences] = defaultdict(Inferences)
 
     def admit(self) -> None:
         """Counts a request.
@@ -68,10 +70,11 @@ class DataPlane:
         self.registry.check_room()
         self.link.check_connected()
 
-    async def predict(self, check: Check, elements: int, call: Deadline) -> Answer:
+    async def predict(self, model: str, check: Check, elements: int, call: Deadline) -> Answer:
         """Predicts the items of one job; cancelling cancels the job.
 
         Args:
+            model: as the caller names it.
             check: checks what the caller sent; may run in a thread.
             elements: of all payloads together, as the caller says.
             call: when the caller's own call ends.
@@ -79,8 +82,8 @@ class DataPlane:
         Raises:
             MoselError: whatever `check` raises, and whatever the job ends with.
         """
-        self.admit()
-        with self.models.checking() as sent:
+        with self.inferences_of(model).request() as request, self.models.checking() as sent:
+            self.admit()
             prepared = await self.intake.request(check, elements, call)
             job, times = prepared.job, prepared.times
             with (
@@ -88,12 +91,18 @@ class DataPlane:
                 self.link.submit(prepared.description) as answers,
             ):
                 sent()
+                request.sent()
                 entry.under_way()
                 groups = [group async for finished in answers for group in finished]
                 answer = answer_from(job, groups, answers.result, times.deadline.remaining * 1000)
                 entry.status.items_done = job.size
+            request.answer(job.size, answer.queue_ms, answer.compute_ms)
         self.counters.update(answered=1, items=job.size)
         return answer
+
+    def inferences_of(self, model: str) -> Inferences:
+        """What became of the requests to a model; names of no model leave nothing behind."""
+        return self._inferences[model] if model in self.packages else Inferences()
 
     async def load(self, model: str) -> None:
         """Loads a model from the models folder, or loads it anew; later requests are checked against what was loaded.
@@ -119,7 +128,7 @@ class DataPlane:
 
     def state_of(self, model: str) -> selector_pb2.ModelState:
         """What the selector last said of a model; nothing is ready while it is away."""
-        reason = "not loaded" if self.link.models else "service selector is not reachable"
+        reason = "not loaded" if self.link.connected else "service selector is not reachable"
         return self.link.models.get(model, selector_pb2.ModelState(model=model, reason=reason))
 
     def is_ready(self, model: str) -> bool:
@@ -135,11 +144,14 @@ class DataPlane:
 
     async def statuses(self) -> list[service_pb2.ServiceStatus]:
         """The state of every service; of a selector that does not answer, why."""
+        detail = self.link.refused
+        if not self.link.models:
+            detail = "no model is loaded" if self.link.connected else "selector is not reachable"
         own = service_pb2.ServiceStatus(
             name="gateway",
             address=self.settings.gateway_address,
             ready=any(map(self.is_ready, self.packages)),
-            detail=self.link.refused or ("" if self.link.models else "selector is not reachable"),
+            detail=detail,
             pid=os.getpid(),
             counters=self.statistics(),
         )

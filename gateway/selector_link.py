@@ -109,9 +109,14 @@ class SelectorLink:
         """Jobs that wait for what the selector says."""
         return {"jobs_at_selector": len(self._answers)}
 
+    @property
+    def connected(self) -> bool:
+        """Whether the selector is there."""
+        return self._outbox is not None
+
     def check_connected(self) -> None:
         """Raises ServiceUnavailable unless the selector is there and takes jobs."""
-        if self._outbox is None:
+        if not self.connected:
             raise ServiceUnavailable("service selector is not reachable")
         if self.refused:
             raise ServiceUnavailable(f"service gateway must not send payloads: {self.refused}")

@@ -23,6 +23,7 @@ from selector.measuring import Latencies, Model, lanes_of
 from selector.options import Frontiers
 from selector.peers import Peers
 from selector.profile import ModelProfile
+from selector.profiles import believed_accuracy
 from selector.scheduler import Scheduler
 from selector.stages import FUSION, service_name
 
@@ -56,7 +57,7 @@ class Models:
         self._one_at_a_time: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks: set[asyncio.Task[Any]] = set()
         for package in packages:
-            model = self._models[package.id] = _model_of(package)
+            model = self._models[package.id] = self._model_of(package)
             self._current[package.name] = package.id
             scheduler.load(package.id, model.profile)
 
@@ -195,7 +196,7 @@ class Models:
         if model_id in self._freeing:
             await self._freeing[model_id]
         new = model_id not in self._models
-        model = self._models.setdefault(model_id, _model_of(package))
+        model = self._models.setdefault(model_id, self._model_of(package))
         self._loading.add(model_id)
         if not new:
             # If it was retired, it must not be freed now.
@@ -237,9 +238,8 @@ class Models:
     async def _unload(self, name: str) -> None:
         async with self._one_at_a_time[name]:
             if self._current.pop(name, None) is None:
-                raise ModelNotFound(
-                    f"model '{name}' is not loaded; loaded: {', '.join(sorted(self._current)) or 'none'}"
-                )
+                loaded = ", ".join(sorted(self._current)) or "none"
+                raise ModelNotFound(f"model '{name}' is not loaded; expected one of: {loaded}")
             log.info("model unloaded", extra={"model": name})
             self._changed()
             self._retire_unnamed()
@@ -277,6 +277,11 @@ class Models:
             reason="; ".join(f"service {service_name(lane)}: {why}" for lane, why in model.lacking.items()),
         )
 
+    def _model_of(self, package: ModelPackage) -> Model:
+        stated, confidence = package.accuracy, self._settings.selector.floor_confidence
+        accuracy = {s: believed_accuracy(value, stated.samples, confidence) for s, value in stated.sets.items()}
+        return Model(package, ModelProfile(accuracy, stated.samples, package.default_min_accuracy))
+
     def _start(self, work: Coroutine[Any, Any, R]) -> "asyncio.Task[R]":
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
@@ -294,11 +299,6 @@ def _read(settings: Settings, name: str) -> ModelPackage:
     package = find_package(settings.models_dir, name)
     package.check_unchanged()
     return package
-
-
-def _model_of(package: ModelPackage) -> Model:
-    accuracy = package.accuracy
-    return Model(package, ModelProfile(accuracy.sets, accuracy.samples, package.default_min_accuracy))
 
 
 def _name_of(model: str) -> str:
