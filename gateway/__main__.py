@@ -11,12 +11,15 @@ import grpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
+from gateway.metrics_page import MetricsPage
 from gateway.plane import DataPlane
 from gateway.selector_link import SelectorLink
 from gateway.servicer import GatewayServicer
 from mosel.config import Settings
+from mosel.http import HttpServer
 from mosel.model_package import find_packages
 from mosel.service import RefuseGarbage, Service, run_service
+from mosel.tracing import open_tracing
 from mosel.transport import open_arena
 from mosel.v1 import arena_pb2, gateway_pb2, gateway_pb2_grpc, tensor_pb2
 
@@ -39,7 +42,10 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
     packages = find_packages(settings.models_dir, settings.models)
     models_changed = asyncio.Event()
     transport = settings.transport
-    with open_arena(transport, transport.gateway_arena_mib, "transport.gateway_arena_mib") as (arena, publisher):
+    with (
+        open_tracing(settings, "gateway") as tracing,
+        open_arena(transport, transport.gateway_arena_mib, "transport.gateway_arena_mib") as (arena, publisher),
+    ):
         announcement = arena_pb2.Announcement(arenas=[arena.announcement()])
 
         def transport_changed(rung: tensor_pb2.Rung.ValueType) -> None:
@@ -49,14 +55,18 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
         async with SelectorLink(
             settings, announcement, publisher.release, transport_changed, models_changed.set
         ) as link:
-            plane = DataPlane(settings, packages, arena, publisher, link)
+            plane = DataPlane(settings, packages, arena, publisher, link, tracing)
             register = partial(_register, GatewayServicer(plane))
-            address = listen or settings.gateway_address
+            address, gateway = listen or settings.gateway_address, settings.gateway
+            page, grace_s = MetricsPage(plane.metrics, link).app(), settings.stop_grace_ms / 1000
             async with (
-                Service(settings, address, "--grpc-port", register, (RefuseGarbage(),)) as service,
+                Service(
+                    settings, address, "--grpc-port", register, (RefuseGarbage(),), ["mosel.v1.Gateway"]
+                ) as service,
+                HttpServer(page, gateway.host, gateway.metrics_port, "--metrics-port", grace_s),
                 _following_models(service, plane, models_changed),
             ):
-                await service.set_ready(True)
+                service.set_ready(True)
                 await stop.wait()
 
 
@@ -77,7 +87,7 @@ async def _following_models(service: Service, plane: DataPlane, changed: asyncio
     async def follow() -> None:
         while True:
             for model in plane.packages:
-                await service.set_ready(plane.is_ready(model), model)
+                service.set_ready(plane.is_ready(model), model)
             await changed.wait()
             changed.clear()
 

@@ -5,13 +5,17 @@ from collections import Counter
 from collections.abc import Mapping
 
 from gateway.answers import Answer, answer_from
+from gateway.gauges import show_jobs, show_models
 from gateway.intake import Check, Intake
+from gateway.observer import Observer
 from gateway.registry import JobRegistry
 from gateway.selector_link import SelectorLink
 from gateway.upload import ArrivingBytes
 from mosel.config import Settings
 from mosel.deadline import Deadline
+from mosel.metrics import Metrics
 from mosel.model_package import ModelPackage
+from mosel.tracing import OFF, Tracing
 from mosel.transport import Publisher, SharedMemoryArena
 from mosel.v1 import selector_pb2, service_pb2
 
@@ -25,6 +29,7 @@ class DataPlane:
         arena: where payloads are kept.
         publisher: puts them there.
         link: the stream to the selector.
+        tracing: records requests.
 
     Attributes:
         settings, packages, link: as given.
@@ -32,6 +37,8 @@ class DataPlane:
         registry: the jobs under way.
         arriving: what jobs take whose items are still arriving.
         counters: requests, answers and items since the start.
+        metrics: of this process.
+        observer: follows requests.
     """
 
     def __init__(
@@ -41,6 +48,7 @@ class DataPlane:
         arena: SharedMemoryArena,
         publisher: Publisher,
         link: SelectorLink,
+        tracing: Tracing = OFF,
     ) -> None:
         self.settings, self.packages, self.link = settings, packages, link
         self.intake = Intake(settings, publisher)
@@ -48,7 +56,11 @@ class DataPlane:
         limit = settings.transport.gateway_arena_mib * 1024 * 1024
         self.arriving = ArrivingBytes(arena.largest_slot, limit, "transport.gateway_arena_mib")
         self.counters: Counter[str] = Counter()
-        self._arena = arena
+        self._publisher = publisher
+        self.metrics = Metrics("gateway")
+        self.observer = Observer(self.metrics, packages, settings.gateway.access_log, tracing)
+        show_jobs(self.metrics, self.registry, link, self.arriving)
+        show_models(self.metrics, publisher, lambda: {name: self.is_ready(name) for name in packages})
 
     def admit(self) -> None:
         """Counts a request.
@@ -60,28 +72,33 @@ class DataPlane:
         self.registry.check_room()
         self.link.check_connected()
 
-    async def predict(self, check: Check, elements: int, call: Deadline) -> Answer:
+    async def predict(self, check: Check, elements: int, call: Deadline, model: str = "") -> Answer:
         """Predicts the items of one job; cancelling cancels the job.
 
         Args:
             check: checks what the caller sent; may run in a thread.
             elements: of all payloads together, as the caller says.
             call: when the caller's own call ends.
+            model: which one the caller names.
 
         Raises:
             MoselError: whatever `check` raises, and whatever the job ends with.
         """
-        self.admit()
-        prepared = await self.intake.request(check, elements, call)
-        job, times = prepared.job, prepared.times
-        with (
-            self.registry.open(prepared.description.job_id, job.package.name, job.size, times.ends) as entry,
-            self.link.submit(prepared.description) as answers,
-        ):
-            entry.under_way()
-            groups = [group async for finished in answers for group in finished]
-            answer = answer_from(job, groups, answers.result, times.deadline.remaining * 1000)
-            entry.status.items_done = job.size
+        with self.observer.following(model) as request:
+            self.admit()
+            prepared = await self.intake.request(request.job_id, check, elements, call)
+            job, times = prepared.job, prepared.times
+            request.checked(job, times)
+            request.sent(prepared.description)
+            with (
+                self.registry.open(request.job_id, job.package.name, job.size, times.ends) as entry,
+                self.link.submit(prepared.description) as answers,
+            ):
+                entry.under_way()
+                groups = [group async for finished in answers for group in finished]
+                answer = answer_from(job, groups, answers.result, times.deadline.remaining * 1000)
+                entry.status.items_done = job.size
+            request.answered(Counter(answer.modality_sets), answers.result, answer.deadline_slack_ms)
         self.counters.update(answered=1, items=job.size)
         return answer
 
@@ -95,7 +112,7 @@ class DataPlane:
 
     def statistics(self) -> dict[str, int]:
         """Counts since the start, and what is held now."""
-        counts = dict(self.counters) | self._arena.statistics().as_counters() | self.registry.statistics()
+        counts = dict(self.counters) | self._publisher.statistics() | self.registry.statistics()
         return counts | self.arriving.statistics() | self.link.statistics()
 
     async def statuses(self) -> list[service_pb2.ServiceStatus]:

@@ -63,6 +63,8 @@ class GatewaySettings(_Section):
     max_items_per_job: int = Field(1024, ge=1)
     max_jobs_in_flight: int = Field(256, ge=1)
     default_deadline_ms: float = Field(30_000, gt=0)
+    # One line in the log for each request.
+    access_log: bool = True
 
 
 class SelectorSettings(_Section):
@@ -108,6 +110,15 @@ class TransportSettings(_Section):
     max_message_mib: int = Field(64, ge=1)
 
 
+class TracingSettings(_Section):
+    """OpenTelemetry; off while no endpoint is named."""
+
+    # Of a collector that takes OTLP over gRPC: http://host:4317, or https:// for TLS.
+    otlp_endpoint: str = Field("", pattern=r"^(https?://[^/\s]+)?$")
+    # Of the requests whose callers bring no trace; a caller's trace is recorded if it says so.
+    sample_ratio: float = Field(1.0, ge=0, le=1)
+
+
 class Settings(BaseSettings):
     """Everything that can be set."""
 
@@ -130,6 +141,7 @@ class Settings(BaseSettings):
     encoders: EncoderSettings = EncoderSettings()
     fusion: FusionSettings = FusionSettings()
     transport: TransportSettings = TransportSettings()
+    tracing: TracingSettings = TracingSettings()
 
     @classmethod
     def settings_customise_sources(

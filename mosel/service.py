@@ -15,11 +15,13 @@ from typing import Any, ParamSpec, TypeVar, cast
 import grpc
 import uvloop
 from google.protobuf.message import DecodeError
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 
 from mosel.config import Settings, load_settings
 from mosel.deadline import Deadline
 from mosel.errors import ConfigError, MoselError, ServiceUnavailable
+from mosel.health import Health
+from mosel.incoming import note_incoming
 from mosel.logs import configure_logs
 from mosel.status import RETRY_AFTER, retry_after_ms, status_of
 
@@ -62,6 +64,7 @@ class Service:
         setting: the setting or flag that states the address, for messages.
         register: adds the servicer.
         interceptors: what sees each call first; each costs time in every call.
+        names: of the gRPC services that it adds, `mosel.v1.Gateway`, for health.
     """
 
     def __init__(
@@ -71,11 +74,12 @@ class Service:
         setting: str,
         register: Register,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        names: Sequence[str] = (),
     ) -> None:
         self.address = address
-        self._settings, self._setting = settings, setting
+        self._settings, self._setting, self._names = settings, setting, names
         self._server = grpc.aio.server(options=channel_options(settings), interceptors=interceptors)
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         register(self._server)
 
@@ -89,22 +93,24 @@ class Service:
             raise ConfigError(f"{self._setting}: {self.address} is taken or cannot be listened on") from None
         if path is None:
             self.address = f"{self.address.rpartition(':')[0]}:{port}"
+        self._health.set("", True)
+        self.set_ready(False)
         await self._server.start()
         log.info("listening", extra={"address": self.address, "pid": os.getpid()})
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._health.enter_graceful_shutdown()
+        self._health.stop()
         await self._server.stop(self._settings.stop_grace_ms / 1000)
         path = socket_path(self.address)
         if path is not None:
             path.unlink(missing_ok=True)
         log.info("stopped")
 
-    async def set_ready(self, ready: bool, service: str = "") -> None:
-        """Sets what `grpc.health.v1` answers for a service name; the empty name is the process itself."""
-        state = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-        await self._health.set(service, state)
+    def set_ready(self, ready: bool, *names: str) -> None:
+        """Sets what `grpc.health.v1` answers for some names, or for its gRPC services; the process lives anyway."""
+        for name in names or self._names:
+            self._health.set(name, ready)
 
 
 def socket_path(address: str) -> Path | None:
@@ -151,6 +157,7 @@ def answers_with_status(
     @functools.wraps(method)
     async def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         context = cast(Context, args[-1])
+        note_incoming(method.__name__, context.invocation_metadata)  # type: ignore[arg-type]
         try:
             return await method(*args, **kwargs)
         except MoselError as error:

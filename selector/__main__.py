@@ -8,8 +8,10 @@ from functools import partial
 from mosel.config import Settings
 from mosel.model_package import ModelPackage, find_packages
 from mosel.service import Service, run_service
+from mosel.tracing import open_tracing
 from mosel.v1 import selector_pb2_grpc
 from selector.director import Director
+from selector.observer import Observer
 from selector.peers import Peers
 from selector.profile import ModelProfile
 from selector.scheduler import Scheduler
@@ -35,16 +37,21 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
     profiles = {name: _profile(package) for name, package in packages.items()}
     limits = settings.selector
     scheduler = Scheduler(profiles, limits.policy, limits.max_queued_items, settings.workers, limits.reply_ms)
-    director = Director(scheduler, profiles)
+    versions = {name: package.version for name, package in packages.items()}
     address = listen or settings.selector_address
-    async with Peers(settings, packages, profiles, director.lane_changed) as peers:
-        director.use(peers)
-        register = partial(selector_pb2_grpc.add_SelectorServicer_to_server, SelectorServicer(director, peers, address))
-        async with Service(settings, address, "selector.address", register) as service:
-            await service.set_ready(True)
-            await stop.wait()
-            await service.set_ready(False)
-            await director.drain(settings.stop_grace_ms / 1000)
+    with open_tracing(settings, "selector") as tracing:
+        observer = Observer(versions, tracing)
+        director = Director(scheduler, profiles, observer)
+        async with Peers(settings, packages, profiles, director.lane_changed) as peers:
+            director.use(peers)
+            servicer = SelectorServicer(director, peers, address, observer.metrics)
+            register = partial(selector_pb2_grpc.add_SelectorServicer_to_server, servicer)
+            names = ["mosel.v1.Selector"]
+            async with Service(settings, address, "selector.address", register, names=names) as service:
+                service.set_ready(True)
+                await stop.wait()
+                service.set_ready(False)
+                await director.drain(settings.stop_grace_ms / 1000)
 
 
 def _profile(package: ModelPackage) -> ModelProfile:

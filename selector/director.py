@@ -7,14 +7,14 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 
 import grpc
 
-from mosel.errors import InternalError, InvalidRequest, MoselError, ServiceUnavailable
-from mosel.modality import format_set
+from mosel.errors import InternalError, InvalidRequest, JobCancelled, MoselError, ServiceUnavailable
+from mosel.logs import job_field
 from mosel.status import error_from_rpc
 from mosel.v1 import encoder_pb2, fusion_pb2, gateway_pb2, selector_pb2, tensor_pb2
 from selector.conversions import (
@@ -24,12 +24,15 @@ from selector.conversions import (
     item_group,
     job_from,
     plan_reply,
+    set_profile,
     slices,
     slots_in,
 )
 from selector.emission import Emission
+from selector.gauges import show_jobs, show_tensors
 from selector.jobs import Call, EncodeCall, Ended, FuseCall, Wait
 from selector.ledger import Ledger
+from selector.observer import Observer, SeenCall
 from selector.peers import Peers
 from selector.profile import ModelProfile
 from selector.scheduler import Scheduler
@@ -60,12 +63,16 @@ SlotKey = tuple[Session | str, int, int, int, int]
 
 @dataclass(eq=False)
 class _JobInFlight:
-    """A job's tensors. `embeddings` are by modality and item; `done` waits for the end unless results are streamed."""
+    """A job's tensors. `embeddings` are by modality and item; `done` waits for the end unless results are streamed.
+
+    `traceparent` is that of its request, empty if it is not traced.
+    """
 
     session: Session
     work: Work
     payloads: Mapping[str, tensor_pb2.TensorRef]
     emission: Emission[selector_pb2.ItemGroup] | None
+    traceparent: str
     embeddings: dict[str, dict[int, Place]] = field(default_factory=lambda: defaultdict(dict))
     done: list[selector_pb2.ItemGroup] = field(default_factory=list)
 
@@ -76,17 +83,18 @@ class Director:
     Args:
         scheduler: the core.
         profiles: by model name.
+        observer: is told what happens.
     """
 
-    def __init__(self, scheduler: Scheduler, profiles: Mapping[str, ModelProfile]) -> None:
-        self.counters: Counter[str] = Counter()
-        self._scheduler, self._profiles = scheduler, profiles
+    def __init__(self, scheduler: Scheduler, profiles: Mapping[str, ModelProfile], observer: Observer) -> None:
+        self._scheduler, self._profiles, self._observer = scheduler, profiles, observer
         self._ledger: Ledger[SlotKey] = Ledger()
         self._jobs: dict[bytes, _JobInFlight] = {}
         self._sessions: set[Session] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self._stopping = False
+        self._warm: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._flush: asyncio.TimerHandle | None = None
@@ -95,6 +103,8 @@ class Director:
     def use(self, peers: Peers) -> None:
         """Sets the services that compute; before that, every job is refused."""
         self._peers = peers
+        show_jobs(self._observer, self._scheduler)
+        show_tensors(self._observer, self._ledger, peers.attachments)
 
     # Events from gateways
 
@@ -111,24 +121,24 @@ class Director:
 
     def submit(self, session: Session, description: selector_pb2.JobDescription) -> None:
         """A job arrived; its answer or failure is sent to the session."""
-        job_id = description.job_id
+        job_id, now = description.job_id, time.monotonic()
         try:
             if self._stopping:
                 raise ServiceUnavailable("service selector is stopping")
             check_payloads(description)
             if job_id in self._jobs:
                 raise InvalidRequest("job_id is already under way")
-            now = time.monotonic()
             work = self._scheduler.submit(job_from(description, now), now)
         except MoselError as error:
-            self.counters["jobs_refused"] += 1
+            self._observer.refused(description, error, now)
             session.send(failure=failure_from(job_id, error))
             session.send(release=tensor_pb2.ReleaseSlots(slots=slots_in(description.payloads.values())))
             return
-        self.counters["jobs_admitted"] += 1
+        self._observer.admitted(work, description.traceparent)
         self._idle.clear()
         emission = Emission[selector_pb2.ItemGroup](work.floor) if description.stream else None
-        self._jobs[job_id] = _JobInFlight(session, work, dict(description.payloads), emission)
+        payloads = dict(description.payloads)
+        self._jobs[job_id] = _JobInFlight(session, work, payloads, emission, description.traceparent)
         self._ledger.open(job_id, (_key(session, slot) for slot in slots_in(description.payloads.values())))
         self._advance()
 
@@ -143,8 +153,8 @@ class Director:
 
     def cancel(self, job_id: bytes) -> None:
         """Nobody waits for a job any more."""
-        if self._forget(job_id):
-            self.counters["jobs_cancelled"] += 1
+        if job := self._forget(job_id):
+            self._observer.failed(job.work, JobCancelled("nobody waits for it any more"), job.traceparent)
             self._scheduler.cancelled(job_id)
             self._advance()
 
@@ -152,6 +162,8 @@ class Director:
 
     def lane_changed(self, name: str, up: bool, resource: str) -> None:
         """A service came or went; `resource` is what it computes on."""
+        if up:
+            self._warm.add(name)
         for job_id in self._scheduler.lane(name, up, resource):
             self._fail(job_id, ServiceUnavailable(f"service {service_name(name)} went away"))
         for session in self._sessions:
@@ -159,18 +171,21 @@ class Director:
         self._advance()
 
     def model_states(self) -> selector_pb2.ModelStates:
-        """Which models are ready, and what is known of their modality sets."""
+        """Which models are ready, and what is known of their modality sets.
+
+        A model is ready once all its services have been, and as long as some modality set can be run.
+        """
         states = selector_pb2.ModelStates()
         for name, profile in self._profiles.items():
-            measured = all(profile.is_measured(s) for s in profile.accuracy)
-            state = states.models.add(model=name, ready=measured and any(map(self._scheduler.is_up, profile.accuracy)))
-            for modality_set, accuracy in profile.accuracy.items():
-                state.sets.append(self._set_profile(profile, modality_set, accuracy))
+            warm = self._warm >= {FUSION}.union(*profile.accuracy) and all(map(profile.is_measured, profile.accuracy))
+            state = states.models.add(model=name, ready=warm and any(map(self._scheduler.is_up, profile.accuracy)))
+            for modality_set in profile.accuracy:
+                state.sets.append(set_profile(profile, modality_set, self._scheduler.is_up(modality_set)))
         return states
 
     def statistics(self) -> dict[str, int]:
         """Counts since the start, what is held now, and how calls differ from their profiles."""
-        counts = dict(self.counters) | self._scheduler.statistics() | self._ledger.statistics()
+        counts = self._observer.statistics() | self._scheduler.statistics() | self._ledger.statistics()
         for (model, lane), (overhead_ms, factor) in self._scheduler.corrections(time.monotonic()).items():
             counts[f"correction.{model}.{lane}.overhead_us"] = max(round(overhead_ms * 1000), 0)
             counts[f"correction.{model}.{lane}.factor_permille"] = round(factor * 1000)
@@ -209,23 +224,27 @@ class Director:
             self._flush = asyncio.get_running_loop().call_later(_RELEASE_EVERY_S, self._send_releases)
 
     async def _encode(self, call: EncodeCall, request: encoder_pb2.EncodeRequest, timeout: float) -> None:
+        seen = self._observer.began(call, request, self._traceparents(call))
         try:
             reply = await self._peer().encoders[call.modality].Encode(request, timeout=timeout)
         except Exception as error:  # noqa: BLE001 (whatever it is, the call must leave its lane)
-            self._lose(call, error)
+            self._lose(seen, error)
         else:
+            self._observer.returned(seen, reply.compute_us)
             self._keep(call, reply.embeddings)
             self._scheduler.completed(call, time.monotonic())
         finally:
             self._end(call)
 
     async def _fuse(self, call: FuseCall, request: fusion_pb2.FuseRequest, timeout: float) -> None:
+        seen = self._observer.began(call, request, self._traceparents(call))
         try:
             reply = await self._peer().fusion.Fuse(request, timeout=timeout)
             outputs = list(zip(call.rows, reply.outputs, strict=True))
         except Exception as error:  # noqa: BLE001 (whatever it is, the call must leave its lane)
-            self._lose(call, error)
+            self._lose(seen, error)
         else:
+            self._observer.returned(seen, reply.compute_us)
             for rows, output in outputs:
                 self._done(rows.job_id, item_group(call.modality_set, rows.items, output), call)
             for job_id in self._scheduler.completed(call, time.monotonic()):
@@ -250,6 +269,9 @@ class Director:
                 group.embeddings[modality].rows.extend(slices(places[item] for item in rows.items))
         return request
 
+    def _traceparents(self, call: Call) -> list[str]:
+        return [self._jobs[rows.job_id].traceparent for rows in call.rows if rows.job_id in self._jobs]
+
     def _begin(self, call: Call) -> float:
         """Marks a call as reading for its jobs; returns the seconds until nobody waits for any of them."""
         for rows in call.rows:
@@ -273,14 +295,16 @@ class Director:
                 places.update((item, (embeddings, row + i)) for i, item in enumerate(rows.items))
             row += len(rows.items)
 
-    def _lose(self, call: Call, error: Exception) -> None:
-        peer = service_name(call.lane)
+    def _lose(self, seen: SeenCall, error: Exception) -> None:
+        call = seen.call
+        peer, jobs = service_name(call.lane), job_field(rows.job_id for rows in call.rows)
         if isinstance(error, grpc.RpcError):
             reason = error_from_rpc(error, peer)
-            log.warning("call failed", extra={"peer": peer, "reason": str(reason)})
+            log.warning("call failed", extra={"peer": peer, "reason": str(reason)} | jobs)
         else:
             reason = InternalError(f"service selector could not use the answer of {peer}")
-            log.error("unexpected error", exc_info=error, extra={"peer": peer})
+            log.error("unexpected error", exc_info=error, extra={"peer": peer} | jobs)
+        self._observer.lost(seen, reason)
         for job_id in self._scheduler.failed(call, time.monotonic()):
             self._fail(job_id, reason)
 
@@ -291,7 +315,7 @@ class Director:
         job = self._jobs.get(job_id)
         if job is None:
             return
-        self.counters[f"items.{group.modality_set}"] += len(group.items)
+        self._observer.predicted(call, len(group.items))
         if job.emission is None:
             job.done.append(group)
             return
@@ -304,28 +328,28 @@ class Director:
         job, now = self._jobs.get(job_id), time.monotonic()
         if job is None:
             return
-        work = job.work
+        work, strategy = job.work, job.work.strategy
         started_at = now if work.started_at is None else work.started_at
         result = selector_pb2.JobResult(
             job_id=job_id,
             groups=job.done if job.emission is None else job.emission.rest(),
-            expected_accuracy=work.strategy.accuracy,
+            expected_accuracy=strategy.accuracy,
             queue_us=round((started_at - work.submitted_at) * 1e6),
             compute_us=round((now - started_at) * 1e6),
         )
         job.session.send(result=result)
-        self.counters["jobs_answered"] += 1
+        self._observer.answered(work, strategy, job.traceparent, now)
         self._forget(job_id)
 
     def _fail(self, job_id: bytes, error: MoselError) -> None:
         job = self._jobs.get(job_id)
         if job is not None:
-            self.counters["jobs_failed"] += 1
+            self._observer.failed(job.work, error, job.traceparent)
             job.session.send(failure=failure_from(job_id, error))
             self._forget(job_id)
 
-    def _forget(self, job_id: bytes) -> bool:
-        known = self._jobs.pop(job_id, None) is not None
+    def _forget(self, job_id: bytes) -> _JobInFlight | None:
+        known = self._jobs.pop(job_id, None)
         self._ledger.close(job_id)
         if not self._jobs:
             self._idle.set()
@@ -358,18 +382,6 @@ class Director:
     def _peer(self) -> Peers:
         assert self._peers is not None, "use() comes before the first lane is up"
         return self._peers
-
-    def _set_profile(
-        self, profile: ModelProfile, modality_set: frozenset[str], accuracy: float
-    ) -> gateway_pb2.SetProfile:
-        measured = profile.is_measured(modality_set)
-        return gateway_pb2.SetProfile(
-            modality_set=format_set(modality_set),
-            accuracy=accuracy,
-            samples=profile.samples,
-            latency_ms=profile.idle_latency_ms(modality_set, 1) if measured else 0.0,
-            available=measured and self._scheduler.is_up(modality_set),
-        )
 
 
 def _key(producer: Session | str, slot: tensor_pb2.ArenaSlot) -> SlotKey:

@@ -31,13 +31,15 @@ def up(
     with started(settings, ready_timeout_s) as launcher:
         _report_quick_profiles(set(settings.profiles_dir.glob("*.json")) - known)
         names = ", ".join(launcher.packages)
-        typer.echo(f"ready: gRPC on {launcher.address}, models: {names} (Ctrl-C stops)")
+        where = f"gRPC on {launcher.address}, metrics on {launcher.metrics_address}"
+        typer.echo(f"ready: {where}, models: {names} (Ctrl-C stops)")
         reported: set[str] = set()
         while not reported & {"gateway", "selector", "fusion"}:
             for child in launcher.ended():
                 if child.name not in reported:
                     typer.echo(f"{child.name} ended with exit code {child.process.returncode}: {child.last_line()}")
                     reported.add(child.name)
+            launcher.trim_logs()
             time.sleep(0.2)
     # Without one of these three nothing can be answered.
     raise typer.Exit(1)

@@ -6,12 +6,14 @@ from contextlib import asynccontextmanager
 
 import grpc
 
+from gateway.plane import DataPlane
 from mosel.client import AsyncClient, JobInfo
 from mosel.config import Settings
 from mosel.service import Context
 from mosel.v1 import gateway_pb2, gateway_pb2_grpc, selector_pb2, selector_pb2_grpc, service_pb2, tensor_pb2
 
 Messages = AsyncIterator[selector_pb2.GatewayMessage]
+METRICS = b"# HELP scripted A metric.\n# TYPE scripted gauge\nscripted 3\n"
 
 
 class ScriptedSelector(selector_pb2_grpc.SelectorServicer):
@@ -46,6 +48,12 @@ class ScriptedSelector(selector_pb2_grpc.SelectorServicer):
     ) -> service_pb2.StatusReply:
         return service_pb2.StatusReply(services=[service_pb2.ServiceStatus(name="selector", ready=True)])
 
+    async def Metrics(  # noqa: N802 (named by the proto)
+        self, request: service_pb2.MetricsRequest, context: Context
+    ) -> service_pb2.MetricsReply:
+        own = service_pb2.ServiceMetrics(service="selector", text=METRICS)
+        return service_pb2.MetricsReply(services=[own, service_pb2.ServiceMetrics(service="fusion")])
+
     async def _read(self, messages: Messages) -> None:
         async for message in messages:
             kept = self.announced if message.HasField("announcement") else self.received
@@ -70,8 +78,8 @@ async def serving(settings: Settings) -> AsyncIterator[ScriptedSelector]:
 class Gateway:
     """A gateway in this process, its selector, and clients."""
 
-    def __init__(self, address: str, selector: ScriptedSelector, rungs: "asyncio.Queue[int]") -> None:
-        self.address, self.selector, self.rungs = address, selector, rungs
+    def __init__(self, address: str, selector: ScriptedSelector, rungs: "asyncio.Queue[int]", plane: DataPlane) -> None:
+        self.address, self.selector, self.rungs, self.plane = address, selector, rungs, plane
         self.client = AsyncClient(address)
         self.channel = grpc.aio.insecure_channel(address)
         self.stub = gateway_pb2_grpc.GatewayStub(self.channel)

@@ -1,0 +1,26 @@
+"""What the gateway holds now, as metrics."""
+
+from collections.abc import Callable, Mapping
+
+from gateway.registry import JobRegistry
+from gateway.selector_link import SelectorLink
+from gateway.upload import ArrivingBytes
+from mosel.metrics import Metrics, show_arenas, single
+from mosel.transport import Publisher
+
+
+def show_jobs(metrics: Metrics, registry: JobRegistry, link: SelectorLink, arriving: ArrivingBytes) -> None:
+    """Shows where the jobs are that are not over."""
+    text = "Jobs that are not over."
+    metrics.gauge("mosel_jobs_in_flight", text, (), lambda: single(registry.statistics(), "jobs_in_flight"))
+    text = "Those of them that the selector has."
+    metrics.gauge("mosel_jobs_at_selector", text, (), lambda: single(link.statistics(), "jobs_at_selector"))
+    text = "Reserved for items that are still arriving."
+    metrics.gauge("mosel_arriving_bytes", text, (), lambda: single(arriving.statistics(), "arriving_bytes"))
+
+
+def show_models(metrics: Metrics, publisher: Publisher, readiness: Callable[[], Mapping[str, bool]]) -> None:
+    """Shows which models are ready, and the arena of their payloads."""
+    text = "Whether jobs for a model would be run."
+    metrics.gauge("mosel_model_ready", text, ("model",), lambda: {(m,): ready for m, ready in readiness().items()})
+    show_arenas(metrics, publisher.statistics)
