@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping
 
+from gateway.observer import Served
 from gateway.registry import JobRegistry
 from gateway.selector_link import SelectorLink
 from gateway.upload import ArrivingBytes
-from mosel.metrics import Metrics, show_arenas, single
+from mosel.metrics import Metrics, Values, show_arenas, single
+from mosel.model_package import ModelPackage
 from mosel.transport import Publisher
 
 
@@ -24,3 +26,20 @@ def show_models(metrics: Metrics, publisher: Publisher, readiness: Callable[[], 
     text = "Whether jobs for a model would be run."
     metrics.gauge("mosel_model_ready", text, ("model",), lambda: {(m,): ready for m, ready in readiness().items()})
     show_arenas(metrics, publisher.statistics)
+
+
+def show_as_triton(metrics: Metrics, packages: Mapping[str, ModelPackage], served: Mapping[str, Served]) -> None:
+    """Shows what each model has served, under the names that Triton has for it."""
+
+    def show(name: str, text: str, attribute: str) -> None:
+        def by_version() -> Values:
+            return {(model, p.version): getattr(served[model], attribute) for model, p in packages.items()}
+
+        metrics.triton(f"nv_inference_{name}", text, "counter", by_version)
+
+    show("request_success", "Requests answered.", "success")
+    show("request_failure", "Requests that were sound, and not answered.", "failure")
+    show("count", "Items answered.", "items")
+    show("request_duration_us", "From requests until their answers, summed up.", "request_us")
+    show("queue_duration_us", "From admission until the first call, summed up.", "queue_us")
+    show("compute_infer_duration_us", "From the first call until the answer, summed up.", "compute_us")

@@ -6,15 +6,14 @@ import logging
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from operator import attrgetter
 
 from gateway.jobs import CheckedJob, Times
 from mosel.errors import Cancelled, DeadlineExceeded, JobCancelled, MoselError
 from mosel.incoming import incoming
 from mosel.logs import about_jobs
-from mosel.metrics import MIXED, Metrics, Values, reason_of, refusals
+from mosel.metrics import MIXED, Metrics, reason_of, refusals
 from mosel.model_package import ModelPackage
 from mosel.status import status_of
 from mosel.tracing import OFF, Attributes, Span, Tracing
@@ -67,7 +66,7 @@ class Request:
 
     def answered(self, sets: Mapping[str, int], result: selector_pb2.JobResult, slack_ms: float) -> None:
         """All of it is answered."""
-        self.sets, self.result, self.slack_ms = sets, result, slack_ms
+        self.sets, self.result, self.slack_ms = dict(sets), result, slack_ms
 
     @property
     def size(self) -> int:
@@ -111,7 +110,7 @@ class Observer:
     ) -> None:
         self._packages, self._access_log, self._tracing = packages, access_log, tracing
         self.refused = refusals(metrics)
-        self.served: dict[str, Served] = defaultdict(Served, {name: Served() for name in packages})
+        self.served: dict[str, Served] = defaultdict(Served)
         text = "From a request until its answer, as the gateway sees it; of answered requests."
         by = ("model", "modality_set")
         self._duration_s = metrics.histogram("mosel_request_duration_seconds", text, by)
@@ -121,7 +120,6 @@ class Observer:
         self._missed = metrics.counts("mosel_missed_total", text, "model", "how")
         for name in packages:
             self._missed[name, "late"] = self._missed[name, "expired"] = 0
-        self._show_as_triton(metrics)
 
     @contextlib.contextmanager
     def following(self, model: str) -> Iterator[Request]:
@@ -174,20 +172,6 @@ class Observer:
             self._missed[model, "expired"] += 1
         elif not request.at_selector and not isinstance(error, (Cancelled, JobCancelled)):
             self.refused[model, reason_of(error)] += 1
-
-    def _show_as_triton(self, metrics: Metrics) -> None:
-        def show(name: str, text: str, read: Callable[[Served], float]) -> None:
-            def by_version() -> Values:
-                return {(model, p.version): read(self.served[model]) for model, p in self._packages.items()}
-
-            metrics.triton(f"nv_inference_{name}", text, "counter", by_version)
-
-        show("request_success", "Requests answered.", attrgetter("success"))
-        show("request_failure", "Requests that were sound, and not answered.", attrgetter("failure"))
-        show("count", "Items answered.", attrgetter("items"))
-        show("request_duration_us", "From requests until their answers, summed up.", attrgetter("request_us"))
-        show("queue_duration_us", "From admission until the first call, summed up.", attrgetter("queue_us"))
-        show("compute_infer_duration_us", "From the first call until the answer, summed up.", attrgetter("compute_us"))
 
 
 def _as_callers_see_it(error: BaseException, request: Request) -> BaseException:

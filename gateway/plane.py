@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from gateway.answers import Answer, answer_from
-from gateway.gauges import show_jobs, show_models
+from gateway.gauges import show_as_triton, show_jobs, show_models
 from gateway.intake import Check, Intake
 from gateway.observer import Observer
 from gateway.registry import JobRegistry
@@ -60,6 +60,7 @@ class DataPlane:
         self.metrics = Metrics("gateway")
         self.observer = Observer(self.metrics, packages, settings.gateway.access_log, tracing)
         show_jobs(self.metrics, self.registry, link, self.arriving)
+        show_as_triton(self.metrics, packages, self.observer.served)
         show_models(self.metrics, publisher, lambda: {name: self.is_ready(name) for name in packages})
 
     def admit(self) -> None:
@@ -72,14 +73,14 @@ class DataPlane:
         self.registry.check_room()
         self.link.check_connected()
 
-    async def predict(self, check: Check, elements: int, call: Deadline, model: str = "") -> Answer:
+    async def predict(self, model: str, check: Check, elements: int, call: Deadline) -> Answer:
         """Predicts the items of one job; cancelling cancels the job.
 
         Args:
+            model: as the caller names it.
             check: checks what the caller sent; may run in a thread.
             elements: of all payloads together, as the caller says.
             call: when the caller's own call ends.
-            model: which one the caller names.
 
         Raises:
             MoselError: whatever `check` raises, and whatever the job ends with.

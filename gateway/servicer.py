@@ -34,8 +34,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     @answers_with_status
     async def Predict(self, request: gateway_pb2.PredictRequest, context: Context) -> gateway_pb2.PredictReply:
         check = partial(check_request, request, self._plane.packages, self._limits.max_items_per_job)
-        elements, deadline = elements_of(request.payloads), deadline_of(context)
-        return predict_reply(await self._plane.predict(check, elements, deadline, request.model))
+        elements = elements_of(request.payloads)
+        return predict_reply(await self._plane.predict(request.model, check, elements, deadline_of(context)))
 
     @answers_with_status
     async def SubmitJob(  # type: ignore[override] # a coroutine that writes, so that cancelling it always reaches it

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -68,6 +69,15 @@ def test_every_service_is_on_the_page(launcher: Launcher) -> None:
     assert len(types) == len(set(types))
     assert httpx.get(launcher.metrics_address.removesuffix("metrics")).status_code == 404
     assert httpx.post(launcher.metrics_address).status_code == 405
+
+
+def test_the_documentation_has_every_metric_and_no_other(launcher: Launcher) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "observability.md").read_text()
+    ours = {re.sub(r"(_bucket|_sum|_count)$", "", name) for name in re.findall(r"\bmosel_\w+", text)}
+    documented = ours | set(re.findall(r"\bnv_inference_\w+", text))
+    shown = set(re.findall(r"(?m)^# TYPE (\S+)", httpx.get(launcher.metrics_address).text))
+    assert documented <= shown
+    assert {name for name in shown - documented if not name.startswith("mosel_process_")} == set()
 
 
 # What is sent: modalities, size, how often.
@@ -302,6 +312,19 @@ def test_many_scrapes_at_once_while_jobs_run(launcher: Launcher, draw: Draw, unt
                 client.predict("fruit", draw(1, seed))
             over.set()
         assert all(future.result() for future in scraped)
+
+
+def test_a_log_that_has_grown_large_is_forgotten_and_goes_on(
+    launcher: Launcher, draw: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Client(launcher.address) as client:
+        client.predict("fruit", draw(1))
+        monkeypatch.setattr("mosel.launcher._MOST_LOG_BYTES", 50)
+        launcher.trim_logs()
+        assert launcher.children["gateway"].log.read_text() == ""
+        job_id = client.predict("fruit", draw(1)).job_id
+    (line,) = log_lines(launcher, "gateway")
+    assert line["job_id"] == job_id
 
 
 def test_without_the_access_log_requests_leave_no_line(settings_with: Callable[..., Settings], draw: Draw) -> None:
