@@ -1,7 +1,7 @@
 """Every service's metrics on one page, for Prometheus."""
 
 import asyncio
-from typing import TYPE_CHECKING, cast
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -10,9 +10,6 @@ from starlette.routing import Route
 
 from gateway.selector_link import SelectorLink
 from mosel.metrics import CONTENT_TYPE, Metrics, merged, up
-
-if TYPE_CHECKING:
-    from uvicorn._types import ASGIApplication
 
 
 class MetricsPage:
@@ -33,13 +30,13 @@ class MetricsPage:
             self._writing = asyncio.create_task(self._write(), name="metrics page")
         return await asyncio.shield(self._writing)
 
-    def app(self) -> "ASGIApplication":
-        """Serves it at `/metrics`."""
+    def app(self) -> Any:
+        """The ASGI application that serves it at `/metrics`; starlette and uvicorn have different types for that."""
 
         async def metrics(request: Request) -> Response:
             return Response(await self.text(), headers={"content-type": CONTENT_TYPE})
 
-        return cast("ASGIApplication", Starlette(routes=[Route("/metrics", metrics)]))
+        return Starlette(routes=[Route("/metrics", metrics)])
 
     async def _write(self) -> bytes:
         others = await self._link.metrics()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 from collections import Counter
@@ -17,8 +18,8 @@ import pytest
 from numpy.typing import NDArray
 
 from mosel.client import Client
-from mosel.config import Settings
-from mosel.errors import DeadlineExceeded, InvalidRequest, MoselError, Unreachable
+from mosel.config import FREE_PORTS, Settings
+from mosel.errors import DeadlineExceeded, InternalError, InvalidRequest, MoselError, Unreachable
 from mosel.launcher import Child, Launcher
 from tests.mosel.test_metrics import Samples, key, samples
 
@@ -327,13 +328,40 @@ def test_a_log_that_has_grown_large_is_forgotten_and_goes_on(
     assert line["job_id"] == job_id
 
 
-def test_without_the_access_log_requests_leave_no_line(settings_with: Callable[..., Settings], draw: Draw) -> None:
-    ports = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
-    with Launcher(settings_with(gateway=ports | {"access_log": False})) as launcher:
+FRAGILE = """
+    def forward(self, scent: Tensor) -> Tensor:
+        if bool((scent > 1e30).any()):
+            raise RuntimeError("broken")
+        return super().forward(scent)
+"""
+
+
+@pytest.fixture
+def fragile_models(models_dir: Path, tmp_path: Path) -> Path:
+    """`fruit` with an encoder that fails for some payloads."""
+    shutil.copytree(models_dir / "fruit", tmp_path / "fruit")
+    networks = tmp_path / "fruit" / "networks.py"
+    made = "        super().__init__(6, 8)\n"
+    assert made in networks.read_text()
+    networks.write_text(networks.read_text().replace(made, made + FRAGILE))
+    return tmp_path
+
+
+def test_without_the_access_log_only_trouble_leaves_lines_and_they_name_the_job(
+    settings_with: Callable[..., Settings], fragile_models: Path, draw: Draw
+) -> None:
+    gateway = FREE_PORTS | {"access_log": False}
+    with Launcher(settings_with(models_dir=fragile_models, gateway=gateway)) as launcher:
         launcher.wait_ready(120)
         with Client(launcher.address) as client:
             client.predict("fruit", draw(1))
-        lines = log_lines(launcher, "gateway")
-        assert lines
-        assert not [line for line in lines if line["logger"] == "gateway.requests"]
-        assert grown({}, scrape(launcher), "mosel_requests_total", "status") == {("OK",): 1}
+            with pytest.raises(InternalError):
+                client.predict("fruit", {"scent": np.full((1, 6), 2e30, np.float32)})
+        assert not [line for line in log_lines(launcher, "gateway") if line["logger"] == "gateway.requests"]
+        statuses = grown({}, scrape(launcher), "mosel_requests_total", "status")
+        assert statuses == {("OK",): 1, ("INTERNAL",): 1}
+        (called,) = [line for line in log_lines(launcher, "selector") if line["message"] == "call failed"]
+        (broken,) = [line for line in log_lines(launcher, "encoder/scent") if line["level"] == "ERROR"]
+        assert "RuntimeError: broken" in broken["exc_info"]
+        assert len(broken["job_id"]) == 32
+        assert broken["job_id"] == called["job_id"]
