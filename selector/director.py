@@ -94,7 +94,6 @@ class Director:
         self._idle = asyncio.Event()
         self._idle.set()
         self._stopping = False
-        self._warm: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._flush: asyncio.TimerHandle | None = None
@@ -162,8 +161,6 @@ class Director:
 
     def lane_changed(self, name: str, up: bool, resource: str) -> None:
         """A service came or went; `resource` is what it computes on."""
-        if up:
-            self._warm.add(name)
         for job_id in self._scheduler.lane(name, up, resource):
             self._fail(job_id, ServiceUnavailable(f"service {service_name(name)} went away"))
         for session in self._sessions:
@@ -173,12 +170,13 @@ class Director:
     def model_states(self) -> selector_pb2.ModelStates:
         """Which models are ready, and what is known of their modality sets.
 
-        A model is ready once all its services have been, and as long as some modality set can be run.
+        A model is ready once all its services have been (before, not all latencies are known), and while some modality
+        set can be run.
         """
         states = selector_pb2.ModelStates()
         for name, profile in self._profiles.items():
-            warm = self._warm >= {FUSION}.union(*profile.accuracy) and all(map(profile.is_measured, profile.accuracy))
-            state = states.models.add(model=name, ready=warm and any(map(self._scheduler.is_up, profile.accuracy)))
+            measured = all(map(profile.is_measured, profile.accuracy))
+            state = states.models.add(model=name, ready=measured and any(map(self._scheduler.is_up, profile.accuracy)))
             for modality_set in profile.accuracy:
                 state.sets.append(set_profile(profile, modality_set, self._scheduler.is_up(modality_set)))
         return states

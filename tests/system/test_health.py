@@ -104,7 +104,7 @@ def test_a_model_is_ready_once_every_encoder_has_been_warm(
                 return any(info.available for model in models for info in model.sets.values())
 
             until(photos_are_served, "what needs one encoder is served again")
-            # All latencies are known from the last start, and yet: an encoder has not come up.
+            # And yet: an encoder has not come up.
             assert client.predict("fruit", {"photo": draw(1)["photo"]}).modality_sets == ("photo",)
             assert not client.models()[0].ready
             assert model.last() == NOT_SERVING
