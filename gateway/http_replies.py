@@ -5,13 +5,14 @@ import functools
 import json
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, cast
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from mosel.errors import MoselError
+from mosel.incoming import note_incoming
 from mosel.status import http_headers_of, http_status_of
 
 P = ParamSpec("P")
@@ -41,6 +42,8 @@ def answers_with_error(
 
     @functools.wraps(endpoint)
     async def guarded(*args: P.args, **kwargs: P.kwargs) -> Response:
+        request = cast(Request, args[-1])
+        note_incoming(f"{request.method} {request.url.path}", request.headers.items)
         try:
             return await endpoint(*args, **kwargs)
         except MoselError as error:

@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -41,10 +40,11 @@ class Intake:
     def __init__(self, settings: Settings, publisher: Publisher) -> None:
         self._settings, self._publisher = settings, publisher
 
-    async def request(self, check: Check, elements: int, call: Deadline) -> Prepared:
+    async def request(self, job_id: bytes, check: Check, elements: int, call: Deadline) -> Prepared:
         """Checks a request and publishes its payloads; cancelling leaves no slot behind.
 
         Args:
+            job_id: 16 bytes, of no other job.
             check: what the caller sent, as a function that checks it; runs in a thread if there is much of it.
             elements: of all payloads together, as the caller says.
             call: when the caller's own call ends.
@@ -56,7 +56,7 @@ class Intake:
         def prepare(wait_s: float) -> Prepared:
             job, payloads = check()
             times = times_of(job, call, self._settings.gateway.default_deadline_ms / 1000)
-            return self._published(secrets.token_bytes(16), job, payloads, times, wait_s)
+            return self._published(job_id, job, payloads, times, wait_s)
 
         return await self._prepared(prepare, elements > OFF_LOOP_ELEMENTS)
 

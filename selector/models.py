@@ -16,7 +16,7 @@ import grpc
 from mosel.config import Settings
 from mosel.errors import ModelNotFound, MoselError, ServiceUnavailable
 from mosel.modality import ModalitySet, format_set
-from mosel.model_package import ModelPackage, find_package
+from mosel.model_package import ModelPackage, find_package, name_of
 from mosel.status import error_from_rpc
 from mosel.v1 import gateway_pb2, selector_pb2
 from selector.measuring import Latencies, Model, lanes_of
@@ -66,6 +66,10 @@ class Models:
         """All that models have."""
         return {modality for model in self._models.values() for modality in model.package.modalities}
 
+    def versions(self) -> dict[str, str]:
+        """What packages call their versions, by name, of those that new jobs get."""
+        return {name: self._models[model].package.version for name, model in self._current.items()}
+
     def use(self, peers: Peers, changed: Callable[[], None]) -> None:
         """Sets the services that compute, and what is called when a model came or went."""
         self._peers, self._changed = peers, changed
@@ -105,7 +109,7 @@ class Models:
         named = self._named[gateway] = set(models)
         for model in named - self._models.keys():
             # It started after the files had changed, and has not what they were before.
-            if (name := _name_of(model)) in self._current:
+            if (name := name_of(model)) in self._current:
                 self._load_later(name)
         self._retire_unnamed()
 
@@ -121,7 +125,7 @@ class Models:
             ModelNotFound: it is not loaded.
             ServiceUnavailable: it was replaced.
         """
-        name = _name_of(model)
+        name = name_of(model)
         if name not in self._current:
             raise ModelNotFound(f"model '{name}' is not loaded (any more); `mosel reload {name}` loads it")
         if not self._scheduler.serves(model):
@@ -133,7 +137,7 @@ class Models:
 
     def current_name(self, model: str) -> str | None:
         """The name of a model; None if new jobs get another revision."""
-        name = _name_of(model)
+        name = name_of(model)
         return name if self._current.get(name) == model else None
 
     # What the services have
@@ -299,10 +303,6 @@ def _read(settings: Settings, name: str) -> ModelPackage:
     package = find_package(settings.models_dir, name)
     package.check_unchanged()
     return package
-
-
-def _name_of(model: str) -> str:
-    return model.partition("@")[0]
 
 
 async def _all(calls: Iterable[Awaitable[None]]) -> None:
