@@ -128,14 +128,14 @@ class InferenceHttp:
     async def load(self, request: Request) -> Response:
         """Loads a model, or loads it anew."""
         await self._check_parameters(request)
-        await self._plane.load(request.path_params["model"])  # type: ignore[attr-defined]
+        await self._plane.load(request.path_params["model"])
         return JsonReply({})
 
     @answers_with_error
     async def unload(self, request: Request) -> Response:
         """Unloads a model."""
         await self._check_parameters(request, _UNLOAD_DEPENDENTS)
-        await self._plane.unload(request.path_params["model"])  # type: ignore[attr-defined]
+        await self._plane.unload(request.path_params["model"])
         return JsonReply({})
 
     @answers_with_error

@@ -34,8 +34,11 @@ async def speaking_http(gateway: Gateway, idle_s: float = 60, **limits: float) -
     changed = gateway.plane.settings.gateway.model_copy(update=limits)
     gateway.plane.settings = gateway.plane.settings.model_copy(update={"gateway": changed})
     with InferenceHttp(gateway.plane) as inference:
-        server = HttpServer(inference.app(), "127.0.0.1", 0, "--http-port", 5, idle_s)
-        async with server, httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=30) as client:
+        server = HttpServer(inference.app(), "127.0.0.1", 0, "--http-port", 5, idle_s=idle_s)
+        async with (
+            server,
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=30, trust_env=False) as client,
+        ):
             yield Http(server, client)
 
 
