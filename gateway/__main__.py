@@ -12,7 +12,6 @@ import grpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
-from gateway.access.guard import Guard
 from gateway.access.guarding import guarding
 from gateway.access.interceptor import OnlyTenants
 from gateway.access.middleware import OnlyTenantsHttp
@@ -70,10 +69,10 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
                 plane.guard = guard
                 first = checks if guard is None else (OnlyTenants(guard), *checks)
                 async with (
+                    _speaking_http(settings, plane, refused) as http,
                     Service(settings, address, "--grpc-port", register, first, public=True, refused=refused) as public,
                     # For this user alone, who needs no token there.
                     Service(settings, settings.local_gateway_address, "run_dir", register, checks) as local,
-                    _speaking_http(settings, plane, guard, refused) as http,
                     _following_models((public, local), plane, models_changed),
                 ):
                     await public.set_ready(True)
@@ -90,14 +89,13 @@ def _handshake_refused(plane: DataPlane, reason: str) -> None:
 
 @contextlib.asynccontextmanager
 async def _speaking_http(
-    settings: Settings, plane: DataPlane, guard: Guard | None, refused: Callable[[str], None]
+    settings: Settings, plane: DataPlane, refused: Callable[[str], None]
 ) -> AsyncIterator[HttpServer]:
-    """Serves the Open Inference Protocol over HTTP, to tenants alone if there is a guard."""
+    """Serves the Open Inference Protocol over HTTP."""
     host, port, grace_s = settings.gateway.host, settings.gateway.http_port, settings.stop_grace_ms / 1000
     with InferenceHttp(plane) as inference:
-        app = inference.app() if guard is None else OnlyTenantsHttp(inference.app(), guard)
-        tls = public_tls(settings)
-        async with HttpServer(app, host, port, "--http-port", grace_s, tls=tls, refused=refused) as server:
+        app = inference.app() if plane.guard is None else OnlyTenantsHttp(inference.app(), plane.guard)
+        async with HttpServer(app, host, port, "--http-port", grace_s, public_tls(settings), refused) as server:
             yield server
 
 

@@ -74,14 +74,14 @@ class GatewaySettings(_Section):
     max_items_per_job: int = Field(1024, ge=1)
     max_jobs_in_flight: int = Field(256, ge=1)
     default_deadline_ms: float = Field(30_000, gt=0)
-    # Of HTTP requests: JSON takes many times its size while it is read, binary data does not; and a body that is still
-    # not there after so long is waited for no more.
-    max_json_mib: int = Field(8, ge=1)
-    max_body_ms: float = Field(60_000, gt=0)
     # The tenants and the hashes of their tokens (docs/security.md); without it everybody may call.
     tokens_file: OptionalFile = None
     # Other machines may reach services that TLS and tokens do not protect.
     insecure: bool = False
+    # Of HTTP requests: JSON takes many times its size while it is read, binary data does not; and a body that is still
+    # not there after so long is waited for no more.
+    max_json_mib: int = Field(8, ge=1)
+    max_body_ms: float = Field(60_000, gt=0)
 
 
 class TlsSettings(_Section):
@@ -207,15 +207,15 @@ class Settings(BaseSettings):
         return f"{self.gateway.host}:{self.gateway.grpc_port}"
 
     @property
-    def http_address(self) -> str:
-        """Where the gateway speaks HTTP."""
-        return f"{self.gateway.host}:{self.gateway.http_port}"
-
-    @property
     def local_gateway_address(self) -> str:
         """Where the gateway listens for this user, who needs no token there: only this user can open the socket."""
         # Several gateways of one machine may share a folder, but never a port.
         return self._socket(f"gateway-{self.gateway.grpc_port}")
+
+    @property
+    def http_address(self) -> str:
+        """Where the gateway speaks HTTP."""
+        return f"{self.gateway.host}:{self.gateway.http_port}"
 
     @property
     def selector_address(self) -> str:

@@ -51,6 +51,9 @@ STATUS: dict[type[MoselError], grpc.StatusCode] = {
 }
 
 
+# What grpc itself says, where a setting or the reason would be hard to guess.
+_TOO_LARGE = "larger than max"
+_HANDSHAKE_FAILED = re.compile(r"[Hh]andshake failed.*?OPENSSL_internal:([A-Z_0-9]+(?:: [a-z ]+)?)")
 HTTP_STATUS: dict[type[MoselError], int] = {
     InvalidRequest: 400,
     PayloadTooLarge: 413,
@@ -73,9 +76,6 @@ HTTP_STATUS: dict[type[MoselError], int] = {
     # Of a model that is to be loaded.
     PackageError: 422,
 }
-# What grpc itself says, where a setting or the reason would be hard to guess.
-_TOO_LARGE = "larger than max"
-_HANDSHAKE_FAILED = re.compile(r"[Hh]andshake failed.*?OPENSSL_internal:([A-Z_0-9]+(?:: [a-z ]+)?)")
 
 # Several errors share a status; the way back takes the first of them.
 _ERRORS = {status: error for error, status in reversed(STATUS.items())} | {

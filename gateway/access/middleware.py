@@ -4,6 +4,7 @@ import contextlib
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.access.caller import calling
 from gateway.access.guard import Guard
 from gateway.http_replies import error_reply
 from mosel.errors import MoselError
@@ -41,6 +42,7 @@ class OnlyTenantsHttp:
                 if needs_admin(scope["path"]):
                     self._guard.check_admin(tenant, scope["path"])
                 count = entered.enter_context(self._guard.enter(tenant))
+                entered.enter_context(calling(tenant))
             except MoselError as error:
                 self._guard.refused(error, _peer(scope), f"{scope['method']} {scope['path']}", tenant)
                 await error_reply(error)(scope, receive, send)

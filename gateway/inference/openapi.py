@@ -19,8 +19,8 @@ _HEADER = "Inference-Header-Content-Length"
 # What requests that are not understood, or not answered, are answered with.
 _ERRORS = {
     "400": "a field, header or parameter is wrong",
-    "401": "no token, or none that is known, where tokens are asked for",
-    "403": "the token allows no such thing",
+    "401": "the token is missing or of no tenant, where the gateway asks for one",
+    "403": "only admins may do this",
     "404": "no such model, or not in this version",
     "413": "more bytes or items than a setting allows",
     "422": "nothing that could be run is accurate or fast enough; or the model package is wrong",

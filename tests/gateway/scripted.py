@@ -137,6 +137,11 @@ class Gateway:
         names = ("jobs_in_flight", "jobs_at_selector", "arriving_bytes", "slots_published", "slots_filling")
         return sum(counters[name] for name in names)
 
+    async def named(self) -> list[str]:
+        """The models that jobs of this gateway will name, as it said next."""
+        async with asyncio.timeout(30):
+            return await self.selector.named.get()
+
     async def idle(self) -> None:
         async with asyncio.timeout(30):
             while await self.held():
