@@ -97,7 +97,9 @@ def http_status_of(error: BaseException) -> int:
 
 
 def http_headers_of(error: BaseException) -> dict[str, str]:
-    """When to try again, as HTTP says it in seconds and in milliseconds; nothing if trying again does not help."""
+    """When to try again, as HTTP says it in seconds and in milliseconds, or that a token is wanted; or nothing."""
+    if isinstance(error, Unauthenticated):
+        return {"www-authenticate": "Bearer"}
     wait_ms = retry_after_ms(error)
     return {"retry-after": str(math.ceil(wait_ms / 1000)), RETRY_AFTER: str(wait_ms)} if wait_ms else {}
 

@@ -6,7 +6,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.access.guard import Guard
 from gateway.http_replies import error_reply
-from mosel.errors import MoselError, Unauthenticated
+from mosel.errors import MoselError
 
 # Whoever restarts or routes to a gateway must be able to ask how it is.
 _OPEN = ("/v2/health/live", "/v2/health/ready")
@@ -43,10 +43,7 @@ class OnlyTenantsHttp:
                 count = entered.enter_context(self._guard.enter(tenant))
             except MoselError as error:
                 self._guard.refused(error, _peer(scope), f"{scope['method']} {scope['path']}", tenant)
-                reply = error_reply(error)
-                if isinstance(error, Unauthenticated):
-                    reply.headers["www-authenticate"] = "Bearer"
-                await reply(scope, receive, send)
+                await error_reply(error)(scope, receive, send)
                 return
 
             async def counted() -> Message:
