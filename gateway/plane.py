@@ -1,16 +1,20 @@
 """The data plane: the one way in for every protocol. Checked jobs go in, answers come out. Knows no protocol."""
 
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from gateway.answers import Answer, answer_from
 from gateway.intake import Check, Intake
+from gateway.jobs import CheckedJob, Times
+from gateway.refusals import Refusals
 from gateway.registry import JobRegistry
-from gateway.selector_link import SelectorLink
+from gateway.selector_link import Answers, SelectorLink
 from gateway.upload import ArrivingBytes
 from mosel.config import Settings
 from mosel.deadline import Deadline
+from mosel.errors import Overloaded
 from mosel.model_package import ModelPackage
 from mosel.transport import Publisher, SharedMemoryArena
 from mosel.v1 import selector_pb2, service_pb2
@@ -29,6 +33,7 @@ class DataPlane:
     Attributes:
         settings, packages, link: as given.
         intake: puts payloads into the arena.
+        refusals: what the selector refused a moment ago.
         registry: the jobs under way.
         arriving: what jobs take whose items are still arriving.
         counters: requests, answers and items since the start.
@@ -43,7 +48,8 @@ class DataPlane:
         link: SelectorLink,
     ) -> None:
         self.settings, self.packages, self.link = settings, packages, link
-        self.intake = Intake(settings, publisher)
+        self.refusals = Refusals()
+        self.intake = Intake(settings, publisher, self.refusals.check)
         self.registry = JobRegistry(settings.gateway.max_jobs_in_flight)
         limit = settings.transport.gateway_arena_mib * 1024 * 1024
         self.arriving = ArrivingBytes(arena.largest_slot, limit, "transport.gateway_arena_mib")
@@ -76,7 +82,7 @@ class DataPlane:
         job, times = prepared.job, prepared.times
         with (
             self.registry.open(prepared.description.job_id, job.package.name, job.size, times.ends) as entry,
-            self.link.submit(prepared.description) as answers,
+            self.submit(job, times, prepared.description) as answers,
         ):
             entry.under_way()
             groups = [group async for finished in answers for group in finished]
@@ -84,6 +90,16 @@ class DataPlane:
             entry.status.items_done = job.size
         self.counters.update(answered=1, items=job.size)
         return answer
+
+    @contextlib.contextmanager
+    def submit(self, job: CheckedJob, times: Times, description: selector_pb2.JobDescription) -> Iterator[Answers]:
+        """As `SelectorLink.submit`; remembers for others that the selector refused a job for want of time."""
+        try:
+            with self.link.submit(description) as answers:
+                yield answers
+        except Overloaded as error:
+            self.refusals.note(job, times, error)
+            raise
 
     def state_of(self, model: str) -> selector_pb2.ModelState:
         """What the selector last said of a model; nothing is ready while it is away."""
@@ -96,7 +112,7 @@ class DataPlane:
     def statistics(self) -> dict[str, int]:
         """Counts since the start, and what is held now."""
         counts = dict(self.counters) | self._arena.statistics().as_counters() | self.registry.statistics()
-        return counts | self.arriving.statistics() | self.link.statistics()
+        return counts | self.arriving.statistics() | self.link.statistics() | self.refusals.statistics()
 
     async def statuses(self) -> list[service_pb2.ServiceStatus]:
         """The state of every service; of a selector that does not answer, why."""

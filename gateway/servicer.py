@@ -44,11 +44,12 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         plane.admit()
         job = check_spec(spec, plane.packages, limits.max_items_per_job)
         times = times_of(job, deadline_of(context), limits.default_deadline_ms / 1000)
+        plane.refusals.check(job, times)
         job_id = secrets.token_bytes(16)
         with plane.registry.open(job_id, job.package.name, job.size, times.ends) as entry:
             await context.write(accepted_event(job_id))
             description = await self._receive(job_id, job, times, read, entry)
-            with plane.link.submit(description) as answers, _no_more(read, entry):
+            with plane.submit(job, times, description) as answers, _no_more(read, entry):
                 entry.under_way()
                 groups = []
                 async for finished in answers:
