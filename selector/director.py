@@ -143,6 +143,7 @@ class Director:
 
     def cancel(self, job_id: bytes) -> None:
         """Nobody waits for a job any more."""
+        self._scheduler.unwanted(job_id, time.monotonic())
         if self._forget(job_id):
             self.counters["jobs_cancelled"] += 1
             self._scheduler.cancelled(job_id)
