@@ -21,7 +21,7 @@ from mosel.config import Settings, load_settings
 from mosel.deadline import Deadline
 from mosel.errors import ConfigError, MoselError, ServiceUnavailable
 from mosel.logs import configure_logs
-from mosel.status import RETRY_AFTER, retry_after_ms, status_of
+from mosel.status import RETRY_AFTER, message_of, retry_after_ms, status_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -156,7 +156,7 @@ def answers_with_status(
         except MoselError as error:
             retry = retry_after_ms(error)
             trailers = ((RETRY_AFTER, str(retry)),) if retry else ()
-            await context.abort(status_of(error), str(error), trailers)
+            await context.abort(status_of(error), message_of(error), trailers)
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception:

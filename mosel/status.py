@@ -24,6 +24,8 @@ from mosel.errors import (
 )
 
 RETRY_AFTER = "retry-after-ms"
+# Of a message; each of its characters may take 12 bytes of the trailer, which callers read up to 8 KiB of.
+_MOST_CHARACTERS = 600
 
 STATUS: dict[type[MoselError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
@@ -60,6 +62,14 @@ def status_of(error: BaseException) -> grpc.StatusCode:
 def status_number(error: BaseException) -> int:
     """The status as the integer that travels inside a stream's message."""
     return int(status_of(error).value[0])
+
+
+def message_of(error: BaseException) -> str:
+    """What a caller is told: one line that can be shown anywhere, whatever the caller had put into it."""
+    message = str(error)
+    if len(message) > _MOST_CHARACTERS:
+        message = f"{message[:_MOST_CHARACTERS]}..."
+    return message if message.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
 
 
 def retry_after_ms(error: BaseException) -> int:
