@@ -1,0 +1,112 @@
+"""Thousands of hostile requests: each is answered for what it is, and the services go on as if nothing had been."""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import grpc
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mosel.client import Client
+from mosel.launcher import Launcher
+from tests.system.hostile import MOSEL, SUBMIT, Hostile, calls
+
+Payloads = dict[str, NDArray[Any]]
+Draw = Callable[..., Payloads]
+Directly = Callable[..., NDArray[Any]]
+Counters = Callable[[Client], dict[str, dict[str, int]]]
+Until = Callable[..., None]
+# Calls whose requests and replies are bytes.
+Raw: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
+RawStream: TypeAlias = "grpc.StreamStreamMultiCallable[bytes, bytes]"
+
+_IN_FLIGHT = 64
+# Longer than any that a person would read, and well below what a trailer may hold.
+_LONGEST = 610
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_happened(services: Launcher, counters: Counters, until: Until, draw: Draw, directly: Directly) -> Any:
+    """Every process is alive, nothing is held, and a good request is answered."""
+    before = {name: child.process.pid for name, child in services.children.items()}
+    yield
+    assert services.ended() == []
+    names = ("jobs_in_flight", "jobs_at_selector", "arriving_bytes", "slots_published", "slots_filling")
+    with Client(services.address) as client:
+        until(lambda: not any(counters(client)["gateway"][name] for name in names), "nothing is held")
+        until(lambda: not counters(client)["selector"]["jobs"], "the selector has no jobs")
+        assert {service.name: service.pid for service in client.status()} == before
+        payloads = draw(3, seed=9)
+        output = client.predict("fruit", payloads).output.astype(np.float32)
+    np.testing.assert_allclose(output, directly(payloads, payloads), atol=1e-5)
+
+
+class Caller:
+    """Sends calls, many at the same time, and notes what is wrong with their answers."""
+
+    def __init__(self, address: str) -> None:
+        options = [("grpc.max_send_message_length", -1)]
+        self.answered, self.wrong = 0, list[str]()
+        self._channel = grpc.aio.insecure_channel(address, options)
+        # Of a stream that is answered before all of it was sent, grpc.aio says INTERNAL whatever the answer was.
+        self._stream_channel = grpc.insecure_channel(address, options)
+        self._room = asyncio.Semaphore(_IN_FLIGHT)
+
+    async def send_all(self, hostile: Iterable[tuple[str, Hostile]]) -> None:
+        """Sends calls with the names of their kinds, and waits for all answers."""
+        with self._stream_channel:
+            async with self._channel, asyncio.TaskGroup() as group:
+                for kind, call in hostile:
+                    await self._room.acquire()
+                    group.create_task(self._send(kind, call))
+
+    async def _send(self, kind: str, call: Hostile) -> None:
+        try:
+            status, details = await self._answer(call)
+        finally:
+            self._room.release()
+        self.answered += 1
+        if (problem := _problem(call, status, details)) is not None:
+            self.wrong.append(f"{kind}: {problem}: {status.name} {details[:200]!r}")
+
+    async def _answer(self, call: Hostile) -> tuple[grpc.StatusCode, str]:
+        compression = grpc.Compression.Gzip if call.gzip else None
+        try:
+            if call.method == SUBMIT:
+                await asyncio.to_thread(self._stream, call)
+            else:
+                unary: Raw = self._channel.unary_unary(call.method)
+                await unary(call.messages[0], timeout=call.timeout_s, compression=compression)
+        except grpc.RpcError as error:
+            return error.code(), error.details() or ""
+        return grpc.StatusCode.OK, ""
+
+    def _stream(self, call: Hostile) -> None:
+        stream: RawStream = self._stream_channel.stream_stream(call.method)
+        for _ in stream(iter(call.messages), timeout=call.timeout_s):
+            pass
+
+
+async def test_each_is_answered_for_what_it_is(services: Launcher) -> None:
+    caller = Caller(services.address)
+    await caller.send_all(calls(MOSEL, seed=20_241_124))
+    wrong = sorted(caller.wrong)
+    assert not wrong, f"{len(wrong)} of {caller.answered}:\n" + "\n".join(wrong[:: len(wrong) // 40 + 1])
+    assert caller.answered == sum(MOSEL.values())
+
+
+def _problem(call: Hostile, status: grpc.StatusCode, details: str) -> str | None:
+    """What is wrong with an answer."""
+    if status not in call.allowed:
+        return f"expected {', '.join(sorted(allowed.name for allowed in call.allowed))}"
+    if status is grpc.StatusCode.OK:
+        return None
+    if call.says is None:
+        return None
+    if call.says not in details:
+        return f"expected '{call.says}' in the message"
+    if not details or not details.isprintable() or len(details) > _LONGEST:
+        return f"expected one readable line of at most {_LONGEST} characters, got {len(details)}"
+    return None
