@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.accuracy import Scored
+from mosel.answers import ModalityInfo
 from mosel.datasets import find
 from mosel.errors import DatasetError
-from mosel.model_package import ModelPackage
-from mosel.networks import example_payload
-from mosel.samples import Samples
+from mosel.model_package import ModalitySpec, ModelPackage
+from mosel.samples import Samples, example_rows
 
 _RANDOM_ITEMS = 64
 
@@ -51,12 +51,13 @@ class Items:
         return tuple(zip(self.recordings[rows].tolist(), right, strict=True))
 
 
-def items_of(package: ModelPackage, data: Path | None = None) -> Items:
+def items_of(package: ModelPackage, data: Path | None = None, at_least: int = _RANDOM_ITEMS) -> Items:
     """The test split in random order if it is on this machine, else random items.
 
     Args:
         package: the model.
         data: folder that has the recordings; None: wherever they are found.
+        at_least: so many random items.
     """
     try:
         if package.samples is None:
@@ -68,8 +69,14 @@ def items_of(package: ModelPackage, data: Path | None = None) -> Items:
             module.recordings(found.folder, "test") if hasattr(module, "recordings") else np.arange(len(samples))
         )
     except DatasetError as error:
-        payloads = {m: example_payload(package, m, _RANDOM_ITEMS) for m in package.modalities}
-        return Items(payloads, None, np.arange(_RANDOM_ITEMS), f"random payloads ({error})")
+        return random_items(package.modalities, str(error), at_least)
     order = np.random.default_rng(0).permutation(len(samples))
     mixed = samples.take(order)
     return Items(mixed.payloads, mixed.labels, recordings[order], f"{len(samples)} labelled test items")
+
+
+def random_items(modalities: Mapping[str, ModalitySpec | ModalityInfo], why: str, count: int = _RANDOM_ITEMS) -> Items:
+    """So many random items of a model's modalities; `why` says why no real ones."""
+    count = max(count, _RANDOM_ITEMS)
+    payloads = {name: example_rows(spec.dtype, (count, *spec.shape)) for name, spec in modalities.items()}
+    return Items(payloads, None, np.arange(count), f"random payloads ({why})")
