@@ -11,6 +11,8 @@ import grpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
+from gateway.inference.messages import POOL, SERVICE
+from gateway.inference.servicer import InferenceServicer, handlers
 from gateway.plane import DataPlane
 from gateway.selector_link import SelectorLink
 from gateway.servicer import GatewayServicer
@@ -50,7 +52,7 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
             settings, announcement, publisher.release, transport_changed, models_changed.set
         ) as link:
             plane = DataPlane(settings, packages, arena, publisher, link)
-            register = partial(_register, GatewayServicer(plane))
+            register = partial(_register, plane)
             address = listen or settings.gateway_address
             async with (
                 Service(settings, address, "--grpc-port", register, (RefuseGarbage(),)) as service,
@@ -60,14 +62,16 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
                 await stop.wait()
 
 
-def _register(servicer: GatewayServicer, server: grpc.aio.Server) -> None:
-    gateway_pb2_grpc.add_GatewayServicer_to_server(servicer, server)
+def _register(plane: DataPlane, server: grpc.aio.Server) -> None:
+    gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(plane), server)
+    server.add_generic_rpc_handlers((handlers(InferenceServicer(plane)),))
     names = [
+        SERVICE.full_name,
         gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name,
         health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
         reflection.SERVICE_NAME,
     ]
-    reflection.enable_server_reflection(names, server)
+    reflection.enable_server_reflection(names, server, POOL)
 
 
 @contextlib.asynccontextmanager

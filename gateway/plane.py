@@ -2,10 +2,11 @@
 
 import contextlib
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 
 from gateway.answers import Answer, answer_from
+from gateway.inferences import Inferences
 from gateway.intake import Check, Intake
 from gateway.jobs import CheckedJob, Times
 from gateway.refusals import Refusals
@@ -55,6 +56,7 @@ class DataPlane:
         self.arriving = ArrivingBytes(arena.largest_slot, limit, "transport.gateway_arena_mib")
         self.counters: Counter[str] = Counter()
         self._arena = arena
+        self._inferences: defaultdict[str, Inferences] = defaultdict(Inferences)
 
     def admit(self) -> None:
         """Counts a request.
@@ -66,10 +68,11 @@ class DataPlane:
         self.registry.check_room()
         self.link.check_connected()
 
-    async def predict(self, check: Check, elements: int, call: Deadline) -> Answer:
+    async def predict(self, model: str, check: Check, elements: int, call: Deadline) -> Answer:
         """Predicts the items of one job; cancelling cancels the job.
 
         Args:
+            model: as the caller names it.
             check: checks what the caller sent; may run in a thread.
             elements: of all payloads together, as the caller says.
             call: when the caller's own call ends.
@@ -77,19 +80,26 @@ class DataPlane:
         Raises:
             MoselError: whatever `check` raises, and whatever the job ends with.
         """
-        self.admit()
-        prepared = await self.intake.request(check, elements, call)
-        job, times = prepared.job, prepared.times
-        with (
-            self.registry.open(prepared.description.job_id, job.package.name, job.size, times.ends) as entry,
-            self.submit(job, times, prepared.description) as answers,
-        ):
-            entry.under_way()
-            groups = [group async for finished in answers for group in finished]
-            answer = answer_from(job, groups, answers.result, times.deadline.remaining * 1000)
-            entry.status.items_done = job.size
+        with self.inferences_of(model).request() as request:
+            self.admit()
+            prepared = await self.intake.request(check, elements, call)
+            job, times = prepared.job, prepared.times
+            with (
+                self.registry.open(prepared.description.job_id, job.package.name, job.size, times.ends) as entry,
+                self.submit(job, times, prepared.description) as answers,
+            ):
+                entry.under_way()
+                request.sent()
+                groups = [group async for finished in answers for group in finished]
+                answer = answer_from(job, groups, answers.result, times.deadline.remaining * 1000)
+                entry.status.items_done = job.size
+            request.answer(job.size, answer.queue_ms, answer.compute_ms)
         self.counters.update(answered=1, items=job.size)
         return answer
+
+    def inferences_of(self, model: str) -> Inferences:
+        """What became of the requests to a model; names of no model leave nothing behind."""
+        return self._inferences[model] if model in self.packages else Inferences()
 
     @contextlib.contextmanager
     def submit(self, job: CheckedJob, times: Times, description: selector_pb2.JobDescription) -> Iterator[Answers]:

@@ -33,7 +33,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     @answers_with_status
     async def Predict(self, request: gateway_pb2.PredictRequest, context: Context) -> gateway_pb2.PredictReply:
         check = partial(check_request, request, self._plane.packages, self._limits.max_items_per_job)
-        return predict_reply(await self._plane.predict(check, elements_of(request.payloads), deadline_of(context)))
+        elements = elements_of(request.payloads)
+        return predict_reply(await self._plane.predict(request.model, check, elements, deadline_of(context)))
 
     @answers_with_status
     async def SubmitJob(  # type: ignore[override] # a coroutine that writes, so that cancelling it always reaches it
@@ -46,18 +47,24 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         times = times_of(job, deadline_of(context), limits.default_deadline_ms / 1000)
         plane.refusals.check(job, times)
         job_id = secrets.token_bytes(16)
-        with plane.registry.open(job_id, job.package.name, job.size, times.ends) as entry:
+        with (
+            plane.inferences_of(job.package.name).request() as request,
+            plane.registry.open(job_id, job.package.name, job.size, times.ends) as entry,
+        ):
             await context.write(accepted_event(job_id))
             description = await self._receive(job_id, job, times, read, entry)
             with plane.submit(job, times, description) as answers, _no_more(read, entry):
                 entry.under_way()
+                request.sent()
                 groups = []
                 async for finished in answers:
                     for group in finished:
                         groups.append(group)
                         entry.status.items_done += len(group.items)
                         await context.write(results_event(job, group, entry.status.items_done))
-            summary = summary_event(job, groups, answers.result, times.deadline.remaining * 1000)
+            result = answers.result
+            summary = summary_event(job, groups, result, times.deadline.remaining * 1000)
+            request.answer(job.size, result.queue_us / 1000, result.compute_us / 1000)
         plane.counters.update(answered=1, items=job.size)
         await context.write(summary)
 

@@ -5,13 +5,26 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import grpc
+import numpy as np
 
 from mosel.client import AsyncClient, JobInfo
 from mosel.config import Settings
 from mosel.service import Context
+from mosel.tensors import to_proto
 from mosel.v1 import gateway_pb2, gateway_pb2_grpc, selector_pb2, selector_pb2_grpc, service_pb2, tensor_pb2
 
 Messages = AsyncIterator[selector_pb2.GatewayMessage]
+
+
+def group(modality_set: str, *items: int) -> selector_pb2.ItemGroup:
+    """Items whose output says who they are."""
+    output = np.zeros((len(items), 3), np.float32)
+    output[:, 1] = [1 + item for item in items]
+    return selector_pb2.ItemGroup(modality_set=modality_set, items=items, output=to_proto(output))
+
+
+def release_of(description: selector_pb2.JobDescription) -> tensor_pb2.ReleaseSlots:
+    return tensor_pb2.ReleaseSlots(slots=[ref.slot for ref in description.payloads.values()])
 
 
 class ScriptedSelector(selector_pb2_grpc.SelectorServicer):
