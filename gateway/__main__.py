@@ -11,12 +11,14 @@ import grpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
+from gateway.inference.http import InferenceHttp
 from gateway.inference.messages import POOL, SERVICE
 from gateway.inference.servicer import InferenceServicer, handlers
 from gateway.plane import DataPlane
 from gateway.selector_link import SelectorLink
 from gateway.servicer import GatewayServicer
 from mosel.config import Settings
+from mosel.http import HttpServer
 from mosel.model_package import find_packages
 from mosel.service import RefuseGarbage, Service, run_service
 from mosel.transport import open_arena
@@ -55,11 +57,23 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
             register = partial(_register, plane)
             address = listen or settings.gateway_address
             async with (
+                _speaking_http(settings, plane) as http,
                 Service(settings, address, "--grpc-port", register, (RefuseGarbage(),)) as service,
                 _following_models(service, plane, models_changed),
             ):
                 await service.set_ready(True)
                 await stop.wait()
+                # At the same time as gRPC: each may need all of the grace.
+                http.stop()
+
+
+@contextlib.asynccontextmanager
+async def _speaking_http(settings: Settings, plane: DataPlane) -> AsyncIterator[HttpServer]:
+    """Serves the Open Inference Protocol over HTTP."""
+    host, port, grace_s = settings.gateway.host, settings.gateway.http_port, settings.stop_grace_ms / 1000
+    with InferenceHttp(plane) as inference:
+        async with HttpServer(inference.app(), host, port, "--http-port", grace_s) as server:
+            yield server
 
 
 def _register(plane: DataPlane, server: grpc.aio.Server) -> None:

@@ -63,6 +63,10 @@ class GatewaySettings(_Section):
     max_items_per_job: int = Field(1024, ge=1)
     max_jobs_in_flight: int = Field(256, ge=1)
     default_deadline_ms: float = Field(30_000, gt=0)
+    # Of HTTP requests: JSON takes many times its size while it is read, binary data does not; and a body that is still
+    # not there after so long is waited for no more.
+    max_json_mib: int = Field(8, ge=1)
+    max_body_ms: float = Field(60_000, gt=0)
 
 
 class SelectorSettings(_Section):
@@ -154,6 +158,11 @@ class Settings(BaseSettings):
     def gateway_address(self) -> str:
         """Where the gateway listens."""
         return f"{self.gateway.host}:{self.gateway.grpc_port}"
+
+    @property
+    def http_address(self) -> str:
+        """Where the gateway speaks HTTP."""
+        return f"{self.gateway.host}:{self.gateway.http_port}"
 
     @property
     def selector_address(self) -> str:

@@ -79,6 +79,11 @@ class Launcher:
         """The gateway's address."""
         return self.settings.gateway_address
 
+    @property
+    def http_address(self) -> str:
+        """Where the gateway speaks HTTP."""
+        return self.settings.http_address
+
     def __enter__(self) -> "Launcher":
         try:
             self._start("fusion", "fusion")

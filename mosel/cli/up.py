@@ -31,7 +31,8 @@ def up(
     with started(settings, ready_timeout_s) as launcher:
         _report_quick_profiles(set(settings.profiles_dir.glob("*.json")) - known)
         names = ", ".join(launcher.packages)
-        typer.echo(f"ready: gRPC on {launcher.address}, models: {names} (Ctrl-C stops)")
+        where = f"gRPC on {launcher.address}, HTTP on {launcher.http_address}"
+        typer.echo(f"ready: {where}, models: {names} (Ctrl-C stops)")
         reported: set[str] = set()
         while not reported & {"gateway", "selector", "fusion"}:
             for child in launcher.ended():
