@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from bench.accuracy import Scored
 from mosel.answers import ModalityInfo
 from mosel.datasets import find
-from mosel.errors import DatasetError
+from mosel.errors import ConfigError, DatasetError
 from mosel.model_package import ModalitySpec, ModelPackage
 from mosel.samples import Samples, example_rows
 
@@ -38,6 +38,17 @@ class Items:
         """The items of a job."""
         start = int(np.random.default_rng(seed).integers(max(len(self.recordings) - size, 0) + 1))
         return slice(start, start + size)
+
+    def check_size(self, size: int) -> None:
+        """Raises ConfigError if a job would have more items than there are."""
+        if size > len(self.recordings):
+            raise ConfigError(f"a job of {size} items is asked for; there are {len(self.recordings)} ({self.source})")
+
+    def spread(self, size: int, jobs: int) -> list[slice]:
+        """The items of at most so many jobs, each of other items if there are enough; errors as of `check_size`."""
+        self.check_size(size)
+        last = len(self.recordings) - size
+        return [slice(start, start + size) for start in np.unique(np.linspace(0, last, jobs).astype(int)).tolist()]
 
     def payloads_of(self, rows: slice) -> dict[str, NDArray[Any]]:
         """The arrays of a job's items."""

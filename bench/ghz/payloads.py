@@ -8,13 +8,16 @@ read it as several first, and what a message begins with may look like a length.
 import argparse
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from google.protobuf.message import Message
 from google.protobuf.proto import serialize_length_prefixed
+from numpy.typing import NDArray
 
 from bench.items import Items, items_of
+from gateway.inference.messages import ModelInferRequest
 from mosel.config import load_settings
 from mosel.demands import Demand, Upload, predict_request
 from mosel.model_package import ModelPackage, find_packages
@@ -53,19 +56,32 @@ def write_payloads(folder: Path, package: ModelPackage, items: Items, size: int,
         items: what requests bring along.
         size: items of a batch job.
         demand: what each request asks for.
+
+    Raises:
+        ConfigError: there are fewer items than that.
     """
     folder.mkdir(parents=True, exist_ok=True)
     limit = load_settings().transport.max_message_mib
-    rows = {
-        "single": [items.rows(1, seed) for seed in range(_SINGLES)],
-        "batch": [items.rows(size, seed) for seed in range(_BATCHES)],
-    }
+    rows = {"single": items.spread(1, _SINGLES), "batch": items.spread(size, _BATCHES)}
     for kind, slices in rows.items():
         payloads = [items.payloads_of(rows) for rows in slices]
         requests = [predict_request(package.name, payload, demand, limit) for payload in payloads]
         yield _write(folder / f"mosel-{kind}.bin", requests)
+        yield _write(folder / f"oip-{kind}.bin", [_infer_request(package, payload, demand) for payload in payloads])
     yield _write(folder / "mosel-job.bin", _job(package.name, items, size, demand, limit))
     yield _write_data(folder / "perf-analyzer.json", items, rows["single"])
+
+
+def _infer_request(package: ModelPackage, payloads: Mapping[str, NDArray[Any]], demand: Demand) -> Message:
+    """The same as the Open Inference Protocol says it."""
+    request = ModelInferRequest(model_name=package.name)
+    for name, array in payloads.items():
+        request.inputs.add(name=name, datatype=package.modalities[name].dtype, shape=array.shape)
+        request.raw_input_contents.append(array.tobytes())
+    for name in ("min_accuracy", "latency_slo_ms"):
+        if (value := demand.get(name)) is not None:
+            request.parameters[name].double_param = value
+    return request  # type: ignore[no-any-return] # made from a descriptor
 
 
 def _job(model: str, items: Items, size: int, demand: Demand, limit: int) -> Iterable[Message]:

@@ -17,7 +17,7 @@ from bench.outcomes import Ending
 from bench.serving import Jobs
 from mosel import Client
 from mosel.answers import ModelInfo
-from mosel.errors import ConfigError, ModelNotFound, MoselError
+from mosel.errors import ModelNotFound, MoselError
 from mosel.model_package import find_packages
 
 console = Console(width=140, highlight=False)
@@ -106,8 +106,7 @@ def _items(info: ModelInfo, size: int, models: Path, data: Path | None) -> Items
             items = items_of(package, data, size)
         else:
             items = random_items(info.modalities, f"{package.folder} is another '{info.name}'", size)
-    if len(items.recordings) < size:
-        raise ConfigError(f"--items is {size}; there are {len(items.recordings)} ({items.source})")
+    items.check_size(size)
     return items
 
 

@@ -20,6 +20,7 @@ from google.protobuf.proto import parse_length_prefixed
 from bench.ghz import payloads
 from bench.ghz.payloads import write_payloads
 from bench.items import Items, random_items
+from gateway.inference.messages import SERVICE, ModelInferRequest, ModelInferResponse
 from mosel.demands import Demand
 from mosel.launcher import Launcher
 from mosel.model_package import ModelPackage
@@ -45,9 +46,13 @@ DURATIONS = {
 FLAGS = {"insecure", "skipTLS", "async", "enable-compression", "count-errors", "stream-dynamic-messages"}
 LISTS, MAPS = {"import-paths"}, {"data", "metadata", "tags", "reflect-metadata"}
 
-REQUESTS: dict[str, type[Message]] = {
-    "mosel.v1.Gateway.Predict": gateway_pb2.PredictRequest,
-    "mosel.v1.Gateway.SubmitJob": gateway_pb2.SubmitJobRequest,
+PREDICT, SUBMIT = "mosel.v1.Gateway.Predict", "mosel.v1.Gateway.SubmitJob"
+INFER = f"{SERVICE.full_name}.ModelInfer"
+# What is sent, and what is answered.
+MESSAGES: dict[str, tuple[type[Message], type[Message]]] = {
+    PREDICT: (gateway_pb2.PredictRequest, gateway_pb2.PredictReply),
+    SUBMIT: (gateway_pb2.SubmitJobRequest, gateway_pb2.JobEvent),
+    INFER: (ModelInferRequest, ModelInferResponse),
 }
 
 
@@ -102,20 +107,25 @@ def test_files_that_are_named_are_there(file: Path, written: dict[str, Path]) ->
     assert binary.name in written
 
 
-@pytest.mark.parametrize("name", ["mosel-single", "mosel-batch", "mosel-steps"])
-def test_single_messages_are_answered(name: str, written: dict[str, Path], services: Launcher) -> None:
+def items_and_accuracy(reply: Message) -> tuple[int, float]:
+    if isinstance(reply, gateway_pb2.PredictReply):
+        return len(reply.labels), reply.expected_accuracy
+    response: Any = reply
+    return response.outputs[0].shape[0], response.parameters["expected_accuracy"].double_param
+
+
+@pytest.mark.parametrize("name", [f"{api}-{kind}" for api in ("mosel", "oip") for kind in ("single", "batch", "steps")])
+def test_each_message_is_answered(name: str, written: dict[str, Path], services: Launcher) -> None:
     options = configured(ROOT / "bench" / "ghz" / f"{name}.json")
+    request, reply = MESSAGES[options["call"]]
     service, _, method = options["call"].rpartition(".")
     with grpc.insecure_channel(services.address) as channel:
-        call = channel.unary_unary(
-            f"/{service}/{method}", Message.SerializeToString, gateway_pb2.PredictReply.FromString
-        )
-        sent = [*messages(written[Path(options["binary-file"]).name], REQUESTS[options["call"]])]
-        replies = [call(message, timeout=30) for message in sent]
-    sizes = {len(reply.labels) for reply in replies}
-    assert sizes == ({10} if name == "mosel-batch" else {1})
-    assert len(replies) > 1
-    assert all(reply.expected_accuracy >= 0.7 for reply in replies)
+        call = channel.unary_unary(f"/{service}/{method}", request.SerializeToString, reply.FromString)
+        sent = [*messages(written[Path(options["binary-file"]).name], request)]
+        answers = [items_and_accuracy(call(message, timeout=30)) for message in sent]
+    assert len(answers) > 1
+    assert {items for items, _ in answers} == {10 if name.endswith("batch") else 1}
+    assert all(accuracy >= 0.7 for _, accuracy in answers)
     # Requests that are all the same would be a strange load.
     assert len({message.SerializeToString(deterministic=True) for message in sent}) == len(sent)
 
@@ -124,9 +134,11 @@ def test_a_streamed_job_is_answered(written: dict[str, Path], services: Launcher
     options = configured(ROOT / "bench" / "ghz" / "mosel-job.json")
     with grpc.insecure_channel(services.address) as channel:
         call = channel.stream_stream(
-            "/mosel.v1.Gateway/SubmitJob", Message.SerializeToString, gateway_pb2.JobEvent.FromString
+            "/mosel.v1.Gateway/SubmitJob",
+            gateway_pb2.SubmitJobRequest.SerializeToString,
+            gateway_pb2.JobEvent.FromString,
         )
-        events = [*call(messages(written["mosel-job.bin"], REQUESTS[options["call"]]), timeout=30)]
+        events = [*call(messages(written["mosel-job.bin"], MESSAGES[options["call"]][0]), timeout=30)]
     assert events[0].HasField("accepted")
     assert events[-1].HasField("summary")
     assert sorted(item for event in events[1:-1] for item in event.results.items) == list(range(10))

@@ -138,7 +138,9 @@ def test_a_message_is_one_line_that_can_be_shown_anywhere(given: str, shown: str
 
 
 def test_a_message_fits_into_a_trailer() -> None:
-    shown = message_of(InternalError("🍎" * 10_000))
-    assert shown.endswith("🍎...")
+    shown = message_of(InternalError(f"model is '{'🍎' * 10_000}'; expected one of fruit"))
+    assert shown.startswith("model is '🍎")
+    assert "🍎...🍎" in shown
+    assert shown.endswith("'; expected one of fruit")
     # As gRPC writes it: three characters for each byte.
     assert 3 * len(shown.encode()) < 8 * 1024

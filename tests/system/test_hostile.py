@@ -1,17 +1,22 @@
 """Thousands of hostile requests: each is answered for what it is, and the services go on as if nothing had been."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import grpc
+import httpx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from gateway.inference.messages import ModelStreamInferResponse
 from mosel.client import Client
 from mosel.launcher import Launcher
-from tests.system.hostile import MOSEL, SUBMIT, Hostile, calls
+from tests.system.hostile.calls import INVALID, Hostile, calls
+from tests.system.hostile.http import HTTP, HostileHttp
+from tests.system.hostile.inference import INFERENCE, STREAM
+from tests.system.hostile.mosel_v1 import MOSEL, SUBMIT
 
 Payloads = dict[str, NDArray[Any]]
 Draw = Callable[..., Payloads]
@@ -69,32 +74,64 @@ class Caller:
             self._room.release()
         self.answered += 1
         if (problem := _problem(call, status, details)) is not None:
-            self.wrong.append(f"{kind}: {problem}: {status.name} {details[:200]!r}")
+            self.wrong.append(f"{kind}: {problem}: {status.name} {details[:200]!r} to {call.messages[0][:200]!r}")
 
     async def _answer(self, call: Hostile) -> tuple[grpc.StatusCode, str]:
         compression = grpc.Compression.Gzip if call.gzip else None
         try:
-            if call.method == SUBMIT:
-                await asyncio.to_thread(self._stream, call)
-            else:
-                unary: Raw = self._channel.unary_unary(call.method)
-                await unary(call.messages[0], timeout=call.timeout_s, compression=compression)
+            if call.method in (SUBMIT, STREAM):
+                return await asyncio.to_thread(self._stream, call)
+            unary: Raw = self._channel.unary_unary(call.method)
+            await unary(call.messages[0], timeout=call.timeout_s, compression=compression)
         except grpc.RpcError as error:
             return error.code(), error.details() or ""
         return grpc.StatusCode.OK, ""
 
-    def _stream(self, call: Hostile) -> None:
+    def _stream(self, call: Hostile) -> tuple[grpc.StatusCode, str]:
         stream: RawStream = self._stream_channel.stream_stream(call.method)
-        for _ in stream(iter(call.messages), timeout=call.timeout_s):
-            pass
+        answers = [*stream(iter(call.messages), timeout=call.timeout_s)]
+        if call.method == STREAM:
+            errors = [ModelStreamInferResponse.FromString(answer).error_message for answer in answers]
+            if any(errors):
+                return INVALID, next(filter(None, errors))
+        return grpc.StatusCode.OK, ""
 
 
-async def test_each_is_answered_for_what_it_is(services: Launcher) -> None:
+SEED = 20_241_124
+
+
+@pytest.mark.parametrize("kinds", [MOSEL, INFERENCE], ids=["mosel.v1", "Open Inference Protocol"])
+async def test_each_is_answered_for_what_it_is(services: Launcher, kinds: Mapping[Callable[..., Hostile], int]) -> None:
     caller = Caller(services.address)
-    await caller.send_all(calls(MOSEL, seed=20_241_124))
-    wrong = sorted(caller.wrong)
-    assert not wrong, f"{len(wrong)} of {caller.answered}:\n" + "\n".join(wrong[:: len(wrong) // 40 + 1])
-    assert caller.answered == sum(MOSEL.values())
+    await caller.send_all(calls(kinds, SEED))
+    assert not caller.wrong, _listed(caller.wrong)
+    assert caller.answered == sum(kinds.values())
+
+
+async def test_each_is_answered_for_what_it_is_over_http(services: Launcher) -> None:
+    wrong: list[str] = []
+    room = asyncio.Semaphore(_IN_FLIGHT // 4)
+    async with httpx.AsyncClient(base_url=f"http://{services.http_address}", timeout=60) as client:
+
+        async def send(kind: str, call: HostileHttp) -> None:
+            async with room:
+                reply = await client.request(call.method, call.path, content=call.body, headers=dict(call.headers))
+            if (problem := _http_problem(call, reply)) is not None:
+                wrong.append(f"{kind}: {problem}: {reply.status_code} {reply.text[:200]!r} to {call.body[:200]!r}")
+
+        async with asyncio.TaskGroup() as group:
+            for kind, call in calls(HTTP, SEED):
+                group.create_task(send(kind, call))
+    assert not wrong, _listed(wrong)
+
+
+def test_they_are_ten_thousand() -> None:
+    assert sum(count for kinds in (MOSEL, INFERENCE, HTTP) for count in kinds.values()) >= 10_000
+
+
+def _listed(wrong: list[str]) -> str:
+    """At most about 40 of them, of all kinds."""
+    return f"{len(wrong)}:\n" + "\n".join(sorted(wrong)[:: len(wrong) // 40 + 1])
 
 
 def _problem(call: Hostile, status: grpc.StatusCode, details: str) -> str | None:
@@ -105,8 +142,20 @@ def _problem(call: Hostile, status: grpc.StatusCode, details: str) -> str | None
         return None
     if call.says is None:
         return None
-    if call.says not in details:
-        return f"expected '{call.says}' in the message"
-    if not details or not details.isprintable() or len(details) > _LONGEST:
-        return f"expected one readable line of at most {_LONGEST} characters, got {len(details)}"
+    return _unclear(details, call.says)
+
+
+def _http_problem(call: HostileHttp, reply: httpx.Response) -> str | None:
+    if reply.status_code not in call.allowed:
+        return f"expected {', '.join(map(str, sorted(call.allowed)))}"
+    if reply.status_code == 200 or call.says is None:
+        return None
+    return _unclear(reply.json()["error"], call.says)
+
+
+def _unclear(message: str, says: str) -> str | None:
+    if says not in message:
+        return f"expected '{says}' in the message"
+    if not message or not message.isprintable() or len(message) > _LONGEST:
+        return f"expected one readable line of at most {_LONGEST} characters, got {len(message)}"
     return None
