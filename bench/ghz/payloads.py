@@ -1,4 +1,4 @@
-"""Writes the requests that the configurations of ghz and perf_analyzer send: real samples where there are any.
+"""Writes the requests that ghz, perf_analyzer and k6 send: real samples where there are any.
 
 ghz reads messages with their lengths in front (as varints), one after another, and sends them in turn; a call that
 streams gets all of them. A single message without its length would do for calls that do not stream, but ghz tries to
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from google.protobuf.proto import serialize_length_prefixed
 from numpy.typing import NDArray
@@ -67,9 +68,12 @@ def write_payloads(folder: Path, package: ModelPackage, items: Items, size: int,
         payloads = [items.payloads_of(rows) for rows in slices]
         requests = [predict_request(package.name, payload, demand, limit) for payload in payloads]
         yield _write(folder / f"mosel-{kind}.bin", requests)
+        yield _write_json(folder / f"mosel-{kind}.json", [MessageToDict(request) for request in requests])
         yield _write(folder / f"oip-{kind}.bin", [_infer_request(package, payload, demand) for payload in payloads])
     yield _write(folder / "mosel-job.bin", _job(package.name, items, size, demand, limit))
-    yield _write_data(folder / "perf-analyzer.json", items, rows["single"])
+    yield _write_json(
+        folder / "perf-analyzer.json", {"data": [_step(items.payloads_of(one)) for one in rows["single"]]}
+    )
 
 
 def _infer_request(package: ModelPackage, payloads: Mapping[str, NDArray[Any]], demand: Demand) -> Message:
@@ -99,16 +103,15 @@ def _write(file: Path, messages: Iterable[Message]) -> Path:
     return file
 
 
-def _write_data(file: Path, items: Items, rows: Iterable[slice]) -> Path:
-    """What `perf_analyzer --input-data` reads: one item a request, its numbers flat and row-major."""
-    data = [
-        {
-            name: {"content": array[0].ravel().tolist(), "shape": [*array.shape[1:]]}
-            for name, array in items.payloads_of(one).items()
-        }
-        for one in rows
-    ]
-    file.write_text(json.dumps({"data": data}) + "\n")
+def _step(payloads: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    """One item as `perf_analyzer --input-data` reads it: its numbers flat and row-major."""
+    return {
+        name: {"content": array[0].ravel().tolist(), "shape": [*array.shape[1:]]} for name, array in payloads.items()
+    }
+
+
+def _write_json(file: Path, content: Any) -> Path:
+    file.write_text(json.dumps(content) + "\n")
     return file
 
 
