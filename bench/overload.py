@@ -35,7 +35,7 @@ from mosel.model_package import ModelPackage, find_packages
 # Offered loads that are tried for the peak, in multiples of what the model's core can compute.
 _LOADS = (0.6, 0.8, 0.9, 1.0, 1.2, 1.5)
 _READY_TIMEOUT_S = 120.0
-_SAMPLE_S = 1.0
+_WARM_UP_S, _SAMPLE_S = 1.0, 1.0
 _MIB = 1024 * 1024
 
 console = Console(width=140, highlight=False)
@@ -63,9 +63,9 @@ class Options:
     factor: float = 3.0
     overload_s: float = 60.0
 
-    def plan(self, rates: Sequence[float], seconds: float) -> Plan:
+    def plan(self, rates: Sequence[float], seconds: float, warm_up_s: float = 0.0) -> Plan:
         """Single requests at these rates."""
-        return Plan(tuple(rates), seconds, warm_up_s=min(seconds, 2.0), latency_slo_ms=self.slo_ms)
+        return Plan(tuple(rates), seconds, warm_up_s, latency_slo_ms=self.slo_ms)
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,25 @@ class Result:
         steps: those that look for the peak.
         overload: several times the peak.
         memory: resident MiB of each process, each second of the overload.
+        model_s: processor seconds that the model had meanwhile.
+        busy_ms: of them, what it takes for a request.
     """
 
     steps: Sequence[Step]
     overload: Step
     memory: Mapping[str, Sequence[float]]
+    model_s: float
+    busy_ms: float
 
     @property
     def peak(self) -> float:
         """The most requests per second that were answered in time."""
         return max(step.goodput for step in self.steps)
+
+    @property
+    def useful(self) -> float:
+        """The share of the model's processor time under overload that went into answers in time."""
+        return self.overload.goodput * self.overload.seconds * self.busy_ms / 1000 / self.model_s
 
 
 def main() -> None:
@@ -145,17 +154,18 @@ def measure(launcher: Launcher, package: ModelPackage, options: Options) -> Resu
     """Looks for the peak, then overloads the services."""
     jobs = Jobs(package.name, package.output.labels, items_of(package))
     rates = [load * 1000 / options.busy_ms for load in options.loads]
-    steps = [*run_steps(launcher.address, jobs, options.plan(rates, options.step_s))]
+    steps = [*run_steps(launcher.address, jobs, options.plan(rates, options.step_s, _WARM_UP_S))]
     peak = max(step.goodput for step in steps)
+    model = psutil.Process(launcher.children[f"encoder/{options.modality}"].process.pid)
+    before = sum(model.cpu_times()[:2])
     with _Memory(launcher) as memory:
         (overload,) = run_steps(launcher.address, jobs, options.plan([options.factor * peak], options.overload_s))
-    return Result(steps, overload, memory.mib)
+    return Result(steps, overload, memory.mib, sum(model.cpu_times()[:2]) - before, options.busy_ms)
 
 
 def _settings(folder: Path) -> Settings:
-    # One worker for one core: two would share it, and each call would take twice as long.
     return load_settings(
-        models_dir=folder / "models", profiles_dir=folder / "profiles", workers=1, device="cpu", gateway=FREE_PORTS
+        models_dir=folder / "models", profiles_dir=folder / "profiles", device="cpu", gateway=FREE_PORTS
     )
 
 
@@ -215,6 +225,7 @@ def _overload_table(result: Result, options: Options) -> Table:
     rows = {
         "peak goodput": f"{result.peak:.1f} requests/s in time",
         "goodput under overload": f"{overload.goodput:.1f} requests/s in time, {overload.goodput / result.peak:.1%}",
+        "processor time of the model": f"{result.model_s:.1f} s, {result.useful:.1%} of it for answers in time",
         "admitted": f"{sum(map(overload.count, admitted))}, of which late {overload.summary.endings.get('late', 0)}, "
         f"expired {overload.count(Ending.EXPIRED)}",
         "p50, p99 of admitted": f"{p50:.1f} ms, {p99:.1f} ms; deadline {options.slo_ms:g} ms",
