@@ -26,7 +26,7 @@ from bench.load.steps import Plan, Step, run_steps
 from bench.machine import machine_line
 from bench.null_model import write_null_model
 from bench.outcomes import Ending
-from bench.serving import Jobs
+from bench.serving import Gateway, Jobs
 from mosel.config import FREE_PORTS, Settings, load_settings
 from mosel.errors import ConfigError
 from mosel.launcher import Launcher
@@ -152,14 +152,14 @@ def served(folder: Path, options: Options) -> Iterator[tuple[Launcher, ModelPack
 
 def measure(launcher: Launcher, package: ModelPackage, options: Options) -> Result:
     """Looks for the peak, then overloads the services."""
-    jobs = Jobs(package.name, package.output.labels, items_of(package))
+    gateway, jobs = Gateway(launcher.address), Jobs(package.name, package.output.labels, items_of(package))
     rates = [load * 1000 / options.busy_ms for load in options.loads]
-    steps = [*run_steps(launcher.address, jobs, options.plan(rates, options.step_s, _WARM_UP_S))]
+    steps = [*run_steps(gateway, jobs, options.plan(rates, options.step_s, _WARM_UP_S))]
     peak = max(step.goodput for step in steps)
     model = psutil.Process(launcher.children[f"encoder/{options.modality}"].process.pid)
     before = sum(model.cpu_times()[:2])
     with _Memory(launcher) as memory:
-        (overload,) = run_steps(launcher.address, jobs, options.plan([options.factor * peak], options.overload_s))
+        (overload,) = run_steps(gateway, jobs, options.plan([options.factor * peak], options.overload_s))
     return Result(steps, overload, memory.mib, sum(model.cpu_times()[:2]) - before, options.busy_ms)
 
 

@@ -12,7 +12,7 @@ import uvloop
 from bench.items import Items
 from bench.outcomes import Ending, Outcome
 from bench.workload import Arrival
-from mosel import AsyncClient
+from mosel import AsyncClient, Tls
 from mosel.errors import DeadlineExceeded, MoselError, Overloaded, Unreachable
 from mosel.launcher import Launcher
 from mosel.model_package import ModelPackage
@@ -20,6 +20,15 @@ from mosel.model_package import ModelPackage
 # How long the client itself waits, which is beyond every deadline.
 _TIMEOUT_S = 60.0
 _PATIENCE_S = 3600.0
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """A running gateway, and how it is called: attributes as of `mosel.AsyncClient`."""
+
+    address: str
+    token: str | None = None
+    tls: Tls | None = None
 
 
 @dataclass(frozen=True)
@@ -45,26 +54,26 @@ def serve(
     launcher: Launcher, package: ModelPackage, arrivals: Iterable[Arrival], items: Items, *, late_ok: bool = False
 ) -> list[Outcome]:
     """Sends jobs with `effort = best` to running services; otherwise as `send`."""
-    return send(launcher.address, Jobs(package.name, package.output.labels, items, "best", late_ok), arrivals)
+    return send(Gateway(launcher.address), Jobs(package.name, package.output.labels, items, "best", late_ok), arrivals)
 
 
-def send(address: str, jobs: Jobs, arrivals: Iterable[Arrival]) -> list[Outcome]:
+def send(gateway: Gateway, jobs: Jobs, arrivals: Iterable[Arrival]) -> list[Outcome]:
     """Sends jobs, and waits until all are over.
 
     Args:
-        address: the gateway's.
+        gateway: where to.
         jobs: what to send.
         arrivals: by rising time.
 
     Raises:
         MoselError: the gateway cannot be reached, or does not serve the model.
     """
-    return uvloop.run(_send(address, jobs, arrivals))
+    return uvloop.run(_send(gateway, jobs, arrivals))
 
 
-async def _send(address: str, jobs: Jobs, arrivals: Iterable[Arrival]) -> list[Outcome]:
+async def _send(gateway: Gateway, jobs: Jobs, arrivals: Iterable[Arrival]) -> list[Outcome]:
     loop, outcomes = asyncio.get_running_loop(), dict[int, Outcome]()
-    async with AsyncClient(address) as client:
+    async with AsyncClient(gateway.address, token=gateway.token, tls=gateway.tls, retries=None) as client:
         await client.plan(jobs.model, 1)  # connects before the clock starts
         start = loop.time()
 

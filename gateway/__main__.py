@@ -3,14 +3,19 @@
 import argparse
 import asyncio
 import contextlib
+import itertools
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 
 import grpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
+from gateway.access.guard import Guard
+from gateway.access.guarding import guarding
+from gateway.access.interceptor import OnlyTenants
+from gateway.access.middleware import OnlyTenantsHttp
 from gateway.inference.http import InferenceHttp
 from gateway.inference.messages import POOL, SERVICE
 from gateway.inference.servicer import InferenceServicer, handlers
@@ -18,9 +23,11 @@ from gateway.plane import DataPlane
 from gateway.selector_link import SelectorLink
 from gateway.servicer import GatewayServicer
 from mosel.config import Settings
+from mosel.exposure import check_public, public_tls
 from mosel.http import HttpServer
 from mosel.model_package import find_packages
-from mosel.service import RefuseGarbage, Service, run_service
+from mosel.service import RefuseGarbage, RefuseHugeAnswers, Service, run_service
+from mosel.tls import handshake_refused
 from mosel.transport import open_arena
 from mosel.v1 import arena_pb2, gateway_pb2, gateway_pb2_grpc, tensor_pb2
 
@@ -40,6 +47,8 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
         ConfigError: a setting is wrong, or the port is taken.
         PackageError: a model package is wrong.
     """
+    address = listen or settings.gateway_address
+    check_public(settings, address, "--listen" if listen else "--host")
     packages = find_packages(settings.models_dir, settings.models)
     models_changed = asyncio.Event()
     transport = settings.transport
@@ -55,24 +64,40 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
         ) as link:
             plane = DataPlane(settings, packages, arena, publisher, link)
             register = partial(_register, plane)
-            address = listen or settings.gateway_address
-            async with (
-                _speaking_http(settings, plane) as http,
-                Service(settings, address, "--grpc-port", register, (RefuseGarbage(),)) as service,
-                _following_models(service, plane, models_changed),
-            ):
-                await service.set_ready(True)
-                await stop.wait()
-                # At the same time as gRPC: each may need all of the grace.
-                http.stop()
+            checks = (RefuseGarbage(), RefuseHugeAnswers(settings))
+            refused = partial(_handshake_refused, plane)
+            async with guarding(settings.gateway.tokens_file, plane.counters) as guard:
+                plane.guard = guard
+                first = checks if guard is None else (OnlyTenants(guard), *checks)
+                async with (
+                    Service(settings, address, "--grpc-port", register, first, public=True, refused=refused) as public,
+                    # For this user alone, who needs no token there.
+                    Service(settings, settings.local_gateway_address, "run_dir", register, checks) as local,
+                    _speaking_http(settings, plane, guard, refused) as http,
+                    _following_models((public, local), plane, models_changed),
+                ):
+                    await public.set_ready(True)
+                    await local.set_ready(True)
+                    await stop.wait()
+                    # At the same time as gRPC: each may need all of the grace.
+                    http.stop()
+
+
+def _handshake_refused(plane: DataPlane, reason: str) -> None:
+    plane.counters["refused.handshake"] += 1
+    handshake_refused(reason)
 
 
 @contextlib.asynccontextmanager
-async def _speaking_http(settings: Settings, plane: DataPlane) -> AsyncIterator[HttpServer]:
-    """Serves the Open Inference Protocol over HTTP."""
+async def _speaking_http(
+    settings: Settings, plane: DataPlane, guard: Guard | None, refused: Callable[[str], None]
+) -> AsyncIterator[HttpServer]:
+    """Serves the Open Inference Protocol over HTTP, to tenants alone if there is a guard."""
     host, port, grace_s = settings.gateway.host, settings.gateway.http_port, settings.stop_grace_ms / 1000
     with InferenceHttp(plane) as inference:
-        async with HttpServer(inference.app(), host, port, "--http-port", grace_s) as server:
+        app = inference.app() if guard is None else OnlyTenantsHttp(inference.app(), guard)
+        tls = public_tls(settings)
+        async with HttpServer(app, host, port, "--http-port", grace_s, tls=tls, refused=refused) as server:
             yield server
 
 
@@ -89,12 +114,15 @@ def _register(plane: DataPlane, server: grpc.aio.Server) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _following_models(service: Service, plane: DataPlane, changed: asyncio.Event) -> AsyncIterator[None]:
+async def _following_models(
+    services: Sequence[Service], plane: DataPlane, changed: asyncio.Event
+) -> AsyncIterator[None]:
     """Keeps the health of each model's name in step with what the selector says."""
 
     async def follow() -> None:
         while True:
-            for model in plane.packages:
+            await plane.models.follow()
+            for model, service in itertools.product(list(plane.packages), services):
                 await service.set_ready(plane.is_ready(model), model)
             await changed.wait()
             changed.clear()

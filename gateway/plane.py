@@ -5,10 +5,12 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 
+from gateway.access.guard import Guard
 from gateway.answers import Answer, answer_from
 from gateway.inferences import Inferences
 from gateway.intake import Check, Intake
 from gateway.jobs import CheckedJob, Times
+from gateway.models import Models
 from gateway.refusals import Refusals
 from gateway.registry import JobRegistry
 from gateway.selector_link import Answers, SelectorLink
@@ -26,18 +28,21 @@ class DataPlane:
 
     Args:
         settings: limits.
-        packages: the models by name.
+        packages: the models that are known from the start, by name.
         arena: where payloads are kept.
         publisher: puts them there.
         link: the stream to the selector.
 
     Attributes:
-        settings, packages, link: as given.
+        settings, link: as given.
+        models: keeps the packages in step with the selector.
+        packages: the models by name, those that were unloaded included; always the same mapping.
         intake: puts payloads into the arena.
         refusals: what the selector refused a moment ago.
         registry: the jobs under way.
         arriving: what jobs take whose items are still arriving.
         counters: requests, answers and items since the start.
+        guard: who may call; None: everybody.
     """
 
     def __init__(
@@ -48,13 +53,16 @@ class DataPlane:
         publisher: Publisher,
         link: SelectorLink,
     ) -> None:
-        self.settings, self.packages, self.link = settings, packages, link
+        self.settings, self.link = settings, link
+        self.models = Models(settings.models_dir, packages, link)
+        self.packages: Mapping[str, ModelPackage] = self.models.packages
         self.refusals = Refusals()
         self.intake = Intake(settings, publisher, self.refusals.check)
         self.registry = JobRegistry(settings.gateway.max_jobs_in_flight)
         limit = settings.transport.gateway_arena_mib * 1024 * 1024
         self.arriving = ArrivingBytes(arena.largest_slot, limit, "transport.gateway_arena_mib")
         self.counters: Counter[str] = Counter()
+        self.guard: Guard | None = None
         self._arena = arena
         self._inferences: defaultdict[str, Inferences] = defaultdict(Inferences)
 
@@ -87,7 +95,7 @@ class DataPlane:
         Raises:
             MoselError: whatever `check` raises, and whatever the job ends with.
         """
-        with self.inferences_of(model).request() as request:
+        with self.inferences_of(model).request() as request, self.models.checking() as sent:
             self.admit()
             prepared = await self.intake.request(check, elements, call)
             job, times = prepared.job, prepared.times
@@ -95,8 +103,9 @@ class DataPlane:
                 self.registry.open(prepared.description.job_id, job.package.name, job.size, times.ends) as entry,
                 self.submit(job, times, prepared.description) as answers,
             ):
-                entry.under_way()
+                sent()
                 request.sent()
+                entry.under_way()
                 groups = [group async for finished in answers for group in finished]
                 answer = answer_from(job, groups, answers.result, times.deadline.remaining * 1000)
                 entry.status.items_done = job.size
@@ -122,26 +131,54 @@ class DataPlane:
             self.refusals.note(job, times, error)
             raise
 
+    async def load(self, model: str) -> None:
+        """Loads a model from the models folder, or loads it anew; later requests are checked against what was loaded.
+
+        Jobs under way end with what they began with. What was begun goes on if the caller goes away.
+
+        Raises:
+            ModelNotFound: there is no such package.
+            PackageError: it is wrong; the model stays as it was.
+            ServiceUnavailable: a service that it needs is away.
+        """
+        await self.link.load(model)
+        await self.models.take_over(model)
+
+    async def unload(self, model: str) -> None:
+        """Admits no more jobs of a model, and returns when those under way are over and its networks are freed.
+
+        Raises:
+            ModelNotFound: it is not loaded.
+            ServiceUnavailable: the selector is away.
+        """
+        await self.link.unload(model)
+
     def state_of(self, model: str) -> selector_pb2.ModelState:
         """What the selector last said of a model; nothing is ready while it is away."""
-        return self.link.models.get(model, selector_pb2.ModelState())
+        reason = "not loaded" if self.link.connected else "service selector is not reachable"
+        return self.link.models.get(model, selector_pb2.ModelState(model=model, reason=reason))
 
     def is_ready(self, model: str) -> bool:
         """Whether jobs for a model would be run."""
-        return self.state_of(model).ready and not self.link.refused
+        state, package = self.state_of(model), self.packages.get(model)
+        return state.ready and package is not None and package.revision == state.revision and not self.link.refused
 
     def statistics(self) -> dict[str, int]:
         """Counts since the start, and what is held now."""
         counts = dict(self.counters) | self._arena.statistics().as_counters() | self.registry.statistics()
-        return counts | self.arriving.statistics() | self.link.statistics() | self.refusals.statistics()
+        counts |= self.arriving.statistics() | self.link.statistics() | self.refusals.statistics()
+        return counts | (self.guard.statistics() if self.guard is not None else {})
 
     async def statuses(self) -> list[service_pb2.ServiceStatus]:
         """The state of every service; of a selector that does not answer, why."""
+        detail = self.link.refused
+        if not self.link.models:
+            detail = "no model is loaded" if self.link.connected else "selector is not reachable"
         own = service_pb2.ServiceStatus(
             name="gateway",
             address=self.settings.gateway_address,
             ready=any(map(self.is_ready, self.packages)),
-            detail=self.link.refused or ("" if self.link.models else "selector is not reachable"),
+            detail=detail,
             pid=os.getpid(),
             counters=self.statistics(),
         )

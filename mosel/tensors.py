@@ -21,6 +21,8 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
 }
+# Where arrays of numbers may mean bfloat16: its bits, which are not to be taken for integers.
+BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 MAX_RANK = 8
 
 
@@ -42,6 +44,8 @@ def dtype_value(name: str) -> tensor_pb2.DataType.ValueType:
 
 def name_of(dtype: DTypeLike) -> str | None:
     """The name of a numpy dtype, None if it cannot travel."""
+    if np.dtype(dtype) == BFLOAT16:
+        return "BF16"
     wanted = np.dtype(dtype).newbyteorder("<")
     return next((name for name, known in DTYPES.items() if known == wanted and name != "BF16"), None)
 
@@ -76,7 +80,7 @@ def to_proto(array: NDArray[np.generic], field: str = "tensor") -> tensor_pb2.Te
     name = name_of(array.dtype)
     if name is None:
         raise InvalidRequest(f"{field}: dtype {array.dtype} cannot be sent; expected one of {', '.join(DTYPES)}")
-    data = np.ascontiguousarray(array, DTYPES[name]).tobytes()
+    data = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
     return tensor_pb2.Tensor(dtype=dtype_value(name), shape=array.shape, data=data)
 
 

@@ -101,7 +101,7 @@ def allowed_options(
             f"min_accuracy {floor:.4g} cannot be met with {format_set(job.modalities)}; {best_of(profile, candidates)}"
             f"{_what_is_missing(profile, job.modalities, floor)}"
         )
-    running = [s for s in candidates if is_up(s) and profile.is_measured(s)]
+    running = [s for s in candidates if is_up(s) and profile.can_run(s)]
     strategies = frontiers_of.of(running, items) if running else ()
     meeting = [s for s in strategies if s.accuracy >= floor - _TOLERANCE]
     if not meeting:
@@ -151,4 +151,4 @@ def _why_not(modality_set: ModalitySet, is_up: Callable[[ModalitySet], bool]) ->
     if not is_up(frozenset()):
         return "fusion is away"
     away = ", ".join(f"encoder/{m}" for m in sorted(modality_set) if not is_up(frozenset({m})))
-    return f"{away} is away" if away else f"selector still measures {format_set(modality_set)}"
+    return f"{away} is away" if away else f"selector still loads and measures {format_set(modality_set)}"

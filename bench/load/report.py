@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from bench.load.steps import Plan, Step, percentile
 from bench.outcomes import Ending, Outcome
+from bench.serving import Gateway
 from mosel.status import status_of
 
 _PERCENTAGES = (10, 25, 50, 75, 90, 95, 99)
@@ -28,13 +29,13 @@ class About:
     """What a report says of its run.
 
     Attributes:
-        address: of the gateway.
+        gateway: which one.
         model: its name.
         items: where they come from, in words.
         plan: what was sent, and when.
     """
 
-    address: str
+    gateway: Gateway
     model: str
     items: str
     plan: Plan
@@ -110,8 +111,8 @@ def _options(about: About, seconds: float, requests: int) -> dict[str, Any]:
     rising = len(rates) > 1
     return {
         "call": _CALL,
-        "host": about.address,
-        "insecure": True,
+        "host": about.gateway.address,
+        "insecure": about.gateway.tls is None,
         "async": True,
         "binary": True,
         "rps": 0 if rising else round(rates[0]),

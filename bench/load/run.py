@@ -14,7 +14,7 @@ from bench.load.report import About, report
 from bench.load.steps import Plan, Step, run_steps
 from bench.machine import machine_line
 from bench.outcomes import Ending
-from bench.serving import Jobs
+from bench.serving import Gateway, Jobs
 from mosel import Client
 from mosel.answers import ModelInfo
 from mosel.errors import ModelNotFound, MoselError
@@ -25,11 +25,13 @@ _COLUMNS = ("offered /s", "jobs", "goodput /s", "items /s in time", "missed", "p
 _ENDINGS = ("late", "refused", "refused p50 ms", "expired", "failed", "send lag p99 ms")
 
 
-def load(address: str, model: str | None, plan: Plan, models: Path, data: Path | None, json_file: Path | None) -> None:
+def load(
+    gateway: Gateway, model: str | None, plan: Plan, models: Path, data: Path | None, json_file: Path | None
+) -> None:
     """Runs everything, prints a table, and writes the report.
 
     Args:
-        address: of a running gateway.
+        gateway: a running one.
         model: which model; None: the first that it serves.
         plan: what is sent, and when.
         models: folder of packages, where the model's samples may be found.
@@ -39,12 +41,14 @@ def load(address: str, model: str | None, plan: Plan, models: Path, data: Path |
     Raises:
         MoselError: the gateway cannot be reached, does not serve the model, or there are fewer items than in a job.
     """
-    info = _served(address, model)
+    info = _served(gateway, model)
     items = _items(info, plan.items, models, data)
-    about = About(address, info.name, items.source, plan)
-    console.print(machine_line(), f"{info.name} at {address}; {items.source}", sep="\n", markup=False, soft_wrap=True)
+    about = About(gateway, info.name, items.source, plan)
+    console.print(
+        machine_line(), f"{info.name} at {gateway.address}; {items.source}", sep="\n", markup=False, soft_wrap=True
+    )
     steps = []
-    for step in run_steps(address, Jobs(info.name, info.labels, items), plan):
+    for step in run_steps(gateway, Jobs(info.name, info.labels, items), plan):
         steps.append(step)
         console.print(f"{step.rate:g} jobs/s: {step.goodput:.1f} answered in time and accurately enough", markup=False)
     console.print(table(plan, steps))
@@ -82,15 +86,15 @@ def table(plan: Plan, steps: Sequence[Step]) -> Table:
     return shown
 
 
-def _served(address: str, model: str | None) -> ModelInfo:
+def _served(gateway: Gateway, model: str | None) -> ModelInfo:
     """What a gateway says of a model."""
-    with Client(address) as client:
+    with Client(gateway.address, token=gateway.token, tls=gateway.tls) as client:
         served = {info.name: info for info in client.models()}
     if not served:
-        raise ModelNotFound(f"the gateway at {address} serves no model")
+        raise ModelNotFound(f"the gateway at {gateway.address} serves no model")
     name = model or next(iter(served))
     if name not in served:
-        raise ModelNotFound(f"model is '{name}'; the gateway at {address} serves {', '.join(served)}")
+        raise ModelNotFound(f"model is '{name}'; the gateway at {gateway.address} serves {', '.join(served)}")
     return served[name]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.outcomes import Ending, Outcome, Summary, summarise
-from bench.serving import Jobs, send
+from bench.serving import Gateway, Jobs, send
 from bench.workload import Arrival, from_trace, poisson, read_trace
 
 
@@ -88,17 +88,17 @@ class Step:
         return percentile((outcome.lag_s * 1000 for outcome in self.outcomes), percent)
 
 
-def run_steps(address: str, jobs: Jobs, plan: Plan) -> Iterator[Step]:
+def run_steps(gateway: Gateway, jobs: Jobs, plan: Plan) -> Iterator[Step]:
     """Runs each step and waits until its jobs are over.
 
     Raises:
         MoselError: the gateway cannot be reached, or does not serve the model.
     """
     if plan.warm_up_s:
-        send(address, jobs, plan.arrivals(plan.rates[0], plan.warm_up_s, plan.seed))
+        send(gateway, jobs, plan.arrivals(plan.rates[0], plan.warm_up_s, plan.seed))
     for number, rate in enumerate(plan.rates, start=1):
         began, arrivals = datetime.now(UTC), plan.arrivals(rate, plan.seconds, plan.seed + number)
-        yield Step(rate, plan.seconds, send(address, jobs, arrivals), began)
+        yield Step(rate, plan.seconds, send(gateway, jobs, arrivals), began)
 
 
 def percentile(values: Iterable[float], percent: float) -> float:

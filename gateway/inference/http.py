@@ -42,7 +42,7 @@ class InferenceHttp:
 
     def __init__(self, plane: DataPlane) -> None:
         self._plane = plane
-        self._bodies = Bodies(plane.settings, plane.arriving)
+        self._bodies, self._document = Bodies(plane.settings, plane.arriving), document()
         # One: what is large waits for its turn, for JSON takes many times its size while it is read.
         self._thread = ThreadPoolExecutor(1, "json")
 
@@ -78,7 +78,7 @@ class InferenceHttp:
     @answers_with_error
     async def openapi(self, request: Request) -> Response:
         """The whole of it, described."""
-        return JsonReply(document())
+        return JsonReply(self._document)
 
     @answers_with_error
     async def server_live(self, request: Request) -> Response:
@@ -128,14 +128,14 @@ class InferenceHttp:
     async def load(self, request: Request) -> Response:
         """Loads a model, or loads it anew."""
         await self._check_parameters(request)
-        await self._plane.load(request.path_params["model"])  # type: ignore[attr-defined]
+        await self._plane.load(request.path_params["model"])
         return JsonReply({})
 
     @answers_with_error
     async def unload(self, request: Request) -> Response:
         """Unloads a model."""
         await self._check_parameters(request, _UNLOAD_DEPENDENTS)
-        await self._plane.unload(request.path_params["model"])  # type: ignore[attr-defined]
+        await self._plane.unload(request.path_params["model"])
         return JsonReply({})
 
     @answers_with_error

@@ -97,11 +97,15 @@ def repository_index(plane: DataPlane, ready_only: bool = False) -> list[Json]:
             "name": name,
             "version": package.version,
             "state": "READY" if ready[name] else "UNAVAILABLE",
-            "reason": "" if ready[name] else plane.link.refused or "a service that it needs is not ready",
+            "reason": "" if ready[name] else _why_not(plane, name),
         }
         for name, package in plane.packages.items()
         if ready[name] or not ready_only
     ]
+
+
+def _why_not(plane: DataPlane, model: str) -> str:
+    return plane.link.refused or plane.state_of(model).reason or "a service that it needs is not ready"
 
 
 def _tensors(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> list[Json]:

@@ -19,6 +19,8 @@ _HEADER = "Inference-Header-Content-Length"
 # What requests that are not understood, or not answered, are answered with.
 _ERRORS = {
     "400": "a field, header or parameter is wrong",
+    "401": "no token, or none that is known, where tokens are asked for",
+    "403": "the token allows no such thing",
     "404": "no such model, or not in this version",
     "413": "more bytes or items than a setting allows",
     "422": "nothing that could be run is accurate or fast enough; or the model package is wrong",
@@ -37,7 +39,13 @@ def document() -> Json:
         "openapi": "3.1.0",
         "info": {"title": "MOSEL", "version": VERSION, "description": _DESCRIPTION},
         "paths": dict(_paths()),
-        "components": {"schemas": _sent() | _answered(), "responses": {"Error": _reply("An error.", "Error")}},
+        "components": {
+            "schemas": _sent() | _answered(),
+            "responses": {"Error": _reply("An error.", "Error")},
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
+        # Not every gateway asks for tokens.
+        "security": [{}, {"token": []}],
     }
 
 
@@ -93,7 +101,7 @@ def _infer_headers() -> list[Json]:
 
 
 def _get(summary: str, reply: Json, others: Json | None = None, path: str = "") -> Json:
-    responses = {"200": reply} | (others or {}) | _errors("500")
+    responses = {"200": reply} | (others or {}) | _errors("401", "429", "500")
     return {"get": {"summary": summary, "parameters": _parameters(path), "responses": responses}}
 
 

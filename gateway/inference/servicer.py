@@ -75,13 +75,13 @@ class InferenceServicer:
             raise InvalidRequest(
                 f"parameters has '{min(request.parameters)}'; expected none: a model's folder says all"
             )
-        await self._plane.load(request.model_name)  # type: ignore[attr-defined]
+        await self._plane.load(request.model_name)
         return message("RepositoryModelLoadResponse", {})
 
     @answers_with_status
     async def RepositoryModelUnload(self, request: Any, context: Context) -> Message:
         _check_repository(request)
-        await self._plane.unload(request.model_name)  # type: ignore[attr-defined]
+        await self._plane.unload(request.model_name)
         return message("RepositoryModelUnloadResponse", {})
 
     @answers_with_status

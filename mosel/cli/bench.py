@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from mosel.cli.options import DataFolder, Device, ModelsFolder
+from mosel.cli.options import Ca, Certificate, DataFolder, Device, Key, ModelsFolder, Token
 
 if TYPE_CHECKING:
     from mosel.config import Settings
@@ -35,6 +35,10 @@ def load_command(
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="CSV file second,requests. [default: Poisson arrivals]")] = None,
     seed: Annotated[int, typer.Option(help="Of all chance.")] = 0,
+    token: Token = None,
+    ca: Ca = None,
+    certificate: Certificate = None,
+    key: Key = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for a report in the shape of ghz's.")] = None,
     data: DataFolder = None,
     models: ModelsFolder = None,
@@ -47,7 +51,8 @@ def load_command(
     """
     from bench.load.run import load
     from bench.load.steps import Plan
-    from mosel.cli.options import settings_from
+    from bench.serving import Gateway
+    from mosel.cli.options import settings_from, tls_from
     from mosel.config import FREE_PORTS
     from mosel.errors import ConfigError
 
@@ -64,7 +69,8 @@ def load_command(
     if not plan.rates or not all(0 < rate < math.inf for rate in plan.rates):
         raise ConfigError(f"--rates is '{rates}'; expected jobs per second above 0, separated by commas")
     settings = settings_from(models, None if address else [model or "digits"], device, **FREE_PORTS)
-    with _gateway(address, settings) as gateway:
+    with _address(address, settings) as where:
+        gateway = Gateway(where, token, tls_from(ca, certificate, key))
         load(gateway, model or None, plan, settings.models_dir, data, json_file)
 
 
@@ -112,7 +118,7 @@ def policies_command(
 
 
 @contextlib.contextmanager
-def _gateway(address: str, settings: "Settings") -> Iterator[str]:
+def _address(address: str, settings: "Settings") -> Iterator[str]:
     """The address of a running gateway: the one given, or one that is started."""
     from mosel.cli.starting import started
 

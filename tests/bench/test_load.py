@@ -18,6 +18,7 @@ from bench.load.report import About, report
 from bench.load.run import table
 from bench.load.steps import Plan, Step
 from bench.outcomes import Ending, Outcome
+from bench.serving import Gateway
 from bench.workload import Arrival
 from mosel.errors import DeadlineExceeded, InternalError, JobCancelled, MoselError, Overloaded
 from mosel.launcher import Launcher
@@ -44,7 +45,7 @@ def step(*outcomes: Outcome, rate: float = 10.0, seconds: float = 2.0) -> Step:
 
 
 def reported(*steps: Step, **plan: object) -> dict[str, object]:
-    about = About("127.0.0.1:1", "fruit", "made up", Plan(tuple(s.rate for s in steps), **plan))  # type: ignore[arg-type]
+    about = About(Gateway("127.0.0.1:1"), "fruit", "made up", Plan(tuple(s.rate for s in steps), **plan))  # type: ignore[arg-type]
     # As it is after a file.
     parsed: dict[str, object] = json.loads(json.dumps(report(about, steps), allow_nan=False))
     return parsed

@@ -162,7 +162,7 @@ def test_a_service_that_is_away_is_named_with_the_best_that_is_left(profile: Mod
     with pytest.raises(ServiceUnavailable, match="fusion is away"):
         allowed(profile, job(0.5), lambda _: False)
     del profile.fusion[parse_set("pen")]
-    with pytest.raises(ServiceUnavailable, match="selector still measures pen"):
+    with pytest.raises(ServiceUnavailable, match="selector still loads and measures pen"):
         allowed(profile, job(0.5, sent="pen"))
 
 

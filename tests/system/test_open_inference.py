@@ -88,7 +88,6 @@ def test_methods_of_others_are_not_implemented(channel: grpc.Channel) -> None:
         assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-@pytest.mark.xfail(reason="models cannot be unloaded yet")
 def test_models_are_unloaded_and_loaded_again(settings_with: Callable[..., Settings], draw: Draw) -> None:
     with Launcher(settings_with()) as launcher:
         launcher.wait_ready(120)

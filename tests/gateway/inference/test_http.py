@@ -1,16 +1,12 @@
 """The Open Inference Protocol over HTTP, with a selector that does what the test says."""
 
 import asyncio
-import contextlib
 import gzip
 import json
 import logging
 import random
-import tracemalloc
 import zlib
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -21,69 +17,21 @@ from numpy.typing import NDArray
 
 from gateway.inference import http as module
 from gateway.inference import metadata
-from gateway.inference.http import InferenceHttp
-from mosel.http import HttpServer
 from mosel.v1 import selector_pb2
+from tests.gateway.inference.http_support import INFER, Http, refusal, under_way
 from tests.gateway.inference.json_support import LENGTH, Body, infer_body, outputs_of
 from tests.gateway.scripted import Gateway, group, release_of
 
 Payloads = dict[str, NDArray[Any]]
 Draw = Callable[..., Payloads]
-INFER = "/v2/models/fruit/infer"
-
-
-@dataclass(frozen=True)
-class Http:
-    """The HTTP port of a gateway, and a client."""
-
-    server: HttpServer
-    client: httpx.AsyncClient
-
-    async def infer(self, body: Body, path: str = INFER, **headers: str) -> httpx.Response:
-        return await self.client.post(path, content=body.content, headers=dict(body.headers) | headers)
-
-
-@asynccontextmanager
-async def speaking_http(gateway: Gateway, idle_s: float = 60, **limits: float) -> AsyncIterator[Http]:
-    """An HTTP port in front of a gateway; limits are settings of its section."""
-    changed = gateway.plane.settings.gateway.model_copy(update=limits)
-    gateway.plane.settings = gateway.plane.settings.model_copy(update={"gateway": changed})
-    with InferenceHttp(gateway.plane) as inference:
-        server = HttpServer(inference.app(), "127.0.0.1", 0, "--http-port", 5, idle_s)
-        async with server, httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=30) as client:
-            yield Http(server, client)
-
-
-@pytest.fixture
-async def http(gateway: Gateway) -> AsyncIterator[Http]:
-    async with speaking_http(gateway) as http:
-        yield http
-
-
-def refusal(response: httpx.Response) -> tuple[int, str]:
-    """The status of an answer, and its error."""
-    assert response.headers["content-type"] == "application/json"
-    (content,) = response.json().items()
-    assert content[0] == "error"
-    return response.status_code, content[1]
-
-
-async def under_way(gateway: Gateway, call: Any) -> tuple["asyncio.Task[httpx.Response]", selector_pb2.JobDescription]:
-    """A call whose job the selector has."""
-    task = asyncio.create_task(call)
-    arriving = asyncio.create_task(gateway.job_at_selector())
-    await asyncio.wait((task, arriving), return_when=asyncio.FIRST_COMPLETED)
-    if not arriving.done():
-        arriving.cancel()
-        raise AssertionError(f"answered at once: {task.result().text}")
-    return task, arriving.result()
 
 
 async def test_a_request_becomes_a_job_and_its_result_the_response(gateway: Gateway, http: Http, draw: Draw) -> None:
-    parameters = {"min_accuracy": 0.5, "latency_slo_ms": 9_000, "priority": 3, "effort": "best", "policy": "all"}
-    body = infer_body(draw(3), id="7", outputs=["modalities", "probabilities", "labels"], **parameters)
+    parameters: dict[str, Any] = {"min_accuracy": 0.5, "latency_slo_ms": 9_000, "priority": 3, "effort": "best"}
+    body = infer_body(draw(3), id="7", outputs=["modalities", "probabilities", "labels"], policy="all", **parameters)
     call, description = await under_way(gateway, http.infer(body))
-    assert (description.model, description.size, list(description.modalities)) == ("fruit", 3, ["photo", "scent"])
+    assert description.model == gateway.plane.packages["fruit"].id
+    assert (description.size, list(description.modalities)) == (3, ["photo", "scent"])
     assert (description.min_accuracy, description.exact, description.priority) == (0.5, True, 3)
     assert 0 < description.budget_us <= 9_000_000
     gateway.selector.say(part=selector_pb2.JobPart(job_id=description.job_id, group=group("scent", 1)))
@@ -428,202 +376,3 @@ async def test_random_damage_is_refused_and_the_next_request_is_answered(
         gateway.answer(description)
         assert outputs_of(await call)["probabilities"].shape == (2, 3)
     await gateway.idle()
-
-
-# Bounds
-
-
-async def connect(http: Http) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    return await asyncio.open_connection("127.0.0.1", http.server.port)
-
-
-def head(length: int | None, *headers: str) -> bytes:
-    """The head of a request to infer; without a length its body comes in chunks."""
-    body = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
-    return "\r\n".join((f"POST {INFER} HTTP/1.1", "Host: here", body, *headers, "\r\n")).encode()
-
-
-async def answered(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], str]:
-    """The status, headers and error that come on a connection."""
-    async with asyncio.timeout(30):
-        lines = (await reader.readuntil(b"\r\n\r\n")).decode().splitlines()
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:-1])}
-        content = json.loads(await reader.readexactly(int(headers["content-length"])))
-    return int(lines[0].split()[1]), headers, content["error"]
-
-
-TOO_LARGE = "expected at most 1048576 (setting transport.max_message_mib)"
-
-
-async def test_a_body_that_is_announced_too_large_is_not_read(gateway: Gateway, http: Http) -> None:
-    reader, writer = await connect(http)
-    # It would be asked for, had it been waited for.
-    writer.write(head(2**40, "Expect: 100-continue"))
-    status, _, error = await answered(reader)
-    assert (status, error) == (413, f"the body has {2**40} bytes; {TOO_LARGE}")
-    writer.close()
-
-
-async def test_a_client_that_sends_a_body_too_large_reads_why(gateway: Gateway, http: Http) -> None:
-    for content in (bytes(3 * 2**20), chunks(3 * 2**20)):
-        response = await http.client.post(INFER, content=content)
-        assert refusal(response)[0] == 413
-        assert refusal(response)[1].endswith(TOO_LARGE)
-    await gateway.idle()
-    # The connection is as good as before.
-    assert (await http.client.get("/v2/health/live")).status_code == 200
-
-
-async def chunks(size: int) -> AsyncIterator[bytes]:
-    for _ in range(size // 2**16):
-        yield bytes(2**16)
-
-
-@pytest.mark.parametrize(("encoding", "window"), [("gzip", 31), ("deflate", 15)])
-async def test_a_bomb_is_refused_without_being_unpacked(
-    gateway: Gateway, http: Http, encoding: str, window: int
-) -> None:
-    packer = zlib.compressobj(wbits=window)
-    bomb = b"".join(packer.compress(bytes(2**20)) for _ in range(256)) + packer.flush()
-    assert len(bomb) < 2**19
-    tracemalloc.start()
-    response = await http.client.post(INFER, content=bomb, headers={"Content-Encoding": encoding})
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert refusal(response) == (413, f"the body has more than 1048576 bytes; {TOO_LARGE}")
-    assert peak < 16 * 2**20
-    await gateway.idle()
-
-
-async def test_json_has_a_bound_of_its_own(gateway: Gateway) -> None:
-    scents = {"scent": np.zeros((1024, 6), np.float32)}
-    async with speaking_http(gateway, max_json_mib=0) as http:
-        status, error = refusal(await http.infer(infer_body(scents)))
-        assert (status, error.partition(" bytes; ")[2]) == (
-            413,
-            "expected at most 0 (setting gateway.max_json_mib): send tensors as binary data",
-        )
-
-
-async def test_a_body_that_does_not_come_is_not_waited_for(gateway: Gateway) -> None:
-    async with speaking_http(gateway, max_body_ms=200) as http:
-        reader, writer = await connect(http)
-        writer.write(head(1000) + b"{")
-        status, _, error = await answered(reader)
-        expected = (
-            "1 bytes of the body were there after 0.2 s; expected all of it by then (setting gateway.max_body_ms)"
-        )
-        assert (status, error) == (504, expected)
-        writer.close()
-        await gateway.idle()
-
-
-async def arrived(gateway: Gateway, http: Http, nbytes: int) -> None:
-    """Returns when so many bytes of bodies are there."""
-    async with asyncio.timeout(30):
-        while gateway.plane.arriving.statistics()["arriving_bytes"] < nbytes:
-            await http.client.get("/v2/health/live")
-
-
-async def test_bodies_that_arrive_take_no_more_than_they_may(gateway: Gateway, http: Http) -> None:
-    _, writer = await connect(http)
-    writer.write(head(900_000) + bytes(800_000))
-    await arrived(gateway, http, 800_000)
-    response = await http.client.post(INFER, content=bytes(900_000))
-    status, error = refusal(response)
-    assert (status, error.endswith("of 1048576 bytes (transport.gateway_arena_mib)")) == (429, True)
-    assert int(response.headers["retry-after"]) >= 1
-    writer.close()
-    await gateway.idle()
-
-
-async def test_a_gateway_that_is_full_says_so_before_it_reads(gateway: Gateway, http: Http, draw: Draw) -> None:
-    calls = [await under_way(gateway, http.infer(infer_body(draw(1)))) for _ in range(3)]
-    reader, writer = await connect(http)
-    writer.write(head(1000))
-    status, headers, error = await answered(reader)
-    assert (status, error) == (429, "3 jobs are in flight, the most that gateway.max_jobs_in_flight allows")
-    assert int(headers["retry-after"]) >= 1
-    assert int(headers["retry-after-ms"]) >= 1
-    writer.close()
-    assert gateway.plane.inferences_of("fruit").fail.count == 1
-    for call, description in calls:
-        gateway.answer(description)
-        assert (await call).status_code == 200
-    await gateway.idle()
-
-
-@pytest.mark.parametrize("abort", [False, True])
-async def test_a_caller_that_goes_away_ends_its_job(gateway: Gateway, http: Http, draw: Draw, abort: bool) -> None:
-    _, writer = await connect(http)
-    body = infer_body(draw(2))
-    writer.write(head(len(body.content)) + body.content)
-    description = await gateway.job_at_selector()
-    if abort:
-        writer.transport.abort()
-    else:
-        writer.close()
-    assert await gateway.cancelled_at_selector() == description.job_id
-    gateway.selector.say(release=release_of(description))
-    await gateway.idle()
-    fruit = gateway.plane.inferences_of("fruit")
-    assert (fruit.success.count, fruit.fail.count) == (0, 1)
-
-
-async def test_a_caller_that_goes_away_while_it_sends_leaves_nothing(gateway: Gateway, http: Http) -> None:
-    _, writer = await connect(http)
-    writer.write(head(1000) + b"{")
-    await arrived(gateway, http, 1)
-    writer.close()
-    await gateway.idle()
-
-
-@pytest.mark.parametrize("first", [b"", b"GET /v2/health/live HTTP/1.1\r\n", head(1000)])
-async def test_a_connection_that_brings_no_request_is_closed(gateway: Gateway, first: bytes) -> None:
-    async with speaking_http(gateway, idle_s=0.3, max_body_ms=100) as http:
-        reader, writer = await connect(http)
-        writer.write(first)
-
-        async def dribble() -> None:
-            with contextlib.suppress(OSError):
-                while first:
-                    writer.write(b"x: y\r\n")
-                    await writer.drain()
-                    await asyncio.sleep(0.02)
-
-        dribbling = asyncio.create_task(dribble())
-        with contextlib.suppress(ConnectionResetError):
-            async with asyncio.timeout(30):
-                await reader.read()
-        dribbling.cancel()
-        writer.close()
-
-
-async def test_a_connection_serves_many_requests(gateway: Gateway) -> None:
-    async with speaking_http(gateway, idle_s=1) as http:
-        reader, writer = await connect(http)
-        for _ in range(20):
-            writer.write(b"GET /v2/health/live HTTP/1.1\r\nHost: here\r\n\r\n")
-            async with asyncio.timeout(30):
-                assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
-                await reader.readexactly(len(b'{"live":true}'))
-            await asyncio.sleep(0.1)
-        writer.close()
-
-
-async def listens(http: Http) -> bool:
-    try:
-        (await connect(http))[1].close()
-    except OSError:
-        return False
-    return True
-
-
-async def test_requests_under_way_are_answered_before_it_stops(gateway: Gateway, http: Http, draw: Draw) -> None:
-    call, description = await under_way(gateway, http.infer(infer_body(draw(1))))
-    http.server.stop()
-    async with asyncio.timeout(30):
-        while await listens(http):
-            pass
-    gateway.answer(description)
-    assert outputs_of(await call)["probabilities"].shape == (1, 3)

@@ -149,7 +149,7 @@ async def test_statistics_count_every_request_of_every_protocol(gateway: Gateway
     stub = stub_of(gateway.channel)
 
     async def submitted() -> None:
-        async for _ in gateway.client.submit("fruit", draw(4)):
+        async for _ in gateway.client.submit_job("fruit", draw(4)):
             pass
 
     await answered(stub.ModelInfer(infer_request(draw(3)), timeout=30), 3)
