@@ -20,7 +20,7 @@ import grpc
 from rich.console import Console
 from rich.table import Table
 
-from bench.load import Load, closed_loop
+from bench.closed_loop import Load, closed_loop
 from bench.null_model import NAME, write_null_model
 from mosel.config import FREE_PORTS, Settings, load_settings
 from mosel.launcher import Launcher

@@ -1,22 +1,25 @@
 """The data plane: the one way in for every protocol. Checked jobs go in, answers come out. Knows no protocol."""
 
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from gateway.access.guard import Guard
 from gateway.answers import Answer, answer_from
 from gateway.gauges import show_as_triton, show_jobs, show_models
 from gateway.inferences import Inferences
 from gateway.intake import Check, Intake
+from gateway.jobs import CheckedJob, Times
 from gateway.models import Models
 from gateway.observer import Observer
+from gateway.refusals import Refusals
 from gateway.registry import JobRegistry
-from gateway.selector_link import SelectorLink
+from gateway.selector_link import Answers, SelectorLink
 from gateway.upload import ArrivingBytes
 from mosel.config import Settings
 from mosel.deadline import Deadline
-from mosel.errors import MoselError
+from mosel.errors import MoselError, Overloaded
 from mosel.metrics import Metrics
 from mosel.model_package import ModelPackage
 from mosel.tracing import OFF, Tracing
@@ -40,6 +43,7 @@ class DataPlane:
         models: keeps the packages in step with the selector.
         packages: the models by name, those that were unloaded included; always the same mapping.
         intake: puts payloads into the arena.
+        refusals: what the selector refused a moment ago.
         registry: the jobs under way.
         arriving: what jobs take whose items are still arriving.
         counters: requests, answers and items since the start.
@@ -60,7 +64,8 @@ class DataPlane:
         self.settings, self.link = settings, link
         self.models = Models(settings.models_dir, packages, link)
         self.packages: Mapping[str, ModelPackage] = self.models.packages
-        self.intake = Intake(settings, publisher)
+        self.refusals = Refusals()
+        self.intake = Intake(settings, publisher, self.refusals.check)
         self.registry = JobRegistry(settings.gateway.max_jobs_in_flight)
         limit = settings.transport.gateway_arena_mib * 1024 * 1024
         self.arriving = ArrivingBytes(arena.largest_slot, limit, "transport.gateway_arena_mib")
@@ -110,7 +115,7 @@ class DataPlane:
             request.sent(prepared.description)
             with (
                 self.registry.open(request.job_id, job.package.name, job.size, times.ends) as entry,
-                self.link.submit(prepared.description) as answers,
+                self.submit(job, times, prepared.description) as answers,
             ):
                 sent()
                 entry.under_way()
@@ -128,6 +133,16 @@ class DataPlane:
     def inferences_of(self, model: str) -> Inferences:
         """What became of the requests to a model; names of no model leave nothing behind."""
         return self.observer.served[model] if model in self.packages else Inferences()
+
+    @contextlib.contextmanager
+    def submit(self, job: CheckedJob, times: Times, description: selector_pb2.JobDescription) -> Iterator[Answers]:
+        """As `SelectorLink.submit`; remembers for others that the selector refused a job for want of time."""
+        try:
+            with self.link.submit(description) as answers:
+                yield answers
+        except Overloaded as error:
+            self.refusals.note(job, times, error)
+            raise
 
     async def load(self, model: str) -> None:
         """Loads a model from the models folder, or loads it anew; later requests are checked against what was loaded.
@@ -164,7 +179,7 @@ class DataPlane:
     def statistics(self) -> dict[str, int]:
         """Counts since the start, and what is held now."""
         counts = dict(self.counters) | self._publisher.statistics() | self.registry.statistics()
-        counts |= self.arriving.statistics() | self.link.statistics()
+        counts |= self.arriving.statistics() | self.link.statistics() | self.refusals.statistics()
         return counts | (self.guard.statistics() if self.guard is not None else {})
 
     async def statuses(self) -> list[service_pb2.ServiceStatus]:

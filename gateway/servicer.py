@@ -55,11 +55,12 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
             job = check_spec(spec, plane.packages, limits.max_items_per_job)
             times = times_of(job, deadline_of(context), limits.default_deadline_ms / 1000)
             request.checked(job, times)
+            plane.refusals.check(job, times)
             with plane.registry.open(job_id, job.package.name, job.size, times.ends) as entry:
                 await context.write(accepted_event(job_id))
                 description = await self._receive(job_id, job, times, read, entry)
                 request.sent(description)
-                with plane.link.submit(description) as answers, _no_more(read, entry):
+                with plane.submit(job, times, description) as answers, _no_more(read, entry):
                     sent()
                     entry.under_way()
                     groups = []

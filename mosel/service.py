@@ -28,7 +28,7 @@ from mosel.incoming import note_incoming
 from mosel.logs import configure_logs
 from mosel.messages import check_message, limit_bytes
 from mosel.native_log import native_lines
-from mosel.status import RETRY_AFTER, retry_after_ms, status_of
+from mosel.status import RETRY_AFTER, message_of, retry_after_ms, status_of
 from mosel.tls import handshake_refused
 
 P = ParamSpec("P")
@@ -218,7 +218,7 @@ async def abort_with(context: Context, error: MoselError) -> NoReturn:
     """Ends a call with the status of an error."""
     retry = retry_after_ms(error)
     trailers = ((RETRY_AFTER, str(retry)),) if retry else ()
-    await context.abort(status_of(error), str(error), trailers)
+    await context.abort(status_of(error), message_of(error), trailers)
 
 
 def deadline_of(context: Context) -> Deadline:

@@ -29,6 +29,9 @@ from mosel.errors import (
 )
 
 RETRY_AFTER = "retry-after-ms"
+# Of the beginning and of the end of a message, which says what was expected. Each character may take 12 bytes of the
+# trailer, which callers read up to 8 KiB of.
+_SHOWN_FIRST, _SHOWN_LAST = 300, 300
 
 STATUS: dict[type[MoselError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
@@ -107,6 +110,18 @@ def http_headers_of(error: BaseException) -> dict[str, str]:
 def status_number(error: BaseException) -> int:
     """The status as the integer that travels inside a stream's message."""
     return int(status_of(error).value[0])
+
+
+def message_of(error: BaseException) -> str:
+    """What a caller is told of an error."""
+    return one_line(str(error))
+
+
+def one_line(message: str) -> str:
+    """A message as one line that can be shown anywhere, whatever a caller had put into it."""
+    if len(message) > _SHOWN_FIRST + _SHOWN_LAST:
+        message = f"{message[:_SHOWN_FIRST]}...{message[-_SHOWN_LAST:]}"
+    return message if message.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
 
 
 def retry_after_ms(error: BaseException) -> int:

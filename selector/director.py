@@ -44,6 +44,7 @@ from selector.models import Models
 from selector.observer import Observer, SeenCall
 from selector.peers import Peers
 from selector.scheduler import Scheduler
+from selector.session import Session
 from selector.stages import FUSION, service_name
 from selector.work import Work
 
@@ -51,18 +52,6 @@ from selector.work import Work
 _RELEASE_EVERY_S = 0.005
 
 log = logging.getLogger(__name__)
-
-
-class Session:
-    """One connected gateway: its name, and what is to be sent to it; None ends the stream."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.outbox: asyncio.Queue[selector_pb2.SelectorMessage | None] = asyncio.Queue()
-
-    def send(self, **message: object) -> None:
-        """Queues a message for the gateway."""
-        self.outbox.put_nowait(selector_pb2.SelectorMessage(**message))  # type: ignore[arg-type]
 
 
 # The producer of a slot, a gateway or the encoder of a modality, and the slot's numbers.
@@ -151,7 +140,7 @@ class Director:
         emission = Emission[selector_pb2.ItemGroup](work.floor) if description.stream else None
         payloads = dict(description.payloads)
         self._jobs[job_id] = _JobInFlight(session, work, payloads, emission, description.traceparent)
-        self._ledger.open(job_id, (_key(session, slot) for slot in slots_in(description.payloads.values())))
+        self._ledger.open(job_id, (_key(session, slot) for slot in slots_in(payloads.values())))
         self._advance()
 
     def plan(self, description: selector_pb2.JobDescription) -> gateway_pb2.PlanReply:
@@ -166,6 +155,7 @@ class Director:
 
     def cancel(self, job_id: bytes) -> None:
         """Nobody waits for a job any more."""
+        self._scheduler.unwanted(job_id, time.monotonic())
         if job := self._forget(job_id):
             self._observer.failed(job.work, JobCancelled("nobody waits for it any more"), job.traceparent)
             self._scheduler.cancelled(job_id)

@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator
 from mosel.metrics import Metrics
 from mosel.service import Context, answers_with_status
 from mosel.v1 import gateway_pb2, selector_pb2, selector_pb2_grpc, service_pb2
-from selector.director import Director, Session
+from selector.director import Director
 from selector.models import Models
 from selector.peers import Peers
+from selector.session import Session
 
 
 class SelectorServicer(selector_pb2_grpc.SelectorServicer):

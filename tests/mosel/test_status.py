@@ -27,6 +27,7 @@ from mosel.status import (
     error_from_rpc,
     http_headers_of,
     http_status_of,
+    message_of,
     retry_after_ms,
     status_number,
     status_of,
@@ -134,6 +135,27 @@ def test_a_peer_that_is_away_is_named_and_not_by_grpc_s_own_words() -> None:
     assert str(error) == "service fusion is not reachable"
     passed_on = failed_call(grpc.StatusCode.UNAVAILABLE, "service encoder/audio went away")
     assert str(error_from_rpc(passed_on, "selector")) == "service encoder/audio went away"
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("model is 'pear'; expected one of fruit", "model is 'pear'; expected one of fruit"),
+        ("größer als 1 KiB 🍎", "größer als 1 KiB 🍎"),
+        ("model is 'a\nb\x1b[31m\u202e'", r"model is 'a\nb\x1b[31m\u202e'"),
+    ],
+)
+def test_a_message_is_one_line_that_can_be_shown_anywhere(given: str, shown: str) -> None:
+    assert message_of(InternalError(given)) == shown
+
+
+def test_a_message_fits_into_a_trailer() -> None:
+    shown = message_of(InternalError(f"model is '{'🍎' * 10_000}'; expected one of fruit"))
+    assert shown.startswith("model is '🍎")
+    assert "🍎...🍎" in shown
+    assert shown.endswith("'; expected one of fruit")
+    # As gRPC writes it: three characters for each byte.
+    assert 3 * len(shown.encode()) < 8 * 1024
 
 
 TLS_FAILED = (
