@@ -179,7 +179,8 @@ def test_a_package_that_is_broken_leaves_the_model_as_it_is(
     assert loaded_by(client) == loaded
 
 
-def test_inputs_and_code_may_change(client: Client, fruit_on_disk: Fruit, draw: Draw) -> None:
+def test_inputs_and_code_may_change(client: Client, launcher: Launcher, fruit_on_disk: Fruit, draw: Draw) -> None:
+    kept = set(launcher.settings.profiles_dir.iterdir())
     with fruit_on_disk.restored():
         fruit_on_disk.edit("model.toml", "shape = [6]", "shape = [3, 2]")
         fruit_on_disk.edit("networks.py", "class Scent(nn.Linear):\n", "class Scent(nn.Linear):\n    flat = True\n")
@@ -191,8 +192,9 @@ def test_inputs_and_code_may_change(client: Client, fruit_on_disk: Fruit, draw: 
         )
         model = client.load_model("fruit")
         assert model.modalities["scent"].shape == (3, 2)
-        # Other networks, whose times are measured.
+        # Other networks, whose times are measured; for now only, as others may have computed meanwhile.
         assert all(info.latency_ms > 0 for info in model.sets.values())
+        assert set(launcher.settings.profiles_dir.iterdir()) == kept
         payloads, direct = draw(4), fruit_on_disk.directly()
         with pytest.raises(InvalidRequest, match=r"payloads\.scent\.shape is \[4, 6\]; expected \[items, 3, 2\]"):
             client.predict("fruit", payloads)
