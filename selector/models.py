@@ -82,17 +82,18 @@ class Models:
         Raises:
             ModelNotFound: there is no such package.
             PackageError: it is wrong; the model stays as it was.
-            ServiceUnavailable: a service that it needs is away.
+            ServiceUnavailable: a service that it needs is away, or the selector stops.
         """
-        return await asyncio.shield(self._start(self._load(name)))
+        return await self._result(self._load(name))
 
     async def unload(self, name: str) -> None:
         """Admits no more jobs of a model, and returns when its networks are freed; goes on if the caller goes away.
 
         Raises:
             ModelNotFound: it is not loaded.
+            ServiceUnavailable: the selector stops.
         """
-        await asyncio.shield(self._start(self._unload(name)))
+        await self._result(self._unload(name))
 
     # What the gateways name
 
@@ -276,6 +277,15 @@ class Models:
             sets=[_set_profile(profile, s, available[s]) for s in profile.accuracy],
             reason="; ".join(f"service {service_name(lane)}: {why}" for lane, why in model.lacking.items()),
         )
+
+    async def _result(self, work: Coroutine[Any, Any, R]) -> R:
+        task = self._start(work)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise ServiceUnavailable("service selector is stopping") from None
+            raise
 
     def _start(self, work: Coroutine[Any, Any, R]) -> "asyncio.Task[R]":
         task = asyncio.ensure_future(work)
