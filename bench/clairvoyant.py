@@ -69,9 +69,9 @@ def shares_done(world: World, arrivals: Sequence[Arrival], work_s: Floats, by_it
         work_s: seconds that each takes.
         by_items: a job is worth its items, else 1.
     """
-    edge_s = world.edge_ms / 2000
-    released = np.array([arrival.at_s + edge_s for arrival in arrivals])
-    due = np.array([arrival.at_s + arrival.deadline_ms / 1000 - edge_s for arrival in arrivals])
+    edge_s = np.array([world.edge_s(arrival.size) for arrival in arrivals])
+    released = np.array([arrival.at_s for arrival in arrivals]) + edge_s
+    due = np.array([arrival.at_s + arrival.deadline_ms / 1000 for arrival in arrivals]) - edge_s
     worth = np.array([arrival.size if by_items else 1 for arrival in arrivals]) / work_s
     least_worth_first = np.argsort(worth, kind="stable")
     done = np.zeros(len(arrivals))

@@ -2,8 +2,9 @@
 
 A simulated call takes what the profile says for its batch: what it says of an idle system and of a saturated one, in
 the proportion in which the tokens were in use lately; times the lane's drift, times lognormal noise as wide as the
-profile's p50 and p95 say. Client and gateway add a constant, half of it before the scheduler sees a job and half after
-its answer.
+profile's p50 and p95 say. Client and gateway add time, half of it before the scheduler sees a job and half after its
+answer; and where they share the cores with the services, calls take longer by the share of the cores that client,
+gateway and selector use for the jobs that come.
 """
 
 import heapq
@@ -37,6 +38,8 @@ PATIENCE_S = 3600.0
 _STREAM = 2
 # How far back `lately` reaches.
 _LATELY_S = 1.0
+# However many jobs come, calls keep this much of the cores.
+_MOST_TAKEN = 0.5
 # The 95 % point of the standard normal distribution.
 _Z = statistics.NormalDist().inv_cdf(0.95)
 
@@ -49,7 +52,8 @@ class World:
         profile: what calls take, and what the scheduler believes.
         tokens: calls at the same time.
         loaded: (overhead in milliseconds, factor) of calls on a saturated system, beside the profile, by lane.
-        edge_ms: what client and gateway add to a job.
+        edge_ms, edge_item_ms: what client and gateway add to a job of one item, and for each further item.
+        edge_cpu_ms: processor time that client, gateway and selector spend on a job, on the cores of the services.
         noise: standard deviation of the logarithm of a call's time, by lane.
         drift: how much longer calls take than the profile says, by lane; 1 where nothing is stated.
         failures: share of calls that fail.
@@ -61,11 +65,17 @@ class World:
     tokens: int = 2
     loaded: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     edge_ms: float = 0.0
+    edge_item_ms: float = 0.0
+    edge_cpu_ms: float = 0.0
     noise: Mapping[str, float] = field(default_factory=dict)
     drift: Mapping[str, float] = field(default_factory=dict)
     failures: float = 0.0
     cancels: float = 0.0
     seed: int = 0
+
+    def edge_s(self, size: int) -> float:
+        """Seconds that client and gateway add to a job of a size, on each way."""
+        return (self.edge_ms + self.edge_item_ms * (size - 1)) / 2000
 
     @property
     def full(self) -> frozenset[str]:
@@ -79,7 +89,10 @@ def world_and_demands(profile: Profile) -> tuple[World, Demands]:
     noise = {modality: _noise(points) for modality, points in profile.encoders.items()}
     noise[FUSION] = max(_noise(points) for points in profile.fusion.values())
     loaded = {lane: (call.overhead_ms, call.factor) for lane, call in profile.loaded_calls.items()}
-    return World(known, profile.concurrency, loaded, profile.edge_ms, noise), demands(profile, known)
+    # On a GPU, other processes do not compute where the networks do.
+    edge_cpu_ms = profile.edge_cpu_ms if profile.hardware.device == "cpu" else 0.0
+    edge = (profile.edge_ms, profile.edge_item_ms, edge_cpu_ms)
+    return World(known, profile.concurrency, loaded, *edge, noise=noise), demands(profile, known)
 
 
 def new_scheduler(world: World, policy: str, max_queued_items: int = 1_000_000) -> Scheduler:
@@ -121,15 +134,14 @@ class _Simulation:
     def __init__(self, scheduler: Scheduler, world: World, late_ok: bool, effort: Effort) -> None:
         self._scheduler, self._world, self._late_ok, self._effort = scheduler, world, late_ok, effort
         self._rng = np.random.default_rng((world.seed, _STREAM))
-        self._edge_s = world.edge_ms / 2000
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._event_count = self._job_count = 0
         self._works: dict[bytes, tuple[Arrival, Work]] = {}
         self._over: list[Outcome] = []
-        self._in_use = _InUse(world.tokens)
+        self._in_use, self._rate = _InUse(world.tokens), _Rate()
 
     def run(self, arrivals: Iterator[Arrival]) -> Iterator[Outcome]:
-        self._expect_next(arrivals)
+        self._expect_next(arrivals, 0.0)
         wake = math.inf
         while self._events or wake < math.inf:
             now = wake
@@ -144,14 +156,17 @@ class _Simulation:
         self._event_count += 1
         heapq.heappush(self._events, (at_s, self._event_count, happens))
 
-    def _expect_next(self, arrivals: Iterator[Arrival]) -> None:
+    def _expect_next(self, arrivals: Iterator[Arrival], now: float) -> None:
         arrival = next(arrivals, None)
         if arrival is not None:
-            self._at(arrival.at_s + self._edge_s, partial(self._arrive, arrival, arrivals))
+            self._at(
+                max(now, arrival.at_s + self._world.edge_s(arrival.size)), partial(self._arrive, arrival, arrivals)
+            )
 
     def _arrive(self, arrival: Arrival, arrivals: Iterator[Arrival], now: float) -> None:
-        self._expect_next(arrivals)
+        self._expect_next(arrivals, now)
         self._job_count += 1
+        self._rate.add(now)
         job = Job(
             id=self._job_count.to_bytes(16),
             model=MODEL,
@@ -166,7 +181,7 @@ class _Simulation:
         try:
             work = self._scheduler.submit(job, now)
         except (Overloaded, Unreachable):
-            self._over.append(Outcome(arrival, Ending.REFUSED, now + self._edge_s))
+            self._over.append(Outcome(arrival, Ending.REFUSED, now + self._world.edge_s(arrival.size)))
             return
         self._works[job.id] = arrival, work
         if self._rng.random() < self._world.cancels:
@@ -190,7 +205,9 @@ class _Simulation:
         idle_ms, share = curve.call_ms(items), self._in_use.share(now)
         overhead_ms, factor = world.loaded.get(call.lane, (0.0, 1.0))
         ms = (1 - share) * idle_ms + share * (overhead_ms + factor * idle_ms)
-        return ms / 1000 * world.drift.get(call.lane, 1.0) * noise
+        # While every token is in use, whatever else runs on the cores takes them from calls.
+        taken = min(self._rate.per_s(now) * world.edge_cpu_ms / 1000 / world.tokens, _MOST_TAKEN) * share
+        return ms / 1000 / (1 - taken) * world.drift.get(call.lane, 1.0) * noise
 
     def _return(self, call: Call, now: float) -> None:
         self._in_use.add(-1, now)
@@ -207,12 +224,29 @@ class _Simulation:
 
     def _end(self, job_id: bytes, ending: Ending, now: float) -> None:
         arrival, work = self._works.pop(job_id)
-        at_s = now + self._edge_s
+        at_s = now + self._world.edge_s(arrival.size)
         if ending is not Ending.ANSWERED:
             self._over.append(Outcome(arrival, ending, at_s))
             return
         counts = tuple((format_set(modality_set), count) for modality_set, count in work.strategy.counts)
         self._over.append(Outcome(arrival, ending, at_s, counts, work.strategy.accuracy))
+
+
+class _Rate:
+    """Jobs per second over about the last second."""
+
+    def __init__(self) -> None:
+        self._per_s, self._at = 0.0, 0.0
+
+    def add(self, now: float) -> None:
+        """A job came."""
+        self._per_s = self.per_s(now) + 1 / _LATELY_S
+
+    def per_s(self, now: float) -> float:
+        """The rate."""
+        self._per_s *= math.exp((self._at - now) / _LATELY_S)
+        self._at = now
+        return self._per_s
 
 
 class _InUse:

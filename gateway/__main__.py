@@ -3,22 +3,37 @@
 import argparse
 import asyncio
 import contextlib
+import itertools
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 
 import grpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
+from gateway.access.guarding import guarding
+from gateway.access.interceptor import OnlyTenants
+from gateway.access.middleware import OnlyTenantsHttp
+from gateway.inference.http import InferenceHttp
+from gateway.inference.messages import POOL, SERVICE
+from gateway.inference.servicer import InferenceServicer, handlers
+from gateway.metrics_page import MetricsPage
 from gateway.plane import DataPlane
 from gateway.selector_link import SelectorLink
 from gateway.servicer import GatewayServicer
 from mosel.config import Settings
+from mosel.exposure import check_public, public_tls
+from mosel.http import HttpServer
 from mosel.model_package import find_packages
-from mosel.service import RefuseGarbage, Service, run_service
+from mosel.service import RefuseGarbage, RefuseHugeAnswers, Service, run_service
+from mosel.tls import handshake_refused
+from mosel.tracing import open_tracing
 from mosel.transport import open_arena
 from mosel.v1 import arena_pb2, gateway_pb2, gateway_pb2_grpc, tensor_pb2
+
+# For health.
+_NAMES = ("mosel.v1.Gateway", SERVICE.full_name)
 
 
 def main() -> int:
@@ -36,10 +51,15 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
         ConfigError: a setting is wrong, or the port is taken.
         PackageError: a model package is wrong.
     """
+    address = listen or settings.gateway_address
+    check_public(settings, address, "--listen" if listen else "--host")
     packages = find_packages(settings.models_dir, settings.models)
     models_changed = asyncio.Event()
     transport = settings.transport
-    with open_arena(transport, transport.gateway_arena_mib, "transport.gateway_arena_mib") as (arena, publisher):
+    with (
+        open_tracing(settings, "gateway") as tracing,
+        open_arena(transport, transport.gateway_arena_mib, "transport.gateway_arena_mib") as (arena, publisher),
+    ):
         announcement = arena_pb2.Announcement(arenas=[arena.announcement()])
 
         def transport_changed(rung: tensor_pb2.Rung.ValueType) -> None:
@@ -49,36 +69,80 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
         async with SelectorLink(
             settings, announcement, publisher.release, transport_changed, models_changed.set
         ) as link:
-            plane = DataPlane(settings, packages, arena, publisher, link)
-            register = partial(_register, GatewayServicer(plane))
-            address = listen or settings.gateway_address
-            async with (
-                Service(settings, address, "--grpc-port", register, (RefuseGarbage(),)) as service,
-                _following_models(service, plane, models_changed),
-            ):
-                await service.set_ready(True)
-                await stop.wait()
+            plane = DataPlane(settings, packages, arena, publisher, link, tracing)
+            register = partial(_register, plane)
+            checks = (RefuseGarbage(), RefuseHugeAnswers(settings))
+            refused = partial(_handshake_refused, plane)
+            async with guarding(settings.gateway.tokens_file, plane.counters) as guard:
+                plane.guard = guard
+                first = checks if guard is None else (OnlyTenants(guard), *checks)
+                async with (
+                    _showing_metrics(settings, plane, refused),
+                    _speaking_http(settings, plane, refused) as http,
+                    Service(
+                        settings, address, "--grpc-port", register, first, _NAMES, public=True, refused=refused
+                    ) as public,
+                    # For this user alone, who needs no token there.
+                    Service(settings, settings.local_gateway_address, "run_dir", register, checks, _NAMES) as local,
+                    _following_models((public, local), plane, models_changed),
+                ):
+                    public.set_ready(True)
+                    local.set_ready(True)
+                    await stop.wait()
+                    # At the same time as gRPC: each may need all of the grace.
+                    http.stop()
 
 
-def _register(servicer: GatewayServicer, server: grpc.aio.Server) -> None:
-    gateway_pb2_grpc.add_GatewayServicer_to_server(servicer, server)
+def _handshake_refused(plane: DataPlane, reason: str) -> None:
+    plane.counters["refused.handshake"] += 1
+    handshake_refused(reason)
+
+
+@contextlib.asynccontextmanager
+async def _showing_metrics(settings: Settings, plane: DataPlane, refused: Callable[[str], None]) -> AsyncIterator[None]:
+    """Serves the metrics of all services."""
+    host, port, grace_s = settings.gateway.host, settings.gateway.metrics_port, settings.stop_grace_ms / 1000
+    page = MetricsPage(plane.metrics, plane.link).app()
+    app = page if plane.guard is None else OnlyTenantsHttp(page, plane.guard)
+    async with HttpServer(app, host, port, "--metrics-port", grace_s, public_tls(settings), refused):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def _speaking_http(
+    settings: Settings, plane: DataPlane, refused: Callable[[str], None]
+) -> AsyncIterator[HttpServer]:
+    """Serves the Open Inference Protocol over HTTP."""
+    host, port, grace_s = settings.gateway.host, settings.gateway.http_port, settings.stop_grace_ms / 1000
+    with InferenceHttp(plane) as inference:
+        app = inference.app() if plane.guard is None else OnlyTenantsHttp(inference.app(), plane.guard)
+        async with HttpServer(app, host, port, "--http-port", grace_s, public_tls(settings), refused) as server:
+            yield server
+
+
+def _register(plane: DataPlane, server: grpc.aio.Server) -> None:
+    gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(plane), server)
+    server.add_generic_rpc_handlers((handlers(InferenceServicer(plane)),))
     names = [
+        SERVICE.full_name,
         gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name,
         health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
         reflection.SERVICE_NAME,
     ]
-    reflection.enable_server_reflection(names, server)
+    reflection.enable_server_reflection(names, server, POOL)
 
 
 @contextlib.asynccontextmanager
-async def _following_models(service: Service, plane: DataPlane, changed: asyncio.Event) -> AsyncIterator[None]:
+async def _following_models(
+    services: Sequence[Service], plane: DataPlane, changed: asyncio.Event
+) -> AsyncIterator[None]:
     """Keeps the health of each model's name in step with what the selector says."""
 
     async def follow() -> None:
         while True:
             await plane.models.follow()
-            for model in list(plane.packages):
-                await service.set_ready(plane.is_ready(model), model)
+            for model, service in itertools.product(list(plane.packages), services):
+                service.set_ready(plane.is_ready(model), model)
             await changed.wait()
             changed.clear()
 

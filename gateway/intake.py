@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -10,15 +9,13 @@ from gateway.jobs import CheckedJob, Payloads, Times, times_of
 from gateway.selector_link import slots_of
 from mosel.config import Settings
 from mosel.deadline import Deadline
-from mosel.errors import MoselError, Overloaded, PayloadTooLarge
+from mosel.errors import MoselError, Overloaded
+from mosel.messages import ENVELOPE_BYTES, check_message, limit_bytes
 from mosel.transport import Publisher
 from mosel.v1 import selector_pb2, tensor_pb2
 
-_MIB = 1024 * 1024
 # Above this many elements, checking and copying payloads would hold up other calls.
 OFF_LOOP_ELEMENTS = 256 * 1024
-# What the rest of a message may take beside payloads.
-_ENVELOPE_BYTES = 64 * 1024
 
 Check = Callable[[], tuple[CheckedJob, Payloads]]
 
@@ -43,10 +40,11 @@ class Intake:
     def __init__(self, settings: Settings, publisher: Publisher) -> None:
         self._settings, self._publisher = settings, publisher
 
-    async def request(self, check: Check, elements: int, call: Deadline) -> Prepared:
+    async def request(self, job_id: bytes, check: Check, elements: int, call: Deadline) -> Prepared:
         """Checks a request and publishes its payloads; cancelling leaves no slot behind.
 
         Args:
+            job_id: 16 bytes, of no other job.
             check: what the caller sent, as a function that checks it; runs in a thread if there is much of it.
             elements: of all payloads together, as the caller says.
             call: when the caller's own call ends.
@@ -58,7 +56,7 @@ class Intake:
         def prepare(wait_s: float) -> Prepared:
             job, payloads = check()
             times = times_of(job, call, self._settings.gateway.default_deadline_ms / 1000)
-            return self._published(secrets.token_bytes(16), job, payloads, times, wait_s)
+            return self._published(job_id, job, payloads, times, wait_s)
 
         return await self._prepared(prepare, elements > OFF_LOOP_ELEMENTS)
 
@@ -108,12 +106,8 @@ class Intake:
     def _check_message(self, description: selector_pb2.JobDescription) -> None:
         """A message beyond the limit would take the stream down, and every other job with it."""
         inline = sum(ref.nbytes for ref in description.payloads.values() if ref.WhichOneof("place") == "inline")
-        limit = self._settings.transport.max_message_mib * _MIB - _ENVELOPE_BYTES
-        if inline > limit:
-            raise PayloadTooLarge(
-                f"payloads that must travel inside a message have {inline} bytes; expected at most {limit} bytes "
-                "(setting transport.max_message_mib): send fewer items"
-            )
+        limit = limit_bytes(self._settings.transport.max_message_mib) - ENVELOPE_BYTES
+        check_message("payloads that must travel inside a message have", inline, limit)
 
 
 def description_of(job_id: bytes, job: CheckedJob, times: Times) -> selector_pb2.JobDescription:

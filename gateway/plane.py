@@ -4,15 +4,22 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 
+from gateway.access.guard import Guard
 from gateway.answers import Answer, answer_from
+from gateway.gauges import show_as_triton, show_jobs, show_models
+from gateway.inferences import Inferences
 from gateway.intake import Check, Intake
 from gateway.models import Models
+from gateway.observer import Observer
 from gateway.registry import JobRegistry
 from gateway.selector_link import SelectorLink
 from gateway.upload import ArrivingBytes
 from mosel.config import Settings
 from mosel.deadline import Deadline
+from mosel.errors import MoselError
+from mosel.metrics import Metrics
 from mosel.model_package import ModelPackage
+from mosel.tracing import OFF, Tracing
 from mosel.transport import Publisher, SharedMemoryArena
 from mosel.v1 import selector_pb2, service_pb2
 
@@ -26,6 +33,7 @@ class DataPlane:
         arena: where payloads are kept.
         publisher: puts them there.
         link: the stream to the selector.
+        tracing: records requests.
 
     Attributes:
         settings, link: as given.
@@ -35,6 +43,9 @@ class DataPlane:
         registry: the jobs under way.
         arriving: what jobs take whose items are still arriving.
         counters: requests, answers and items since the start.
+        guard: who may call; None: everybody.
+        metrics: of this process.
+        observer: follows requests.
     """
 
     def __init__(
@@ -44,6 +55,7 @@ class DataPlane:
         arena: SharedMemoryArena,
         publisher: Publisher,
         link: SelectorLink,
+        tracing: Tracing = OFF,
     ) -> None:
         self.settings, self.link = settings, link
         self.models = Models(settings.models_dir, packages, link)
@@ -53,7 +65,13 @@ class DataPlane:
         limit = settings.transport.gateway_arena_mib * 1024 * 1024
         self.arriving = ArrivingBytes(arena.largest_slot, limit, "transport.gateway_arena_mib")
         self.counters: Counter[str] = Counter()
-        self._arena = arena
+        self.guard: Guard | None = None
+        self._publisher = publisher
+        self.metrics = Metrics("gateway")
+        self.observer = Observer(self.metrics, self.packages, settings.gateway.access_log, tracing)
+        show_jobs(self.metrics, self.registry, link, self.arriving)
+        show_as_triton(self.metrics, self.packages, self.observer.served)
+        show_models(self.metrics, publisher, lambda: {name: self.is_ready(name) for name in self.packages})
 
     def admit(self) -> None:
         """Counts a request.
@@ -62,13 +80,21 @@ class DataPlane:
             Overloaded, ServiceUnavailable: no job can be taken now.
         """
         self.counters["requests"] += 1
-        self.registry.check_room()
-        self.link.check_connected()
+        self._check_room()
 
-    async def predict(self, check: Check, elements: int, call: Deadline) -> Answer:
+    def check_early(self, model: str) -> None:
+        """Counts and refuses a request that has not been read yet if no job can be taken now; errors as of `admit`."""
+        try:
+            self._check_room()
+        except MoselError:
+            with self.observer.following(model):
+                self.admit()
+
+    async def predict(self, model: str, check: Check, elements: int, call: Deadline) -> Answer:
         """Predicts the items of one job; cancelling cancels the job.
 
         Args:
+            model: as the caller names it.
             check: checks what the caller sent; may run in a thread.
             elements: of all payloads together, as the caller says.
             call: when the caller's own call ends.
@@ -76,12 +102,14 @@ class DataPlane:
         Raises:
             MoselError: whatever `check` raises, and whatever the job ends with.
         """
-        self.admit()
-        with self.models.checking() as sent:
-            prepared = await self.intake.request(check, elements, call)
+        with self.observer.following(model) as request, self.models.checking() as sent:
+            self.admit()
+            prepared = await self.intake.request(request.job_id, check, elements, call)
             job, times = prepared.job, prepared.times
+            request.checked(job, times)
+            request.sent(prepared.description)
             with (
-                self.registry.open(prepared.description.job_id, job.package.name, job.size, times.ends) as entry,
+                self.registry.open(request.job_id, job.package.name, job.size, times.ends) as entry,
                 self.link.submit(prepared.description) as answers,
             ):
                 sent()
@@ -89,8 +117,17 @@ class DataPlane:
                 groups = [group async for finished in answers for group in finished]
                 answer = answer_from(job, groups, answers.result, times.deadline.remaining * 1000)
                 entry.status.items_done = job.size
+            request.answered(Counter(answer.modality_sets), answers.result, answer.deadline_slack_ms)
         self.counters.update(answered=1, items=job.size)
         return answer
+
+    def _check_room(self) -> None:
+        self.registry.check_room()
+        self.link.check_connected()
+
+    def inferences_of(self, model: str) -> Inferences:
+        """What became of the requests to a model; names of no model leave nothing behind."""
+        return self.observer.served[model] if model in self.packages else Inferences()
 
     async def load(self, model: str) -> None:
         """Loads a model from the models folder, or loads it anew; later requests are checked against what was loaded.
@@ -125,8 +162,9 @@ class DataPlane:
 
     def statistics(self) -> dict[str, int]:
         """Counts since the start, and what is held now."""
-        counts = dict(self.counters) | self._arena.statistics().as_counters() | self.registry.statistics()
-        return counts | self.arriving.statistics() | self.link.statistics()
+        counts = dict(self.counters) | self._publisher.statistics() | self.registry.statistics()
+        counts |= self.arriving.statistics() | self.link.statistics()
+        return counts | (self.guard.statistics() if self.guard is not None else {})
 
     async def statuses(self) -> list[service_pb2.ServiceStatus]:
         """The state of every service; of a selector that does not answer, why."""

@@ -1,9 +1,11 @@
-"""The error tree. `mosel/status.py` has the one table from error to gRPC status.
+"""The error tree. `mosel/status.py` has the tables from error to gRPC and HTTP status.
 
     MoselError
     ├── RequestError            the caller's fault
     │   ├── InvalidRequest          a field is wrong                        INVALID_ARGUMENT
     │   ├── PayloadTooLarge         beyond a limit the message names        INVALID_ARGUMENT
+    │   ├── Unauthenticated         no token, or none that is known         UNAUTHENTICATED
+    │   ├── PermissionDenied        the token does not allow this           PERMISSION_DENIED
     │   ├── ModelNotFound           no such model                           NOT_FOUND
     │   ├── JobNotFound             no such job, or long forgotten          NOT_FOUND
     │   └── Unreachable             no modality set is good enough          FAILED_PRECONDITION
@@ -41,6 +43,14 @@ class InvalidRequest(RequestError):
 
 class PayloadTooLarge(RequestError):
     """The request is beyond a size limit."""
+
+
+class Unauthenticated(RequestError):
+    """The caller did not say who it is, or with a token that is not known."""
+
+
+class PermissionDenied(RequestError):
+    """The caller is known, and may not do this."""
 
 
 class ModelNotFound(RequestError):

@@ -15,10 +15,12 @@ from pathlib import Path
 from mosel.client import Client, ModelInfo
 from mosel.config import GatewaySettings, Settings
 from mosel.errors import ConfigError, MoselError, ServiceUnavailable
+from mosel.exposure import check_public
 from mosel.model_package import find_packages
 from mosel.transport.control import remove_orphans
 
 _POLL_S = 0.1
+_MOST_LOG_BYTES = 64 * 1024 * 1024
 # Called with the names of the services that are ready and of those that are not.
 Progress = Callable[[list[str], list[str]], None]
 
@@ -61,6 +63,7 @@ class Launcher:
                 f"the services need Linux, and this is {sys.platform}: run them in a Linux container "
                 "(README, 'Other platforms'); the Python client mosel.Client works here"
             )
+        check_public(settings, settings.gateway_address, "--host")
         self.packages = find_packages(settings.models_dir.resolve(), settings.models)
         ports = {name: _usable_port(settings.gateway, name) for name in ("grpc_port", "http_port", "metrics_port")}
         self._folder = Path(tempfile.mkdtemp(prefix="mosel-", dir=_runtime_folder()))
@@ -78,6 +81,21 @@ class Launcher:
     def address(self) -> str:
         """The gateway's address."""
         return self.settings.gateway_address
+
+    @property
+    def local_address(self) -> str:
+        """The gateway's socket for this user, who needs no token and no certificate there."""
+        return self.settings.local_gateway_address
+
+    @property
+    def http_address(self) -> str:
+        """Where the gateway speaks HTTP."""
+        return self.settings.http_address
+
+    @property
+    def metrics_address(self) -> str:
+        """Where all services' metrics are."""
+        return f"http://{self.settings.gateway.host}:{self.settings.gateway.metrics_port}/metrics"
 
     def __enter__(self) -> "Launcher":
         try:
@@ -110,7 +128,7 @@ class Launcher:
         ready: set[str] = set()
         details: dict[str, str] = {}
         until = time.monotonic() + timeout_s
-        with Client(self.address, retries=None) as client:
+        with Client(self.local_address, retries=None) as client:
             while time.monotonic() < until:
                 self._check_alive()
                 try:
@@ -131,6 +149,12 @@ class Launcher:
         """Services that are no longer running."""
         return [child for child in self.children.values() if child.process.poll() is not None]
 
+    def trim_logs(self) -> None:
+        """Forgets logs that have grown large: where they are kept, they take memory."""
+        for child in self.children.values():
+            if child.log.stat().st_size > _MOST_LOG_BYTES:
+                os.truncate(child.log, 0)
+
     def _check_alive(self) -> None:
         for child in self.ended():
             raise ServiceUnavailable(
@@ -139,7 +163,8 @@ class Launcher:
 
     def _start(self, name: str, module: str, *arguments: str) -> None:
         log = self._folder / f"{name.replace('/', '-')}.log"
-        with log.open("wb") as stream:
+        # Appended to, so that it can be cut while it is written.
+        with log.open("ab") as stream:
             process = subprocess.Popen(  # noqa: S603
                 # -P: a file fusion.py in the folder that the user happens to be in must not be run.
                 [sys.executable, "-P", "-m", module, *arguments],

@@ -120,7 +120,9 @@ class Profile(_Value):
         end_to_end: by modality set; empty if quick.
         calls: on an idle system, by lane: a modality, or `fusion`.
         loaded_calls: the same while the services are saturated, relative to `calls`; empty if quick.
-        edge_ms: what client and gateway add to a job.
+        edge_ms: what client and gateway add to a job of one item.
+        edge_item_ms: what each further item adds to that.
+        edge_cpu_ms: processor time that client, gateway and selector spend on a job; 0 if quick.
     """
 
     model: str
@@ -140,6 +142,8 @@ class Profile(_Value):
     calls: dict[str, Call]
     loaded_calls: dict[str, Call] = {}
     edge_ms: Milliseconds = 0.0
+    edge_item_ms: Milliseconds = 0.0
+    edge_cpu_ms: Milliseconds = 0.0
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -151,19 +155,23 @@ class Profile(_Value):
 
 
 def wilson(value: float, samples: int) -> Accuracy:
-    """An accuracy with its 95 % interval.
+    """An accuracy with its 95 % interval, see `wilson_interval`. Without samples it is everything."""
+    low, high = wilson_interval(value, samples, _Z95) if samples else (0.0, 1.0)
+    return Accuracy(value=value, samples=samples, low=low, high=high)
 
-    The interval is Wilson's: `(p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)` (E. B. Wilson, "Probable inference,
-    the law of succession, and statistical inference", JASA 22, 1927). Without samples it is everything.
+
+def wilson_interval(value: float, samples: int, z: float) -> tuple[float, float]:
+    """The interval of z standard errors around a share that was measured on at least one sample.
+
+    It is Wilson's: `(p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)` (E. B. Wilson, "Probable inference, the law
+    of succession, and statistical inference", JASA 22, 1927).
     """
-    if samples == 0:
-        return Accuracy(value=value, samples=0, low=0, high=1)
-    centre = value + _Z95**2 / (2 * samples)
-    spread = _Z95 * math.sqrt(value * (1 - value) / samples + (_Z95 / (2 * samples)) ** 2)
-    scale = 1 + _Z95**2 / samples
+    centre = value + z**2 / (2 * samples)
+    spread = z * math.sqrt(value * (1 - value) / samples + (z / (2 * samples)) ** 2)
+    scale = 1 + z**2 / samples
     low, high = (centre - spread) / scale, (centre + spread) / scale
     # Rounding must not put the value itself outside.
-    return Accuracy(value=value, samples=samples, low=max(0.0, min(low, value)), high=min(1.0, max(high, value)))
+    return max(0.0, min(low, value)), min(1.0, max(high, value))
 
 
 def package_accuracy(package: ModelPackage) -> dict[str, Accuracy]:

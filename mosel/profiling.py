@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,16 @@ _READ_EVERY_S = 0.25
 _LOAD_SIZES = (1, 2, 4, 8)
 
 Payloads = Mapping[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Milliseconds that client and gateway add to a job of one item, and for each further item."""
+
+    ms: float
+    item_ms: float
+
+
 # Called with what was just measured.
 Advance = Callable[[str], None]
 
@@ -52,7 +63,7 @@ def measured_accuracy(
 
 def end_to_end(
     client: Client, quick: Profile, payloads: Payloads, sizes: Sequence[int], advance: Advance
-) -> tuple[dict[str, tuple[JobPoint, ...]], dict[str, Call], float]:
+) -> tuple[dict[str, tuple[JobPoint, ...]], dict[str, Call], Edge]:
     """Times jobs of every modality set on an idle system, one at a time.
 
     Args:
@@ -63,31 +74,37 @@ def end_to_end(
         advance: told what was measured.
 
     Returns:
-        Times by modality set, what calls cost as the selector learned it, and the median milliseconds that client and
-        gateway add to a job.
+        Times by modality set, what calls cost as the selector learned it, and what client and gateway add to a job.
 
     Raises:
         MoselError: the services failed.
     """
     points: dict[str, tuple[JobPoint, ...]] = {}
-    edges: list[float] = []
+    edges: dict[tuple[str, int], float] = {}
     readings: list[dict[str, int]] = []
     for name in quick.accuracy:
         of_set = []
         for size in sizes:
-            times = _job_times(client, quick.model, _rows(payloads, parse_set(name), size), edges)
+            times, edges[name, size] = _job_times(client, quick.model, _rows(payloads, parse_set(name), size))
             readings.append(_selector_counters(client))
             of_set.append(JobPoint(size=size, p50_ms=statistics.median(times), p95_ms=percentile(times, 95)))
             advance(f"jobs of {size} with {name}")
         points[name] = tuple(of_set)
     learned = {lane: _learned(f"correction.{quick.model}.{lane}", readings) for lane in quick.calls}
     calls = {lane: _after(learned[lane], quick.calls[lane]) for lane in quick.calls}
-    return points, calls, max(statistics.median(edges), 0.0)
+    full = max(quick.accuracy, key=len)
+    return points, calls, _edge({size: edges[full, size] for size in sizes})
 
 
 def calls_under_load(
-    client: Client, quick: Profile, idle: Mapping[str, Call], payloads: Payloads, seconds: float, advance: Advance
-) -> dict[str, Call]:
+    client: Client,
+    quick: Profile,
+    idle: Mapping[str, Call],
+    payloads: Payloads,
+    seconds: float,
+    edge_cpu_s: Callable[[], float],
+    advance: Advance,
+) -> tuple[dict[str, Call], float]:
     """What calls cost while the services are saturated, as the selector learned it from its own calls.
 
     It is stated beside `idle`, what they cost on an idle system: `overhead + factor * idle`.
@@ -98,13 +115,18 @@ def calls_under_load(
         idle: what they cost on an idle system.
         payloads: rows by modality.
         seconds: how long the load lasts.
+        edge_cpu_s: processor time that client, gateway and selector have spent so far.
         advance: told once for each second.
+
+    Returns:
+        Calls by lane, and the milliseconds of processor time that client, gateway and selector spend on a job.
 
     Raises:
         MoselError: the services failed.
     """
     readings: list[dict[str, int]] = []
     stop = threading.Event()
+    spent_s = edge_cpu_s()
     with ThreadPoolExecutor(_CLIENTS) as pool:
         clients = [pool.submit(_load, client, quick, payloads, random.Random(seed), stop) for seed in range(_CLIENTS)]  # noqa: S311
         try:
@@ -119,34 +141,46 @@ def calls_under_load(
                     advance("calls under load")
         finally:
             stop.set()
-        for running in clients:
-            running.result()
+        jobs = sum(running.result() for running in clients)
+    edge_cpu_ms = (edge_cpu_s() - spent_s) * 1000 / max(jobs, 1)
     loaded = {lane: _learned(f"correction.{quick.model}.{lane}", readings) for lane in quick.calls}
-    return {lane: _beside(idle[lane], _after(loaded[lane], quick.calls[lane])) for lane in quick.calls}
+    calls = {lane: _beside(idle[lane], _after(loaded[lane], quick.calls[lane])) for lane in quick.calls}
+    return calls, edge_cpu_ms
 
 
-def _job_times(client: Client, model: str, payloads: Payloads, edges: list[float]) -> list[float]:
-    """Milliseconds of the same job again and again; what the edge added to each goes to `edges`."""
+def _edge(by_size: Mapping[int, float]) -> Edge:
+    """From what was added to jobs of some sizes."""
+    smallest, largest = min(by_size), max(by_size)
+    per_item = (by_size[largest] - by_size[smallest]) / max(largest - smallest, 1)
+    return Edge(max(by_size[smallest] - per_item * (smallest - 1), 0.0), max(per_item, 0.0))
+
+
+def _job_times(client: Client, model: str, payloads: Payloads) -> tuple[list[float], float]:
+    """Milliseconds of the same job again and again, and the median of what client and gateway added."""
     client.predict(model, payloads, modalities=payloads)
     times: list[float] = []
+    edges: list[float] = []
     give_up = time.perf_counter() + _JOBS_S
     while len(times) < _LEAST_JOBS or (len(times) < _JOBS and time.perf_counter() < give_up):
         started = time.perf_counter()
         prediction = client.predict(model, payloads, modalities=payloads)
         times.append((time.perf_counter() - started) * 1000)
         edges.append(times[-1] - prediction.queue_ms - prediction.compute_ms)
-    return times
+    return times, statistics.median(edges)
 
 
-def _load(client: Client, quick: Profile, payloads: Payloads, rng: random.Random, stop: threading.Event) -> None:
-    """One caller, who sends the next job as soon as the last one is answered."""
+def _load(client: Client, quick: Profile, payloads: Payloads, rng: random.Random, stop: threading.Event) -> int:
+    """One caller, who sends the next job as soon as the last one is answered; returns how many were."""
     sets = sorted(quick.accuracy)
+    jobs = 0
     while not stop.is_set():
+        jobs += 1
         rows = _rows(payloads, parse_set(rng.choice(sets)), rng.choice(_LOAD_SIZES))
         try:
             client.predict(quick.model, rows, modalities=rows)
         except (Overloaded, Unreachable, DeadlineExceeded):
             continue
+    return jobs
 
 
 def _rows(payloads: Payloads, modalities: Iterable[str], size: int) -> dict[str, NDArray[np.generic]]:

@@ -1,5 +1,7 @@
-"""Errors on the wire: the one table from error to gRPC status, and the way back."""
+"""Errors on the wire: the tables from error to gRPC status and to HTTP status, and the way back from gRPC."""
 
+import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import cast
 
@@ -19,8 +21,10 @@ from mosel.errors import (
     Overloaded,
     PackageError,
     PayloadTooLarge,
+    PermissionDenied,
     ReadNotProven,
     ServiceUnavailable,
+    Unauthenticated,
     Unreachable,
 )
 
@@ -29,6 +33,8 @@ RETRY_AFTER = "retry-after-ms"
 STATUS: dict[type[MoselError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     PayloadTooLarge: grpc.StatusCode.INVALID_ARGUMENT,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     ModelNotFound: grpc.StatusCode.NOT_FOUND,
     JobNotFound: grpc.StatusCode.NOT_FOUND,
     Unreachable: grpc.StatusCode.FAILED_PRECONDITION,
@@ -45,6 +51,32 @@ STATUS: dict[type[MoselError], grpc.StatusCode] = {
 }
 
 
+# What grpc itself says, where a setting or the reason would be hard to guess.
+_TOO_LARGE = "larger than max"
+_HANDSHAKE_FAILED = re.compile(r"[Hh]andshake failed.*?OPENSSL_internal:([A-Z_0-9]+(?:: [a-z ]+)?)")
+HTTP_STATUS: dict[type[MoselError], int] = {
+    InvalidRequest: 400,
+    PayloadTooLarge: 413,
+    Unauthenticated: 401,
+    PermissionDenied: 403,
+    ModelNotFound: 404,
+    JobNotFound: 404,
+    # Understood, and nothing that could be done: 412 is about conditions in headers.
+    Unreachable: 422,
+    FloorUnreachable: 422,
+    DeadlineUnreachable: 422,
+    Overloaded: 429,
+    DeadlineExceeded: 504,
+    # Those who get it are others than those who went away; nginx gave it its number.
+    JobCancelled: 499,
+    Cancelled: 499,
+    ServiceUnavailable: 503,
+    ReadNotProven: 503,
+    InternalError: 500,
+    # Of a model that is to be loaded.
+    PackageError: 422,
+}
+
 # Several errors share a status; the way back takes the first of them.
 _ERRORS = {status: error for error, status in reversed(STATUS.items())} | {
     grpc.StatusCode.UNIMPLEMENTED: InvalidRequest,
@@ -57,6 +89,19 @@ def status_of(error: BaseException) -> grpc.StatusCode:
     return (
         STATUS.get(type(error), grpc.StatusCode.INTERNAL) if isinstance(error, MoselError) else grpc.StatusCode.INTERNAL
     )
+
+
+def http_status_of(error: BaseException) -> int:
+    """The HTTP status of an error; 500 for anything that is not in the table."""
+    return HTTP_STATUS.get(type(error), 500) if isinstance(error, MoselError) else 500
+
+
+def http_headers_of(error: BaseException) -> dict[str, str]:
+    """When to try again, as HTTP says it in seconds and in milliseconds, or that a token is wanted; or nothing."""
+    if isinstance(error, Unauthenticated):
+        return {"www-authenticate": "Bearer"}
+    wait_ms = retry_after_ms(error)
+    return {"retry-after": str(math.ceil(wait_ms / 1000)), RETRY_AFTER: str(wait_ms)} if wait_ms else {}
 
 
 def status_number(error: BaseException) -> int:
@@ -91,8 +136,11 @@ def error_from_rpc(
         instead: what an error means in this call, where several share a status.
     """
     status, details = error.code(), error.details() or ""
-    if status is grpc.StatusCode.UNAVAILABLE:
-        return ServiceUnavailable(details if details.startswith("service ") else f"service {peer} is not reachable")
+    if status is grpc.StatusCode.UNAVAILABLE and not details.startswith("service "):
+        failed = _HANDSHAKE_FAILED.search(details)
+        return ServiceUnavailable(f"service {peer} is not reachable" + (f": TLS says {failed[1]}" if failed else ""))
+    if status is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in details:
+        return PayloadTooLarge(f"{details} (setting transport.max_message_mib): send fewer items")
     found = error_from(status, details or f"service {peer} answered {status.name}", retry_hint_ms(error))
     meant = (instead or {}).get(type(found))
     return meant(str(found)) if meant else found

@@ -90,11 +90,27 @@ def from_proto(tensor: tensor_pb2.Tensor, field: str) -> NDArray[np.generic]:
     Raises:
         InvalidRequest: dtype, shape and the number of bytes contradict each other.
     """
-    name = dtype_name(tensor.dtype)
-    shape = checked_shape(tuple(tensor.shape), f"{field}.shape")
-    expected = byte_count(name, shape)
     # Once: protobuf copies the bytes at each access.
-    data = tensor.data
-    if len(data) != expected:
-        raise InvalidRequest(f"{field}.data has {len(data)} bytes; {name} {list(shape)} expects {expected} bytes")
-    return np.frombuffer(data, DTYPES[name]).reshape(shape)
+    return from_bytes(dtype_name(tensor.dtype), tuple(tensor.shape), tensor.data, field, f"{field}.data")
+
+
+def from_bytes(
+    dtype: str, shape: tuple[int, ...], data: bytes | memoryview, field: str, data_field: str
+) -> NDArray[np.generic]:
+    """Bytes, little endian and row-major, as a read-only numpy array over them (BF16 as uint16).
+
+    Args:
+        dtype: one of DTYPES.
+        shape: of the array.
+        data: its bytes.
+        field, data_field: name the tensor and its bytes in messages.
+
+    Raises:
+        InvalidRequest: dtype, shape and the number of bytes contradict each other.
+    """
+    shape = checked_shape(shape, f"{field}.shape")
+    expected = byte_count(dtype, shape)
+    nbytes = memoryview(data).nbytes
+    if nbytes != expected:
+        raise InvalidRequest(f"{data_field} has {nbytes} bytes; {dtype} {list(shape)} expects {expected} bytes")
+    return np.frombuffer(data, DTYPES[dtype]).reshape(shape)

@@ -1,6 +1,8 @@
 """TLS: the one place that reads certificates and keys (PEM files), and says what is wrong with them."""
 
+import logging
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import grpc
 
 from mosel.errors import ConfigError
 from mosel.secret_files import read_file
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,45 @@ class ServerTls:
         certificate, key = _read_pair(self.certificate, self.key, self.section)
         roots = None if self.client_ca is None else _read_certificates(self.client_ca, self.client_ca_setting)
         return grpc.ssl_server_credentials([(key, certificate)], roots, require_client_auth=roots is not None)
+
+    def ssl_context(self, refused: Callable[[str], None]) -> ssl.SSLContext:
+        """The same for asyncio; reads the files.
+
+        Args:
+            refused: called with the reason when a handshake fails.
+
+        Raises:
+            ConfigError: a file cannot be read, or is not what it should be.
+        """
+        self.server_credentials()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certificate, self.key)
+        if self.client_ca is not None:
+            context.load_verify_locations(self.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+        context.sslobject_class = _telling(refused)
+        return context
+
+
+def handshake_refused(reason: str) -> None:
+    """Logs that TLS did not let a caller in."""
+    log.warning("refused", extra={"reason": f"TLS handshake failed: {reason}"})
+
+
+def _telling(refused: Callable[[str], None]) -> type[ssl.SSLObject]:
+    """Connections that say why a handshake failed; asyncio closes them without a word."""
+
+    class Telling(ssl.SSLObject):
+        def do_handshake(self) -> None:
+            try:
+                super().do_handshake()
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                raise
+            except ssl.SSLError as error:
+                refused(error.reason or "unknown reason")
+                raise
+
+    return Telling
 
 
 def _read_certificates(path: Path, setting: str) -> bytes:

@@ -155,7 +155,7 @@ class Latencies:
         model.looked = True
         kept = load_profile(model.package, self._settings, hardware.device)
         if kept is not None and self._is_as_asked_for(kept):
-            known, profile = model_profile(kept, model.package.default_min_accuracy), model.profile
+            known, profile = self._believed(kept, model.package), model.profile
             profile.encoders.update(known.encoders)
             profile.fusion.update(known.fusion)
             if kept.accuracy_measured:
@@ -163,6 +163,9 @@ class Latencies:
             facts = {"model": kept.model, "quick": kept.quick, "measured_on": str(kept.measured_on)}
             log.info("profile", extra=facts)
         return hardware
+
+    def _believed(self, kept: Profile, package: ModelPackage) -> ModelProfile:
+        return model_profile(kept, package.default_min_accuracy, self._settings.selector.floor_confidence)
 
     def _is_as_asked_for(self, kept: Profile) -> bool:
         """Whether a quick profile has the batch sizes of the settings; a full one was asked for with its own."""

@@ -16,13 +16,14 @@ import grpc
 from mosel.config import Settings
 from mosel.errors import ModelNotFound, MoselError, ServiceUnavailable
 from mosel.modality import ModalitySet, format_set
-from mosel.model_package import ModelPackage, find_package
+from mosel.model_package import ModelPackage, find_package, name_of
 from mosel.status import error_from_rpc
 from mosel.v1 import gateway_pb2, selector_pb2
 from selector.measuring import Latencies, Model, lanes_of
 from selector.options import Frontiers
 from selector.peers import Peers
 from selector.profile import ModelProfile
+from selector.profiles import believed_accuracy
 from selector.scheduler import Scheduler
 from selector.stages import FUSION, service_name
 
@@ -57,7 +58,7 @@ class Models:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Task[Any]] = set()
         for package in packages:
-            model = self._models[package.id] = _model_of(package)
+            model = self._models[package.id] = self._model_of(package)
             self._current[package.name] = package.id
             scheduler.load(package.id, model.profile)
 
@@ -65,6 +66,10 @@ class Models:
     def modalities(self) -> set[str]:
         """All that models have."""
         return {modality for model in self._models.values() for modality in model.package.modalities}
+
+    def versions(self) -> dict[str, str]:
+        """What packages call their versions, by name, of those that new jobs get."""
+        return {name: self._models[model].package.version for name, model in self._current.items()}
 
     def use(self, peers: Peers, changed: Callable[[], None]) -> None:
         """Sets the services that compute, and what is called when a model came or went."""
@@ -106,7 +111,7 @@ class Models:
         named = self._named[gateway] = set(models)
         for model in named - self._models.keys():
             # It started after the files had changed, and has not what they were before.
-            if (name := _name_of(model)) in self._current:
+            if (name := name_of(model)) in self._current:
                 self._load_later(name)
         self._retire_unnamed()
 
@@ -122,7 +127,7 @@ class Models:
             ModelNotFound: it is not loaded.
             ServiceUnavailable: it was replaced.
         """
-        name = _name_of(model)
+        name = name_of(model)
         if name not in self._current:
             raise ModelNotFound(f"model '{name}' is not loaded (any more); `mosel reload {name}` loads it")
         if not self._scheduler.serves(model):
@@ -134,7 +139,7 @@ class Models:
 
     def current_name(self, model: str) -> str | None:
         """The name of a model; None if new jobs get another revision."""
-        name = _name_of(model)
+        name = name_of(model)
         return name if self._current.get(name) == model else None
 
     # What the services have
@@ -197,7 +202,7 @@ class Models:
         if model_id in self._freeing:
             await self._freeing[model_id]
         new = model_id not in self._models
-        model = self._models.setdefault(model_id, _model_of(package))
+        model = self._models.setdefault(model_id, self._model_of(package))
         self._loading.add(model_id)
         if not new:
             # If it was retired, it must not be freed now.
@@ -287,6 +292,11 @@ class Models:
                 raise ServiceUnavailable("service selector is stopping") from None
             raise
 
+    def _model_of(self, package: ModelPackage) -> Model:
+        stated, confidence = package.accuracy, self._settings.selector.floor_confidence
+        accuracy = {s: believed_accuracy(value, stated.samples, confidence) for s, value in stated.sets.items()}
+        return Model(package, ModelProfile(accuracy, stated.samples, package.default_min_accuracy))
+
     def _start(self, work: Coroutine[Any, Any, R]) -> "asyncio.Task[R]":
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
@@ -304,15 +314,6 @@ def _read(settings: Settings, name: str) -> ModelPackage:
     package = find_package(settings.models_dir, name)
     package.check_unchanged()
     return package
-
-
-def _model_of(package: ModelPackage) -> Model:
-    accuracy = package.accuracy
-    return Model(package, ModelProfile(accuracy.sets, accuracy.samples, package.default_min_accuracy))
-
-
-def _name_of(model: str) -> str:
-    return model.partition("@")[0]
 
 
 async def _all(calls: Iterable[Awaitable[None]]) -> None:

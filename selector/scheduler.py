@@ -224,9 +224,17 @@ class Scheduler:
         """What was learned of each (model, lane): a call takes (overhead in ms) + (factor) * its profile."""
         return self._planner.stages.corrections(now)
 
+    def waiting(self) -> Counter[str]:
+        """Jobs that have not started, by model."""
+        return Counter(work.job.model for work in self._queue if work.started_at is None)
+
     def statistics(self) -> dict[str, int]:
         """Counts of what is queued and under way."""
-        counts = {"jobs": len(self._works), "queued_items": self._queued_items}
+        counts = {
+            "jobs": len(self._works),
+            "jobs_waiting": self.waiting().total(),
+            "queued_items": self._queued_items,
+        }
         return counts | self._resources.statistics() | self.counters
 
     def _check(self, job: Job) -> None:

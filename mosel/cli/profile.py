@@ -1,9 +1,11 @@
 """`mosel profile`: measure a model on this machine."""
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +16,7 @@ from mosel.cli.options import Device, ModelsFolder
 if TYPE_CHECKING:
     from mosel.client import Client
     from mosel.config import Settings
+    from mosel.launcher import Launcher
     from mosel.model_package import ModelPackage
     from mosel.profiles import Profile
     from mosel.samples import Samples
@@ -46,10 +49,10 @@ def profile(
     samples, source = _validation(package, data)
     with tempfile.TemporaryDirectory(prefix="mosel-profile-") as scratch:
         settings = _measuring(kept, batch_sizes, Path(scratch))
-        with started(settings, _READY_TIMEOUT_S) as launcher, Client(launcher.address, retries=None) as client:
+        with started(settings, _READY_TIMEOUT_S) as launcher, Client(launcher.local_address, retries=None) as client:
             quick = _quick(package, launcher.settings)
             with _progress(_steps(quick, samples, settings)) as advance:
-                measured = _measure(client, package, quick, samples, settings, advance)
+                measured = _measure(client, package, quick, samples, launcher, advance)
     measured = measured.model_copy(update={"accuracy_source": source, "measured_on": datetime.now(UTC).date()})
     file = out or profile_file(package, measured.hardware, kept)
     save_profile(measured, file)
@@ -128,21 +131,30 @@ def _measure(
     package: "ModelPackage",
     quick: "Profile",
     samples: "Samples | None",
-    settings: "Settings",
+    launcher: "Launcher",
     advance: Callable[[str], None],
 ) -> "Profile":
     from mosel import networks
     from mosel.profiling import calls_under_load, end_to_end, measured_accuracy
 
-    sizes = _job_sizes(settings)
+    sizes = _job_sizes(launcher.settings)
     payloads = {m: networks.example_payload(package, m, sizes[-1]) for m in package.modalities}
-    times, calls, edge_ms = end_to_end(client, quick, payloads, sizes, advance)
-    changes = {"quick": False, "end_to_end": times, "calls": calls, "edge_ms": edge_ms}
+    times, calls, edge = end_to_end(client, quick, payloads, sizes, advance)
+    changes = {"quick": False, "end_to_end": times, "calls": calls, "edge_ms": edge.ms, "edge_item_ms": edge.item_ms}
     if samples is not None:
         accuracy = measured_accuracy(client, package.name, quick.accuracy, samples, advance)
         changes |= {"accuracy": accuracy, "accuracy_measured": True}
-    changes["loaded_calls"] = calls_under_load(client, quick, calls, payloads, _LOAD_S, advance)
-    return quick.model_copy(update=changes)
+    edge_cpu_s = partial(_edge_cpu_s, launcher)
+    loaded, edge_cpu_ms = calls_under_load(client, quick, calls, payloads, _LOAD_S, edge_cpu_s, advance)
+    return quick.model_copy(update=changes | {"loaded_calls": loaded, "edge_cpu_ms": edge_cpu_ms})
+
+
+def _edge_cpu_s(launcher: "Launcher") -> float:
+    """Processor time of gateway, selector and this process, which is the client, in seconds."""
+    import psutil
+
+    pids = (launcher.children["gateway"].process.pid, launcher.children["selector"].process.pid, os.getpid())
+    return float(sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids))
 
 
 @contextmanager

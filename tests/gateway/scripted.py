@@ -5,14 +5,29 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import grpc
+import numpy as np
 
+from gateway.plane import DataPlane
 from mosel.client import AsyncClient, JobInfo
 from mosel.config import Settings
 from mosel.model_package import ModelPackage, load_package
 from mosel.service import Context
+from mosel.tensors import to_proto
 from mosel.v1 import gateway_pb2, gateway_pb2_grpc, selector_pb2, selector_pb2_grpc, service_pb2, tensor_pb2
 
 Messages = AsyncIterator[selector_pb2.GatewayMessage]
+METRICS = b"# HELP scripted A metric.\n# TYPE scripted gauge\nscripted 3\n"
+
+
+def group(modality_set: str, *items: int) -> selector_pb2.ItemGroup:
+    """Items whose output says who they are."""
+    output = np.zeros((len(items), 3), np.float32)
+    output[:, 1] = [1 + item for item in items]
+    return selector_pb2.ItemGroup(modality_set=modality_set, items=items, output=to_proto(output))
+
+
+def release_of(description: selector_pb2.JobDescription) -> tensor_pb2.ReleaseSlots:
+    return tensor_pb2.ReleaseSlots(slots=[ref.slot for ref in description.payloads.values()])
 
 
 class ScriptedSelector(selector_pb2_grpc.SelectorServicer):
@@ -58,6 +73,12 @@ class ScriptedSelector(selector_pb2_grpc.SelectorServicer):
     ) -> service_pb2.StatusReply:
         return service_pb2.StatusReply(services=[service_pb2.ServiceStatus(name="selector", ready=True)])
 
+    async def Metrics(  # noqa: N802 (named by the proto)
+        self, request: service_pb2.MetricsRequest, context: Context
+    ) -> service_pb2.MetricsReply:
+        own = service_pb2.ServiceMetrics(service="selector", text=METRICS)
+        return service_pb2.MetricsReply(services=[own, service_pb2.ServiceMetrics(service="fusion")])
+
     async def _read(self, messages: Messages) -> None:
         async for message in messages:
             if message.HasField("models"):
@@ -86,8 +107,8 @@ async def serving(settings: Settings) -> AsyncIterator[ScriptedSelector]:
 class Gateway:
     """A gateway in this process, its selector, and clients."""
 
-    def __init__(self, address: str, selector: ScriptedSelector, rungs: "asyncio.Queue[int]") -> None:
-        self.address, self.selector, self.rungs = address, selector, rungs
+    def __init__(self, address: str, selector: ScriptedSelector, rungs: "asyncio.Queue[int]", plane: DataPlane) -> None:
+        self.address, self.selector, self.rungs, self.plane = address, selector, rungs, plane
         self.client = AsyncClient(address, retries=None)
         self.channel = grpc.aio.insecure_channel(address)
         self.stub = gateway_pb2_grpc.GatewayStub(self.channel)
@@ -101,6 +122,13 @@ class Gateway:
         message = await self.selector.received.get()
         assert message.HasField("cancel")
         return message.cancel.job_id
+
+    def answer(self, description: selector_pb2.JobDescription, **result: float) -> None:
+        """Lets the selector answer a job, and forget it."""
+        groups = [group("photo+scent", *range(description.size))]
+        fields = {"job_id": description.job_id, "groups": groups} | result
+        self.selector.say(result=selector_pb2.JobResult(**fields))  # type: ignore[arg-type]
+        self.selector.say(release=release_of(description))
 
     async def told(self, rung: tensor_pb2.Rung.ValueType) -> None:
         """Lets the selector say how payloads travel."""

@@ -22,7 +22,7 @@ from mosel.errors import (
 )
 from mosel.tensors import to_proto
 from mosel.v1 import gateway_pb2, selector_pb2, service_pb2, tensor_pb2
-from tests.gateway.scripted import Gateway
+from tests.gateway.scripted import Gateway, group, release_of
 
 Payloads = dict[str, NDArray[Any]]
 Draw = Callable[..., Payloads]
@@ -34,17 +34,6 @@ def batches(payloads: Payloads, step: int) -> Iterator[Payloads]:
     size = len(next(iter(payloads.values())))
     for start in range(0, size, step):
         yield {name: array[start : start + step] for name, array in payloads.items()}
-
-
-def group(modality_set: str, *items: int) -> selector_pb2.ItemGroup:
-    """Items whose output says who they are."""
-    output = np.zeros((len(items), 3), np.float32)
-    output[:, 1] = [1 + item for item in items]
-    return selector_pb2.ItemGroup(modality_set=modality_set, items=items, output=to_proto(output))
-
-
-def release_of(description: selector_pb2.JobDescription) -> tensor_pb2.ReleaseSlots:
-    return tensor_pb2.ReleaseSlots(slots=[ref.slot for ref in description.payloads.values()])
 
 
 async def test_a_job_comes_in_batches_and_goes_in_parts(gateway: Gateway, draw: Draw) -> None:

@@ -12,17 +12,21 @@ from mosel.errors import (
     MoselError,
     Overloaded,
     PackageError,
+    PayloadTooLarge,
     RequestError,
     ServiceError,
     ServiceUnavailable,
     Unreachable,
 )
 from mosel.status import (
+    HTTP_STATUS,
     RETRY_AFTER,
     STATUS,
     error_from,
     error_from_number,
     error_from_rpc,
+    http_headers_of,
+    http_status_of,
     retry_after_ms,
     status_number,
     status_of,
@@ -44,6 +48,21 @@ SERVED = [*leaves(RequestError), *leaves(ServiceError)]
 def test_the_table_holds_every_error_that_a_request_can_meet_and_no_other() -> None:
     # Unreachable is what its two kinds come back as; a package that is wrong is met when a model is loaded.
     assert set(STATUS) == {*SERVED, Unreachable, PackageError}
+
+
+def test_http_has_a_status_for_each_of_them() -> None:
+    assert HTTP_STATUS.keys() == STATUS.keys()
+    for kind, status in HTTP_STATUS.items():
+        assert http_status_of(kind("x")) == status
+        assert (status < 500) == (issubclass(kind, RequestError) or status in (422, 429, 499))
+    assert http_status_of(ValueError("x")) == http_status_of(errors.ConfigError("x")) == 500
+
+
+def test_http_says_in_headers_when_to_try_again_and_that_it_wants_a_token() -> None:
+    assert http_headers_of(Overloaded("full", 1001)) == {"retry-after": "2", RETRY_AFTER: "1001"}
+    assert http_headers_of(Overloaded("full", 1)) == {"retry-after": "1", RETRY_AFTER: "1"}
+    assert http_headers_of(Overloaded("full", 0)) == http_headers_of(InternalError("x")) == {}
+    assert http_headers_of(errors.Unauthenticated("x")) == {"www-authenticate": "Bearer"}
 
 
 def test_the_tree_s_picture_names_every_error_with_its_status() -> None:
@@ -115,3 +134,28 @@ def test_a_peer_that_is_away_is_named_and_not_by_grpc_s_own_words() -> None:
     assert str(error) == "service fusion is not reachable"
     passed_on = failed_call(grpc.StatusCode.UNAVAILABLE, "service encoder/audio went away")
     assert str(error_from_rpc(passed_on, "selector")) == "service encoder/audio went away"
+
+
+TLS_FAILED = (
+    "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: Tls handshake failed "
+    "(TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: error:1000007d:SSL routines:OPENSSL_internal:CERTIFICATE_VERIFY_FAILED: "
+    "unable to get local issuer certificate: OK"
+)
+
+
+def test_why_tls_failed_is_said() -> None:
+    error = error_from_rpc(failed_call(grpc.StatusCode.UNAVAILABLE, TLS_FAILED), "gateway")
+    assert isinstance(error, ServiceUnavailable)
+    assert str(error) == (
+        "service gateway is not reachable: TLS says CERTIFICATE_VERIFY_FAILED: unable to get local issuer certificate"
+    )
+
+
+@pytest.mark.parametrize(
+    "side", ["Sent message larger", "Received message larger", "message after decompression larger"]
+)
+def test_a_message_that_grpc_finds_too_large_is_no_overload_and_the_setting_is_named(side: str) -> None:
+    details = f"CLIENT: {side} than max (6291470 vs. 4194304)"
+    error = error_from_rpc(failed_call(grpc.StatusCode.RESOURCE_EXHAUSTED, details), "gateway")
+    assert isinstance(error, PayloadTooLarge)
+    assert str(error) == f"{details} (setting transport.max_message_mib): send fewer items"

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -132,16 +133,18 @@ def test_accuracy_is_measured_through_the_services(
 
 def test_jobs_and_calls_are_timed_through_the_services(client: Client, draw: Draw, quick: Profile) -> None:
     payloads, told = draw(8), list[str]()
-    times, calls, edge_ms = end_to_end(client, quick, payloads, (1, 8), told.append)
+    times, calls, edge = end_to_end(client, quick, payloads, (1, 8), told.append)
     assert times.keys() == SETS
     assert calls.keys() == quick.calls.keys()
     assert calls != quick.calls
-    assert edge_ms > 0
+    assert edge.ms > 0
+    assert edge.item_ms >= 0
     assert len(told) == len(SETS) * 2
     for points in times.values():
         assert [point.size for point in points] == [1, 8]
-        assert all(edge_ms < point.p50_ms <= point.p95_ms for point in points)
-    loaded = calls_under_load(client, quick, calls, payloads, 1, told.append)
+        assert all(edge.ms < point.p50_ms <= point.p95_ms for point in points)
+    loaded, edge_cpu_ms = calls_under_load(client, quick, calls, payloads, 1, time.process_time, told.append)
+    assert edge_cpu_ms > 0
     assert loaded.keys() == quick.calls.keys()
     assert any(call.overhead_ms > 0 for call in loaded.values())
 
