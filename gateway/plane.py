@@ -173,8 +173,7 @@ class DataPlane:
 
     def is_ready(self, model: str) -> bool:
         """Whether jobs for a model would be run."""
-        state, package = self.state_of(model), self.packages.get(model)
-        return state.ready and package is not None and package.revision == state.revision and not self.link.refused
+        return self.state_of(model).ready and self.models.is_loaded(model) and not self.link.refused
 
     def statistics(self) -> dict[str, int]:
         """Counts since the start, and what is held now."""

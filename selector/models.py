@@ -7,9 +7,9 @@ gateway names it any more, and its networks are freed when its last job is over.
 
 import asyncio
 import logging
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import grpc
 
@@ -54,7 +54,8 @@ class Models:
         self._named: dict[str, set[str]] = {}
         self._loading: set[str] = set()
         self._freeing: dict[str, asyncio.Task[None]] = {}
-        self._one_at_a_time: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        # By name, as long as somebody loads or unloads it.
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Task[Any]] = set()
         for package in packages:
             model = self._models[package.id] = self._model_of(package)
@@ -86,17 +87,18 @@ class Models:
         Raises:
             ModelNotFound: there is no such package.
             PackageError: it is wrong; the model stays as it was.
-            ServiceUnavailable: a service that it needs is away.
+            ServiceUnavailable: a service that it needs is away, or the selector stops.
         """
-        return await asyncio.shield(self._start(self._load(name)))
+        return await self._result(self._load(name))
 
     async def unload(self, name: str) -> None:
         """Admits no more jobs of a model, and returns when its networks are freed; goes on if the caller goes away.
 
         Raises:
             ModelNotFound: it is not loaded.
+            ServiceUnavailable: the selector stops.
         """
-        await asyncio.shield(self._start(self._unload(name)))
+        await self._result(self._unload(name))
 
     # What the gateways name
 
@@ -154,7 +156,7 @@ class Models:
         """
         for unknown in set(has) - self._models.keys():
             await self._peers.unload(lane, unknown)
-        models = [model for model in self._models.values() if lane in model.lanes]
+        models = [m for m in self._models.values() if lane in m.lanes and m.package.id not in self._freeing]
         for model in models:
             try:
                 await self._peers.load(lane, model.package.id)
@@ -181,7 +183,7 @@ class Models:
         _ = self._start(self._load(name))
 
     async def _load(self, name: str) -> selector_pb2.ModelState:
-        async with self._one_at_a_time[name]:
+        async with self._locks.setdefault(name, asyncio.Lock()):
             package = await asyncio.to_thread(_read, self._settings, name)
             before = self._models.get(self._current.get(name, ""))
             if before is None or before.package.id != package.id or before.lacking:
@@ -240,7 +242,7 @@ class Models:
             await self._latencies.of_encoder(lane, peers.encoders[lane], models, peers.resources, idle=idle)
 
     async def _unload(self, name: str) -> None:
-        async with self._one_at_a_time[name]:
+        async with self._locks.setdefault(name, asyncio.Lock()):
             if self._current.pop(name, None) is None:
                 loaded = ", ".join(sorted(self._current)) or "none"
                 raise ModelNotFound(f"model '{name}' is not loaded; expected one of: {loaded}")
@@ -280,6 +282,15 @@ class Models:
             sets=[_set_profile(profile, s, available[s]) for s in profile.accuracy],
             reason="; ".join(f"service {service_name(lane)}: {why}" for lane, why in model.lacking.items()),
         )
+
+    async def _result(self, work: Coroutine[Any, Any, R]) -> R:
+        task = self._start(work)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise ServiceUnavailable("service selector is stopping") from None
+            raise
 
     def _model_of(self, package: ModelPackage) -> Model:
         stated, confidence = package.accuracy, self._settings.selector.floor_confidence
