@@ -87,6 +87,8 @@ class Planner:
         queue, forecast = [self._as_queued(work) for work in works], self._forecast(now)
         spare_s = self._spare_s(works, at, now)
         queue[at] = replace(queue[at], deadline=newcomer.job.deadline - spare_s)
+        if self._resources.is_one and (hopeless := _hopeless(queue, forecast, at)):
+            raise self._refusal(newcomer, queue, forecast, hopeless, at, spare_s)
         if self.is_due(now):
             choices = self._reassigned(queue, forecast)
         else:
@@ -224,6 +226,16 @@ class Planner:
         rest = self._queued(job, work.options)
         lefts = [committed + left for left in rest.options]
         return Queued(lefts, rest.values, rest.cheapest, work.uncommitted, job.deadline, True, job.late_ok)
+
+
+def _hopeless(queue: Sequence[Queued], forecast: Forecast, at: int) -> Choices:
+    """Everyone's cheapest options if the newcomer at a place is late even so, which no plan can help; else nothing.
+
+    Plans take time, and under overload most are refused. On one resource the cheapest options are the fastest.
+    """
+    choices: Choices = [job.cheapest for job in queue]
+    answered = finish_times(queue[: at + 1], forecast, choices[: at + 1])[at] or 0.0
+    return choices if answered > queue[at].deadline and not queue[at].late_ok else []
 
 
 def _broken(

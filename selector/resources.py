@@ -69,6 +69,11 @@ class Resources:
         """A service came or went."""
         self._lanes[name] = _Lane(up, resource)
 
+    @property
+    def is_one(self) -> bool:
+        """Whether all services that are there compute on the same resource."""
+        return len({lane.resource for lane in self._lanes.values() if lane.up}) == 1
+
     def is_up(self, modality_set: ModalitySet) -> bool:
         """Whether fusion and all encoders of a set are there."""
         return self._lanes[FUSION].up and all(self._lanes[m].up for m in modality_set)

@@ -1,14 +1,22 @@
+import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+import grpc
 import pytest
+from numpy.typing import NDArray
 
 from gateway.jobs import CheckedJob, Times
 from gateway.refusals import Refusals
 from mosel.deadline import Deadline
 from mosel.errors import Overloaded
 from mosel.model_package import ModelPackage
-from mosel.v1 import gateway_pb2
+from mosel.status import error_from_rpc, status_number
+from mosel.tensors import to_proto
+from mosel.v1 import gateway_pb2, selector_pb2
+from tests.gateway.scripted import Gateway, release_of
 
 LONG_MS = 60_000
 ANY = gateway_pb2.EFFORT_UNSPECIFIED
@@ -97,3 +105,41 @@ def test_any_of_the_last_few_refusals_counts(job: CheckedJob) -> None:
     for _ in range(100):
         refusals.note(replace(job, size=9), within(1.0), Overloaded("full", LONG_MS))
     refusals.check(replace(job, size=2), within(1.0))
+
+
+async def test_the_selector_is_not_asked_again_before_its_hint(
+    gateway: Gateway, draw: Callable[..., dict[str, NDArray[Any]]]
+) -> None:
+    payloads = {name: to_proto(array) for name, array in draw(2).items()}
+    request = gateway_pb2.PredictRequest(model="fruit", payloads=payloads, latency_slo_ms=500)
+    asking = asyncio.ensure_future(gateway.stub.Predict(request, timeout=30))
+    description = await gateway.job_at_selector()
+    error = Overloaded("behind what is queued", LONG_MS)
+    failure = selector_pb2.JobFailure(
+        job_id=description.job_id,
+        status_code=status_number(error),
+        message=str(error),
+        retry_after_ms=error.retry_after_ms,
+    )
+    gateway.selector.say(failure=failure)
+    gateway.selector.say(release=release_of(description))
+    with pytest.raises(grpc.RpcError) as first:
+        await asking
+    assert first.value.details() == "behind what is queued"
+    with pytest.raises(grpc.RpcError) as second:
+        await gateway.stub.Predict(request, timeout=30)
+    assert second.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "a job that asked for no more was refused a moment ago" in (second.value.details() or "")
+    hint = error_from_rpc(second.value, "gateway")
+    assert isinstance(hint, Overloaded)
+    assert 0 < hint.retry_after_ms <= LONG_MS
+    assert gateway.selector.received.empty()
+    await gateway.idle()
+
+
+def test_a_floor_of_zero_is_a_floor(job: CheckedJob) -> None:
+    refusals = refused(replace(job, min_accuracy=0.0))
+    for floor in (0.0, 0.5, 1.0):
+        with pytest.raises(Overloaded):
+            refusals.check(replace(job, min_accuracy=floor), within(1.0))
+    refusals.check(replace(job, min_accuracy=None), within(1.0))

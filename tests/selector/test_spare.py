@@ -112,3 +112,13 @@ def test_a_caller_that_waits_until_its_time_is_over_was_promised_too_much(stops_
             scheduler.submit(tight, stops_at)
     else:
         scheduler.submit(tight, stops_at)
+
+
+def test_on_several_resources_no_plan_is_given_up_unseen() -> None:
+    scheduler = Scheduler(PROFILES, "mosel", tokens=1)
+    scheduler.lane("pen", True, "cpu")
+    scheduler.lane(FUSION, True, "gpu")
+    for name in ("a", "b"):
+        scheduler.submit(job(name, 0.025), 0.0)
+    with pytest.raises(Overloaded):
+        scheduler.submit(job("c", 0.025), 0.0)

@@ -205,7 +205,7 @@ async def test_models_are_loaded_and_unloaded(
         ("GET", "/v2/models/pear", 404, "model is 'pear'; expected one of fruit"),
         ("GET", "/v2/models/pear/ready", 404, "model is 'pear'; expected one of fruit"),
         ("GET", "/v2/models/pear/stats", 404, "model is 'pear'; expected one of fruit"),
-        ("GET", "/v2/models/%ff%0a", 404, "model is '\ufffd\n'; expected one of fruit"),
+        ("GET", "/v2/models/%ff%0a", 404, "model is '\ufffd\\n'; expected one of fruit"),
         ("POST", "/v2/models/pear/infer", 404, "model is 'pear'; expected one of fruit"),
         ("POST", "/v2/models/fruit/versions/7/infer", 404, "version of model 'fruit' is '7'; expected '1' or none"),
         ("POST", INFER, 400, "the JSON is wrong at character 0: Expecting value"),
