@@ -32,7 +32,7 @@ check: $(VENV)/.ready-dev ## Format, lint, types, imports, generated code
 bench: $(VENV)/.ready-dev ## The network called directly against the services, side by side
 	@$(BIN)/python -m bench.overhead
 
-protos: $(VENV)/.ready-dev ## Generate mosel/v1 from protos/
+protos: $(VENV)/.ready-dev ## Generate what comes from protos/
 	@$(BIN)/python scripts/generate_protos.py
 
 clean: ## Remove the environment and every cache

@@ -19,7 +19,7 @@ from bench.items import Items, items_of
 from bench.machine import machine_line
 from mosel import AsyncClient
 from mosel.config import FREE_PORTS, load_settings
-from mosel.errors import DatasetError, FloorUnreachable
+from mosel.errors import FloorUnreachable
 from mosel.launcher import Launcher
 from mosel.model_package import ModelPackage, find_packages
 
@@ -44,7 +44,7 @@ def main() -> None:
     package = find_packages(settings.models_dir, settings.models)[arguments.model]
     items = items_of(package, arguments.data)
     if items.labels is None:
-        raise DatasetError(f"model '{package.name}' cannot be measured: {items.source}")
+        raise SystemExit(f"error: model '{package.name}' cannot be measured: {items.source}")
     jobs = _jobs(min(arguments.items, len(items.labels)))
     sources = len(set(items.recordings.tolist()))
     console.print(machine_line(), f"model {package.name}: {items.source} from {sources} recordings", sep="\n")
@@ -98,7 +98,7 @@ async def _send(
             scored.extend(items.scored(rows, prediction.labels, package.output.labels))
             expected += prediction.expected_accuracy * len(prediction.modality_sets)
 
-    async with AsyncClient(address) as client, asyncio.TaskGroup() as group:
+    async with AsyncClient(address, retries=None) as client, asyncio.TaskGroup() as group:
         for _ in range(_IN_FLIGHT):
             group.create_task(caller(client))
     return expected / len(scored), scored

@@ -26,7 +26,7 @@ def measure_hops(launcher: Launcher, package: ModelPackage, console: Console) ->
     """
     payloads = {modality: example_payload(package, modality, 1) for modality in package.modalities}
     first = min(payloads)
-    with Client(launcher.address) as client:
+    with Client(launcher.address, retries=None) as client:
 
         def refused() -> None:
             try:

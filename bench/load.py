@@ -55,7 +55,7 @@ def closed_loop(launcher: Launcher, model: str, payloads: Payloads, jobs_in_flig
 async def _drive(address: str, model: str, payloads: Payloads, jobs_in_flight: int, seconds: float) -> list[float]:
     times: list[float] = []
     until = time.perf_counter() + seconds
-    async with AsyncClient(address) as client:
+    async with AsyncClient(address, retries=None) as client:
 
         async def caller() -> None:
             while time.perf_counter() < until:

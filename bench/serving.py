@@ -36,7 +36,7 @@ def serve(
 
 async def _send(address: str, sender: "_Sender", arrivals: Iterable[Arrival]) -> list[Outcome]:
     loop, jobs = asyncio.get_running_loop(), []
-    async with AsyncClient(address) as client, asyncio.TaskGroup() as group:
+    async with AsyncClient(address, retries=None) as client, asyncio.TaskGroup() as group:
         await client.plan(sender.model, 1)  # connects before the clock starts
         start = loop.time()
         for number, arrival in enumerate(arrivals):

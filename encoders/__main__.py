@@ -42,9 +42,10 @@ async def serve(modality: str, listen: str, settings: Settings, stop: asyncio.Ev
         ConfigError: no model has the modality, or a setting is wrong.
         PackageError: a model package is wrong.
     """
-    packages = find_packages(settings.models_dir, settings.models)
-    if not any(modality in package.modalities for package in packages.values()):
-        known = sorted({m for package in packages.values() for m in package.modalities})
+    found = find_packages(settings.models_dir, settings.models).values()
+    packages = [package for package in found if modality in package.modalities]
+    if not packages:
+        known = sorted({m for package in found for m in package.modalities})
         raise ConfigError(f"--modality: no model has '{modality}'; expected one of {', '.join(known)}")
     address = listen or settings.encoder_address(modality)
     transport = settings.transport
@@ -60,12 +61,12 @@ async def serve(modality: str, listen: str, settings: Settings, stop: asyncio.Ev
         Workers(settings.workers, settings.encoders.torch_threads.get(modality, 1)) as workers,
     ):
         publisher = TensorPublisher(host_publisher, device_arena)
-        encoder = ModalityEncoder(modality, packages, device, reader, publisher)
-        servicer = EncoderServicer(encoder, workers, reader, publisher, address, transport)
+        encoder = ModalityEncoder(modality, device, reader, publisher)
+        servicer = EncoderServicer(encoder, workers, reader, publisher, address, settings)
         register = partial(encoder_pb2_grpc.add_EncoderServicer_to_server, servicer)
         async with Service(settings, address, "encoders.addresses", register) as service:
-            for model in encoder.models:
-                encoder.ready_call(model, 1)
+            for package in packages:
+                await workers.run_aside(partial(encoder.networks.load, package))
             await service.set_ready(True)
             await stop.wait()
 

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -20,19 +20,17 @@ class ModalityEncoder:
 
     Args:
         modality: which one.
-        packages: model packages by name; those without this modality are passed over.
         device: where the networks run.
         reader: gathers payload rows.
         publisher: keeps the embeddings.
 
-    Raises:
-        PackageError: a network or its weights are wrong.
+    Attributes:
+        networks: those that are loaded, by model, `name@revision`.
     """
 
     def __init__(
         self,
         modality: str,
-        packages: Mapping[str, ModelPackage],
         device: torch.device,
         reader: Reader,
         publisher: TensorPublisher,
@@ -40,16 +38,8 @@ class ModalityEncoder:
         self.modality = modality
         self.counters: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._packages = {name: package for name, package in packages.items() if modality in package.modalities}
         self._device, self._reader, self._publisher = device, reader, publisher
-        self._networks = {
-            name: networks.load_encoder(package, modality, device) for name, package in self._packages.items()
-        }
-
-    @property
-    def models(self) -> list[str]:
-        """The models that have this modality."""
-        return list(self._packages)
+        self.networks = networks.Hosted(self._make, lambda loaded: self._ready_call(loaded, 1), device)
 
     def encode(
         self,
@@ -62,7 +52,7 @@ class ModalityEncoder:
         """Encodes rows of one or more payloads as one batch.
 
         Args:
-            model: whose network.
+            model: whose network, `name@revision`.
             rows: payload rows; every payload is [B, *shape] of the modality's dtype.
             rung: where fusion reaches the embeddings.
             lease_s: seconds for which they are kept.
@@ -74,14 +64,14 @@ class ModalityEncoder:
         Raises:
             ModelNotFound, InvalidRequest, ReadNotProven, Overloaded.
         """
-        network, package = self._network(model), self._packages[model]
-        spec = package.modalities[self.modality]
+        loaded = self._loaded(model)
+        spec = loaded.package.modalities[self.modality]
         batch = self._reader.gather(rows, spec.dtype, spec.shape)
         started = time.perf_counter()
-        embeddings = network(networks.to_tensor(batch, spec.dtype, self._device)).float()
+        embeddings = loaded.network(networks.to_tensor(batch, spec.dtype, self._device)).float()
         networks.synchronize(self._device)
         seconds = time.perf_counter() - started
-        networks.check_shape(package, spec.encoder, embeddings, len(batch), spec.embedding)
+        networks.check_shape(loaded.package, spec.encoder, embeddings, len(batch), spec.embedding)
         with self._lock:
             self.counters.update(calls=1, items=len(batch), payload_bytes_read=batch.nbytes)
         return self._publisher.publish(embeddings, rung, lease_s, wait_s), seconds
@@ -95,22 +85,30 @@ class ModalityEncoder:
         """A call of the network for a batch of this size, to be timed; it has run once.
 
         Raises:
-            ModelNotFound: the model has no such modality here.
+            ModelNotFound: the model is not loaded here.
             PackageError: the network fails, or returns another shape than model.toml states.
         """
-        network, package = self._network(model), self._packages[model]
-        spec = package.modalities[self.modality]
-        batch = networks.example_payload(package, self.modality, batch_size)
+        return self._ready_call(self._loaded(model), batch_size)
+
+    def _make(self, package: ModelPackage) -> torch.nn.Module:
+        if self.modality not in package.modalities:
+            raise ModelNotFound(f"model '{package.name}' has no modality '{self.modality}'")
+        return networks.load_encoder(package, self.modality, self._device)
+
+    def _ready_call(self, loaded: networks.Loaded, batch_size: int) -> Callable[[], torch.Tensor]:
+        spec = loaded.package.modalities[self.modality]
+        batch = networks.example_payload(loaded.package, self.modality, batch_size)
         tensor = networks.to_tensor(batch, spec.dtype, self._device)
 
         def run() -> torch.Tensor:
-            embeddings: torch.Tensor = network(tensor).cpu()
+            embeddings: torch.Tensor = loaded.network(tensor).cpu()
             return embeddings
 
-        networks.check_runs(package, spec.encoder, run, batch_size, spec.embedding)
+        networks.check_runs(loaded.package, spec.encoder, run, batch_size, spec.embedding)
         return run
 
-    def _network(self, model: str) -> torch.nn.Module:
-        if model not in self._networks:
-            raise ModelNotFound(f"model '{model}' has no modality '{self.modality}' here")
-        return self._networks[model]
+    def _loaded(self, model: str) -> networks.Loaded:
+        loaded = self.networks.get(model)
+        if loaded is None:
+            raise ModelNotFound(f"model '{model}' is not loaded in encoder/{self.modality}")
+        return loaded

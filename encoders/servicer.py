@@ -6,7 +6,8 @@ from functools import partial
 
 from encoders.encoder import ModalityEncoder
 from mosel.compute import Workers
-from mosel.config import TransportSettings
+from mosel.config import Settings
+from mosel.model_package import find_package
 from mosel.service import Context, answers_with_status, deadline_of
 from mosel.timing import latency_points
 from mosel.transport import Reader
@@ -24,7 +25,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         reader: opens the arenas of gateways.
         publisher: keeps embeddings, and gives slots back.
         address: where this service listens.
-        transport: how long embeddings are kept, and how long to wait for room.
+        settings: where models are, how long embeddings are kept, and how long to wait for room.
     """
 
     def __init__(
@@ -34,10 +35,11 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         reader: Reader,
         publisher: TensorPublisher,
         address: str,
-        transport: TransportSettings,
+        settings: Settings,
     ) -> None:
         self._encoder, self._workers, self._reader, self._publisher = encoder, workers, reader, publisher
-        self._address = address
+        self._address, self._models_dir = address, settings.models_dir
+        transport = settings.transport
         self._lease_grace_s, self._full_wait_s = transport.lease_grace_ms / 1000, transport.full_wait_ms / 1000
 
     @answers_with_status
@@ -65,6 +67,17 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         return encoder_pb2.EncodeReply(embeddings=ref, compute_us=round(seconds * 1e6))
 
     @answers_with_status
+    async def Load(self, request: service_pb2.LoadRequest, context: Context) -> service_pb2.LoadReply:
+        hosted = self._encoder.networks
+        await self._workers.run_aside(lambda: hosted.load(find_package(self._models_dir, request.model)))
+        return service_pb2.LoadReply()
+
+    @answers_with_status
+    async def Unload(self, request: service_pb2.UnloadRequest, context: Context) -> service_pb2.UnloadReply:
+        await self._workers.run_aside(lambda: self._encoder.networks.unload(request.model))
+        return service_pb2.UnloadReply()
+
+    @answers_with_status
     async def Profile(self, request: encoder_pb2.ProfileEncoderRequest, context: Context) -> service_pb2.ProfileReply:
         prepare = partial(self._encoder.ready_call, request.model)
         return await latency_points(
@@ -88,4 +101,5 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
             pid=os.getpid(),
             counters=counters,
             resource=self._encoder.resource,
+            models=self._encoder.networks.models,
         )

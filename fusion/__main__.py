@@ -11,7 +11,6 @@ from fusion.servicer import FusionServicer
 from mosel import networks
 from mosel.compute import Workers
 from mosel.config import Settings
-from mosel.modality import format_set, subsets
 from mosel.model_package import find_packages
 from mosel.service import Service, run_service
 from mosel.transport import Reader
@@ -48,13 +47,12 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
         TensorReader(host_reader, shm_dir, device, ipc, no_ipc) as reader,
         Workers(settings.workers, settings.fusion.torch_threads) as workers,
     ):
-        predictor = Predictor(packages, device, reader)
-        servicer = FusionServicer(predictor, workers, reader, address)
+        predictor = Predictor(device, reader)
+        servicer = FusionServicer(predictor, workers, reader, address, settings.models_dir)
         register = partial(fusion_pb2_grpc.add_FusionServicer_to_server, servicer)
         async with Service(settings, address, "fusion.address", register) as service:
-            for name, package in packages.items():
-                for modality_set in subsets(package.modalities):
-                    predictor.ready_call(name, format_set(modality_set), 1)
+            for package in packages.values():
+                await workers.run_aside(partial(predictor.networks.load, package))
             await service.set_ready(True)
             await stop.wait()
 

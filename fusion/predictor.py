@@ -9,7 +9,7 @@ import torch
 
 from mosel import networks
 from mosel.errors import InvalidRequest, ModelNotFound
-from mosel.modality import format_set, parse_set
+from mosel.modality import ModalitySet, format_set, parse_set, subsets
 from mosel.model_package import ModelPackage
 from mosel.tensors import DTYPES, to_proto
 from mosel.transport.torch_exchange import TensorReader
@@ -23,30 +23,24 @@ class Predictor:
     """Embedding rows of any non-empty set of modalities in, outputs out. Thread-safe.
 
     Args:
-        packages: model packages by name.
         device: where the networks run.
         reader: gathers embedding rows.
 
-    Raises:
-        PackageError: a network or its weights are wrong.
+    Attributes:
+        networks: those that are loaded, by model, `name@revision`.
     """
 
-    def __init__(self, packages: Mapping[str, ModelPackage], device: torch.device, reader: TensorReader) -> None:
+    def __init__(self, device: torch.device, reader: TensorReader) -> None:
         self.counters: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._packages, self._device, self._reader = packages, device, reader
-        self._networks = {name: networks.load_fusion(package, device) for name, package in packages.items()}
-
-    @property
-    def models(self) -> list[str]:
-        """The models that are served."""
-        return list(self._packages)
+        self._device, self._reader = device, reader
+        self.networks = networks.Hosted(lambda package: networks.load_fusion(package, device), self._warm, device)
 
     def fuse(self, model: str, groups: Sequence[EmbeddingRows]) -> tuple[list[tensor_pb2.Tensor], float]:
         """Predicts groups of items; groups with the same modality set are one batch.
 
         Args:
-            model: whose network.
+            model: whose network, `name@revision`.
             groups: embedding rows by modality, all modalities of a group with the same number of rows.
 
         Returns:
@@ -55,7 +49,8 @@ class Predictor:
         Raises:
             ModelNotFound, InvalidRequest, ReadNotProven.
         """
-        network, package = self._network(model), self._packages[model]
+        loaded = self._loaded(model)
+        package = loaded.package
         sizes = [_row_count(group, package) for group in groups]
         by_set: dict[frozenset[str], list[int]] = {}
         for index, group in enumerate(groups):
@@ -65,7 +60,7 @@ class Predictor:
         for modality_set, indices in by_set.items():
             batch = {m: self._gather(package, m, [groups[i] for i in indices]) for m in sorted(modality_set)}
             started = time.perf_counter()
-            output = network(batch).float().cpu()
+            output = loaded.network(batch).float().cpu()
             seconds += time.perf_counter() - started
             networks.check_shape(package, package.fusion, output, sum(sizes[i] for i in indices), package.output.shape)
             for index, part in zip(indices, output.split([sizes[i] for i in indices]), strict=True):
@@ -88,29 +83,41 @@ class Predictor:
             InvalidRequest: the model does not have these modalities.
             PackageError: the network fails, or returns another shape than model.toml states.
         """
-        network, package = self._network(model), self._packages[model]
-        modalities = parse_set(modality_set)
+        loaded = self._loaded(model)
+        package, modalities = loaded.package, parse_set(modality_set)
         if not modalities <= package.modalities.keys():
             raise InvalidRequest(
                 f"modality_set is '{modality_set}'; expected a subset of {format_set(package.modalities)}"
             )
+        return self._ready_call(loaded, modalities, batch_size)
+
+    def _warm(self, loaded: networks.Loaded) -> None:
+        for modality_set in subsets(loaded.package.modalities):
+            self._ready_call(loaded, modality_set, 1)
+
+    def _ready_call(
+        self, loaded: networks.Loaded, modalities: ModalitySet, batch_size: int
+    ) -> Callable[[], torch.Tensor]:
+        package = loaded.package
         batch = {m: torch.rand(batch_size, *package.modalities[m].embedding, device=self._device) for m in modalities}
 
         def run() -> torch.Tensor:
-            output: torch.Tensor = network(batch).cpu()
+            output: torch.Tensor = loaded.network(batch).cpu()
             return output
 
-        networks.check_runs(package, f"{package.fusion} with {modality_set}", run, batch_size, package.output.shape)
+        what = f"{package.fusion} with {format_set(modalities)}"
+        networks.check_runs(package, what, run, batch_size, package.output.shape)
         return run
 
     def _gather(self, package: ModelPackage, modality: str, groups: Sequence[EmbeddingRows]) -> torch.Tensor:
         rows = [part for group in groups for part in group[modality]]
         return self._reader.gather(rows, "FP32", package.modalities[modality].embedding)
 
-    def _network(self, model: str) -> torch.nn.Module:
-        if model not in self._networks:
-            raise ModelNotFound(f"model '{model}' is not served here")
-        return self._networks[model]
+    def _loaded(self, model: str) -> networks.Loaded:
+        loaded = self.networks.get(model)
+        if loaded is None:
+            raise ModelNotFound(f"model '{model}' is not loaded in fusion")
+        return loaded
 
 
 def _row_count(group: EmbeddingRows, package: ModelPackage) -> int:

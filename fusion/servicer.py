@@ -3,9 +3,11 @@
 import asyncio
 import os
 from functools import partial
+from pathlib import Path
 
 from fusion.predictor import Predictor
 from mosel.compute import Workers
+from mosel.model_package import find_package
 from mosel.service import Context, answers_with_status, deadline_of
 from mosel.timing import latency_points
 from mosel.transport.preflight import preflight
@@ -21,10 +23,14 @@ class FusionServicer(fusion_pb2_grpc.FusionServicer):
         workers: the threads that they run on.
         reader: opens the arenas of encoders.
         address: where this service listens.
+        models_dir: where models are.
     """
 
-    def __init__(self, predictor: Predictor, workers: Workers, reader: TensorReader, address: str) -> None:
-        self._predictor, self._workers, self._reader, self._address = predictor, workers, reader, address
+    def __init__(
+        self, predictor: Predictor, workers: Workers, reader: TensorReader, address: str, models_dir: Path
+    ) -> None:
+        self._predictor, self._workers, self._reader = predictor, workers, reader
+        self._address, self._models_dir = address, models_dir
 
     @answers_with_status
     async def Fuse(self, request: fusion_pb2.FuseRequest, context: Context) -> fusion_pb2.FuseReply:
@@ -44,6 +50,17 @@ class FusionServicer(fusion_pb2_grpc.FusionServicer):
         return arena_pb2.CloseArenaReply()
 
     @answers_with_status
+    async def Load(self, request: service_pb2.LoadRequest, context: Context) -> service_pb2.LoadReply:
+        hosted = self._predictor.networks
+        await self._workers.run_aside(lambda: hosted.load(find_package(self._models_dir, request.model)))
+        return service_pb2.LoadReply()
+
+    @answers_with_status
+    async def Unload(self, request: service_pb2.UnloadRequest, context: Context) -> service_pb2.UnloadReply:
+        await self._workers.run_aside(lambda: self._predictor.networks.unload(request.model))
+        return service_pb2.UnloadReply()
+
+    @answers_with_status
     async def Profile(self, request: fusion_pb2.ProfileFusionRequest, context: Context) -> service_pb2.ProfileReply:
         prepare = partial(self._predictor.ready_call, request.model, request.modality_set)
         return await latency_points(
@@ -61,4 +78,5 @@ class FusionServicer(fusion_pb2_grpc.FusionServicer):
             pid=os.getpid(),
             counters=counters,
             resource=self._predictor.resource,
+            models=self._predictor.networks.models,
         )

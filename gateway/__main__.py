@@ -3,20 +3,27 @@
 import argparse
 import asyncio
 import contextlib
+import itertools
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
 import grpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
+from gateway.access.guarding import guarding
+from gateway.access.interceptor import OnlyTenants
+from gateway.inference.messages import POOL, SERVICE
+from gateway.inference.servicer import InferenceServicer, handlers
 from gateway.plane import DataPlane
 from gateway.selector_link import SelectorLink
 from gateway.servicer import GatewayServicer
 from mosel.config import Settings
+from mosel.exposure import check_public
 from mosel.model_package import find_packages
-from mosel.service import RefuseGarbage, Service, run_service
+from mosel.service import RefuseGarbage, RefuseHugeAnswers, Service, run_service
+from mosel.tls import handshake_refused
 from mosel.transport import open_arena
 from mosel.v1 import arena_pb2, gateway_pb2, gateway_pb2_grpc, tensor_pb2
 
@@ -36,6 +43,8 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
         ConfigError: a setting is wrong, or the port is taken.
         PackageError: a model package is wrong.
     """
+    address = listen or settings.gateway_address
+    check_public(settings, address, "--listen" if listen else "--host")
     packages = find_packages(settings.models_dir, settings.models)
     models_changed = asyncio.Event()
     transport = settings.transport
@@ -50,33 +59,50 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
             settings, announcement, publisher.release, transport_changed, models_changed.set
         ) as link:
             plane = DataPlane(settings, packages, arena, publisher, link)
-            register = partial(_register, GatewayServicer(plane))
-            address = listen or settings.gateway_address
-            async with (
-                Service(settings, address, "--grpc-port", register, (RefuseGarbage(),)) as service,
-                _following_models(service, plane, models_changed),
-            ):
-                await service.set_ready(True)
-                await stop.wait()
+            register = partial(_register, plane)
+            checks = (RefuseGarbage(), RefuseHugeAnswers(settings))
+            refused = partial(_handshake_refused, plane)
+            async with guarding(settings.gateway.tokens_file, plane.counters) as guard:
+                plane.guard = guard
+                first = checks if guard is None else (OnlyTenants(guard), *checks)
+                async with (
+                    Service(settings, address, "--grpc-port", register, first, public=True, refused=refused) as public,
+                    # For this user alone, who needs no token there.
+                    Service(settings, settings.local_gateway_address, "run_dir", register, checks) as local,
+                    _following_models((public, local), plane, models_changed),
+                ):
+                    await public.set_ready(True)
+                    await local.set_ready(True)
+                    await stop.wait()
 
 
-def _register(servicer: GatewayServicer, server: grpc.aio.Server) -> None:
-    gateway_pb2_grpc.add_GatewayServicer_to_server(servicer, server)
+def _handshake_refused(plane: DataPlane, reason: str) -> None:
+    plane.counters["refused.handshake"] += 1
+    handshake_refused(reason)
+
+
+def _register(plane: DataPlane, server: grpc.aio.Server) -> None:
+    gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(plane), server)
+    server.add_generic_rpc_handlers((handlers(InferenceServicer(plane)),))
     names = [
+        SERVICE.full_name,
         gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name,
         health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
         reflection.SERVICE_NAME,
     ]
-    reflection.enable_server_reflection(names, server)
+    reflection.enable_server_reflection(names, server, POOL)
 
 
 @contextlib.asynccontextmanager
-async def _following_models(service: Service, plane: DataPlane, changed: asyncio.Event) -> AsyncIterator[None]:
+async def _following_models(
+    services: Sequence[Service], plane: DataPlane, changed: asyncio.Event
+) -> AsyncIterator[None]:
     """Keeps the health of each model's name in step with what the selector says."""
 
     async def follow() -> None:
         while True:
-            for model in plane.packages:
+            await plane.models.follow()
+            for model, service in itertools.product(list(plane.packages), services):
                 await service.set_ready(plane.is_ready(model), model)
             await changed.wait()
             changed.clear()

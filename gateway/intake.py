@@ -10,15 +10,13 @@ from gateway.jobs import CheckedJob, Payloads, Times, times_of
 from gateway.selector_link import slots_of
 from mosel.config import Settings
 from mosel.deadline import Deadline
-from mosel.errors import MoselError, Overloaded, PayloadTooLarge
+from mosel.errors import MoselError, Overloaded
+from mosel.messages import ENVELOPE_BYTES, check_message, limit_bytes
 from mosel.transport import Publisher
 from mosel.v1 import selector_pb2, tensor_pb2
 
-_MIB = 1024 * 1024
 # Above this many elements, checking and copying payloads would hold up other calls.
 OFF_LOOP_ELEMENTS = 256 * 1024
-# What the rest of a message may take beside payloads.
-_ENVELOPE_BYTES = 64 * 1024
 
 Check = Callable[[], tuple[CheckedJob, Payloads]]
 
@@ -108,12 +106,8 @@ class Intake:
     def _check_message(self, description: selector_pb2.JobDescription) -> None:
         """A message beyond the limit would take the stream down, and every other job with it."""
         inline = sum(ref.nbytes for ref in description.payloads.values() if ref.WhichOneof("place") == "inline")
-        limit = self._settings.transport.max_message_mib * _MIB - _ENVELOPE_BYTES
-        if inline > limit:
-            raise PayloadTooLarge(
-                f"payloads that must travel inside a message have {inline} bytes; expected at most {limit} bytes "
-                "(setting transport.max_message_mib): send fewer items"
-            )
+        limit = limit_bytes(self._settings.transport.max_message_mib) - ENVELOPE_BYTES
+        check_message("payloads that must travel inside a message have", inline, limit)
 
 
 def description_of(job_id: bytes, job: CheckedJob, times: Times) -> selector_pb2.JobDescription:
@@ -122,7 +116,7 @@ def description_of(job_id: bytes, job: CheckedJob, times: Times) -> selector_pb2
     late_us = round((times.ends.at - times.deadline.at) * 1e6)
     return selector_pb2.JobDescription(
         job_id=job_id,
-        model=job.package.name,
+        model=job.package.id,
         size=job.size,
         modalities=job.modalities,
         min_accuracy=job.min_accuracy,

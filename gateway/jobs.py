@@ -1,8 +1,9 @@
 """From request to checked job. Knows no gRPC and no sockets."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 
 import numpy as np
@@ -18,6 +19,27 @@ Payloads = Mapping[str, NDArray[np.generic]]
 # What both say of a job.
 Demand = gateway_pb2.PredictRequest | gateway_pb2.JobSpec
 _LAST_PRIORITY = 9
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One payload as its caller's protocol names and describes it; nothing of it is checked yet.
+
+    Attributes:
+        modality: its name.
+        field: names it in messages.
+        dtype_field: what the protocol calls its data type.
+        dtype: the name of its data type, whatever the caller wrote.
+        shape: [items, ...].
+        read: its elements, once dtype and shape are known to be sound; raises InvalidRequest.
+    """
+
+    modality: str
+    field: str
+    dtype_field: str
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], NDArray[np.generic]]
 
 
 @dataclass(frozen=True)
@@ -90,15 +112,25 @@ def check_request(
         InvalidRequest: names the field, what it holds and what was expected.
     """
     package = package_of(request.model, packages)
-    payloads = check_payloads("payloads", request.payloads, package, max_items)
-    return check_demand(request, package, payloads), payloads
+    payloads = check_payloads("payloads", sent_in("payloads", request.payloads), package, max_items)
+    return check_demand("payloads", request, package, payloads), payloads
 
 
-def check_demand(demand: Demand, package: ModelPackage, payloads: Payloads) -> CheckedJob:
-    """Checks what is asked for items whose payloads are known to be sound; errors as of `check_request`."""
+def check_demand(field: str, demand: Demand, package: ModelPackage, payloads: Payloads) -> CheckedJob:
+    """Checks what is asked for items whose payloads are known to be sound.
+
+    Args:
+        field: names the payloads in messages.
+        demand: what is asked for.
+        package: the model.
+        payloads: by modality.
+
+    Raises:
+        InvalidRequest: names the field, what it holds and what was expected.
+    """
     for name in demand.modalities:
         if name not in payloads:
-            raise InvalidRequest(f"modalities has '{name}'; expected some of the payloads: {', '.join(payloads)}")
+            raise InvalidRequest(f"modalities has '{name}'; expected some of the {field}: {', '.join(payloads)}")
     modalities = tuple(sorted(set(demand.modalities) or payloads))
     exact = bool(demand.modalities) and not demand.HasField("min_accuracy")
     return _job(demand, package, size_of(payloads), modalities, exact)
@@ -120,14 +152,20 @@ def check_spec(spec: gateway_pb2.JobSpec, packages: Mapping[str, ModelPackage], 
     return _job(spec, package, spec.size, modalities, exact=False)
 
 
-def check_payloads(
-    field: str, tensors: Mapping[str, tensor_pb2.Tensor], package: ModelPackage, max_items: int
-) -> Payloads:
+def sent_in(field: str, tensors: Mapping[str, tensor_pb2.Tensor]) -> Iterator[Sent]:
+    """The payloads of a `mosel.v1` message, whose field names them in messages."""
+    for name in sorted(tensors):
+        tensor, own = tensors[name], f"{field}.{name}"
+        dtype = dtype_name(tensor.dtype) if tensor.dtype else "missing"
+        yield Sent(name, own, "dtype", dtype, tuple(tensor.shape), partial(from_proto, tensor, own))
+
+
+def check_payloads(field: str, sent: Iterable[Sent], package: ModelPackage, max_items: int) -> Payloads:
     """Checks payloads of the same items.
 
     Args:
-        field: names them in messages.
-        tensors: by modality.
+        field: names all of them in messages.
+        sent: the payloads, each of another modality.
         package: the model.
         max_items: bound on the items.
 
@@ -138,18 +176,19 @@ def check_payloads(
         PayloadTooLarge: there are more items.
         InvalidRequest: names the field, what it holds and what was expected.
     """
-    if not tensors:
+    payloads: dict[str, NDArray[np.generic]] = {}
+    for payload in sent:
+        if payload.modality not in package.modalities:
+            known = ", ".join(package.modalities)
+            raise InvalidRequest(f"{field} has '{payload.modality}'; expected some of {known}")
+        payloads[payload.modality] = _payload(payload, package.modalities[payload.modality], max_items)
+    if not payloads:
         raise InvalidRequest(f"{field} is empty; expected some of {', '.join(package.modalities)}")
-    payloads = {}
-    for name in sorted(tensors):
-        if name not in package.modalities:
-            raise InvalidRequest(f"{field} has '{name}'; expected some of {', '.join(package.modalities)}")
-        payloads[name] = _payload(f"{field}.{name}", tensors[name], package.modalities[name], max_items)
     sizes = {name: len(array) for name, array in payloads.items()}
     if len(set(sizes.values())) != 1:
         listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise InvalidRequest(f"{field} have different numbers of items ({listed}); expected the same in all")
-    return payloads
+    return dict(sorted(payloads.items()))
 
 
 def size_of(payloads: Payloads) -> int:
@@ -169,6 +208,13 @@ def package_of(model: str, packages: Mapping[str, ModelPackage]) -> ModelPackage
     return package
 
 
+def checked_priority(priority: int) -> int:
+    """Returns the priority if it is one; raises InvalidRequest otherwise."""
+    if not 0 <= priority <= _LAST_PRIORITY:
+        raise InvalidRequest(f"priority is {priority}; expected 1 to {_LAST_PRIORITY}, or 0 for the default")
+    return priority
+
+
 def _job(
     request: Demand,
     package: ModelPackage,
@@ -184,17 +230,15 @@ def _job(
         raise InvalidRequest(f"latency_slo_ms is {slo}; expected a positive number of milliseconds")
     if request.effort not in gateway_pb2.Effort.values():
         raise InvalidRequest(f"effort is {request.effort}; expected CHEAPEST, BEST or none")
-    if request.priority > _LAST_PRIORITY:
-        raise InvalidRequest(f"priority is {request.priority}; expected 1 to {_LAST_PRIORITY}, or 0 for the default")
-    return CheckedJob(package, size, modalities, floor, slo, exact, request.effort, request.late_ok, request.priority)
+    priority = checked_priority(request.priority)
+    return CheckedJob(package, size, modalities, floor, slo, exact, request.effort, request.late_ok, priority)
 
 
-def _payload(field: str, tensor: tensor_pb2.Tensor, spec: ModalitySpec, max_items: int) -> NDArray[np.generic]:
-    name = dtype_name(tensor.dtype) if tensor.dtype else "missing"
-    if name != spec.dtype:
-        raise InvalidRequest(f"{field}.dtype is {name}; expected {spec.dtype}")
-    shape = list(tensor.shape)
-    expected = f"[items, {', '.join(map(str, spec.shape))}]"
+def _payload(sent: Sent, spec: ModalitySpec, max_items: int) -> NDArray[np.generic]:
+    field, shape = sent.field, list(sent.shape)
+    if sent.dtype != spec.dtype:
+        raise InvalidRequest(f"{field}.{sent.dtype_field} is {sent.dtype}; expected {spec.dtype}")
+    expected = f"[{', '.join(map(str, ('items', *spec.shape)))}]"
     if tuple(shape[1:]) != spec.shape or not shape:
         raise InvalidRequest(f"{field}.shape is {shape}; expected {expected}")
     if shape[0] < 1:
@@ -204,7 +248,7 @@ def _payload(field: str, tensor: tensor_pb2.Tensor, spec: ModalitySpec, max_item
             f"{field}.shape is {shape}: {shape[0]} items; expected at most {max_items} "
             f"in one job (setting gateway.max_items_per_job)"
         )
-    array = from_proto(tensor, field)
+    array = sent.read()
     _check_finite(field, array, spec.dtype)
     return array
 

@@ -1,11 +1,14 @@
 """The data plane: the one way in for every protocol. Checked jobs go in, answers come out. Knows no protocol."""
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 
+from gateway.access.guard import Guard
 from gateway.answers import Answer, answer_from
+from gateway.inferences import Inferences
 from gateway.intake import Check, Intake
+from gateway.models import Models
 from gateway.registry import JobRegistry
 from gateway.selector_link import SelectorLink
 from gateway.upload import ArrivingBytes
@@ -21,17 +24,20 @@ class DataPlane:
 
     Args:
         settings: limits.
-        packages: the models by name.
+        packages: the models that are known from the start, by name.
         arena: where payloads are kept.
         publisher: puts them there.
         link: the stream to the selector.
 
     Attributes:
-        settings, packages, link: as given.
+        settings, link: as given.
+        models: keeps the packages in step with the selector.
+        packages: the models by name, those that were unloaded included; always the same mapping.
         intake: puts payloads into the arena.
         registry: the jobs under way.
         arriving: what jobs take whose items are still arriving.
         counters: requests, answers and items since the start.
+        guard: who may call; None: everybody.
     """
 
     def __init__(
@@ -42,13 +48,17 @@ class DataPlane:
         publisher: Publisher,
         link: SelectorLink,
     ) -> None:
-        self.settings, self.packages, self.link = settings, packages, link
+        self.settings, self.link = settings, link
+        self.models = Models(settings.models_dir, packages, link)
+        self.packages: Mapping[str, ModelPackage] = self.models.packages
         self.intake = Intake(settings, publisher)
         self.registry = JobRegistry(settings.gateway.max_jobs_in_flight)
         limit = settings.transport.gateway_arena_mib * 1024 * 1024
         self.arriving = ArrivingBytes(arena.largest_slot, limit, "transport.gateway_arena_mib")
         self.counters: Counter[str] = Counter()
+        self.guard: Guard | None = None
         self._arena = arena
+        self._inferences: defaultdict[str, Inferences] = defaultdict(Inferences)
 
     def admit(self) -> None:
         """Counts a request.
@@ -60,10 +70,11 @@ class DataPlane:
         self.registry.check_room()
         self.link.check_connected()
 
-    async def predict(self, check: Check, elements: int, call: Deadline) -> Answer:
+    async def predict(self, model: str, check: Check, elements: int, call: Deadline) -> Answer:
         """Predicts the items of one job; cancelling cancels the job.
 
         Args:
+            model: as the caller names it.
             check: checks what the caller sent; may run in a thread.
             elements: of all payloads together, as the caller says.
             call: when the caller's own call ends.
@@ -71,40 +82,76 @@ class DataPlane:
         Raises:
             MoselError: whatever `check` raises, and whatever the job ends with.
         """
-        self.admit()
-        prepared = await self.intake.request(check, elements, call)
-        job, times = prepared.job, prepared.times
-        with (
-            self.registry.open(prepared.description.job_id, job.package.name, job.size, times.ends) as entry,
-            self.link.submit(prepared.description) as answers,
-        ):
-            entry.under_way()
-            groups = [group async for finished in answers for group in finished]
-            answer = answer_from(job, groups, answers.result, times.deadline.remaining * 1000)
-            entry.status.items_done = job.size
+        with self.inferences_of(model).request() as request, self.models.checking() as sent:
+            self.admit()
+            prepared = await self.intake.request(check, elements, call)
+            job, times = prepared.job, prepared.times
+            with (
+                self.registry.open(prepared.description.job_id, job.package.name, job.size, times.ends) as entry,
+                self.link.submit(prepared.description) as answers,
+            ):
+                sent()
+                request.sent()
+                entry.under_way()
+                groups = [group async for finished in answers for group in finished]
+                answer = answer_from(job, groups, answers.result, times.deadline.remaining * 1000)
+                entry.status.items_done = job.size
+            request.answer(job.size, answer.queue_ms, answer.compute_ms)
         self.counters.update(answered=1, items=job.size)
         return answer
 
+    def inferences_of(self, model: str) -> Inferences:
+        """What became of the requests to a model; names of no model leave nothing behind."""
+        return self._inferences[model] if model in self.packages else Inferences()
+
+    async def load(self, model: str) -> None:
+        """Loads a model from the models folder, or loads it anew; later requests are checked against what was loaded.
+
+        Jobs under way end with what they began with. What was begun goes on if the caller goes away.
+
+        Raises:
+            ModelNotFound: there is no such package.
+            PackageError: it is wrong; the model stays as it was.
+            ServiceUnavailable: a service that it needs is away.
+        """
+        await self.link.load(model)
+        await self.models.take_over(model)
+
+    async def unload(self, model: str) -> None:
+        """Admits no more jobs of a model, and returns when those under way are over and its networks are freed.
+
+        Raises:
+            ModelNotFound: it is not loaded.
+            ServiceUnavailable: the selector is away.
+        """
+        await self.link.unload(model)
+
     def state_of(self, model: str) -> selector_pb2.ModelState:
         """What the selector last said of a model; nothing is ready while it is away."""
-        return self.link.models.get(model, selector_pb2.ModelState())
+        reason = "not loaded" if self.link.connected else "service selector is not reachable"
+        return self.link.models.get(model, selector_pb2.ModelState(model=model, reason=reason))
 
     def is_ready(self, model: str) -> bool:
         """Whether jobs for a model would be run."""
-        return self.state_of(model).ready and not self.link.refused
+        state, package = self.state_of(model), self.packages.get(model)
+        return state.ready and package is not None and package.revision == state.revision and not self.link.refused
 
     def statistics(self) -> dict[str, int]:
         """Counts since the start, and what is held now."""
         counts = dict(self.counters) | self._arena.statistics().as_counters() | self.registry.statistics()
-        return counts | self.arriving.statistics() | self.link.statistics()
+        counts |= self.arriving.statistics() | self.link.statistics()
+        return counts | (self.guard.statistics() if self.guard is not None else {})
 
     async def statuses(self) -> list[service_pb2.ServiceStatus]:
         """The state of every service; of a selector that does not answer, why."""
+        detail = self.link.refused
+        if not self.link.models:
+            detail = "no model is loaded" if self.link.connected else "selector is not reachable"
         own = service_pb2.ServiceStatus(
             name="gateway",
             address=self.settings.gateway_address,
             ready=any(map(self.is_ready, self.packages)),
-            detail=self.link.refused or ("" if self.link.models else "selector is not reachable"),
+            detail=detail,
             pid=os.getpid(),
             counters=self.statistics(),
         )

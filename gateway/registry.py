@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from gateway.access.caller import caller
 from mosel.deadline import Deadline
 from mosel.errors import DeadlineExceeded, InvalidRequest, JobCancelled, JobNotFound, MoselError, Overloaded
 from mosel.v1 import gateway_pb2
@@ -21,9 +22,11 @@ class OpenJob:
 
     Attributes:
         status: where it is; whoever serves the job keeps it up to date.
+        owner: the tenant that sent it; None: nobody has to say who it is.
     """
 
     status: gateway_pb2.JobStatus
+    owner: str | None
     _task: "asyncio.Task[object]"
     _reason: MoselError | None = None
 
@@ -69,6 +72,14 @@ class OpenJob:
             self.status.error = str(error)[:_SHOWN_ERROR] if isinstance(error, MoselError) else "internal error"
 
 
+@dataclass(frozen=True)
+class _OverJob:
+    """What is remembered of a job that is over."""
+
+    status: gateway_pb2.JobStatus
+    owner: str | None
+
+
 class JobRegistry:
     """Finds jobs by their id, and bounds how many there are.
 
@@ -80,7 +91,7 @@ class JobRegistry:
     def __init__(self, max_open: int, max_over: int = 1024) -> None:
         self._max_open, self._max_over = max_open, max_over
         self._open: dict[str, OpenJob] = {}
-        self._over: dict[str, gateway_pb2.JobStatus] = {}
+        self._over: dict[str, _OverJob] = {}
 
     def check_room(self) -> None:
         """Raises Overloaded if no further job may be opened."""
@@ -89,7 +100,7 @@ class JobRegistry:
 
     @contextlib.contextmanager
     def open(self, job_id: bytes, model: str, size: int, ends: Deadline) -> Iterator[OpenJob]:
-        """A job that the current task serves inside the block; how the block ends is how the job ends.
+        """A job that the current task serves inside the block, and the caller's; how the block ends is how it ends.
 
         Args:
             job_id: 16 bytes, of no other job.
@@ -106,14 +117,15 @@ class JobRegistry:
         assert task is not None, "a coroutine runs in a task"
         name = job_id.hex()
         status = gateway_pb2.JobStatus(job_id=name, model=model, state=gateway_pb2.RECEIVING, size=size)
-        job = self._open[name] = OpenJob(status, task)
+        job = self._open[name] = OpenJob(status, caller(), task)
         expiry = asyncio.get_running_loop().call_later(ends.remaining, job.expire)
         try:
             with job.following():
                 yield job
         finally:
             expiry.cancel()
-            self._over[name] = self._open.pop(name).status
+            del self._open[name]
+            self._over[name] = _OverJob(job.status, job.owner)
             if len(self._over) > self._max_over:
                 del self._over[next(iter(self._over))]
 
@@ -125,16 +137,16 @@ class JobRegistry:
 
         Raises:
             InvalidRequest: the id is none.
-            JobNotFound: there is no such job, or it is forgotten.
+            JobNotFound: there is no such job, it is forgotten, or it is another tenant's.
         """
         if not _JOB_ID.fullmatch(job_id):
             raise InvalidRequest(f"job_id is {job_id[:_SHOWN_ID]!r}; expected 32 hexadecimal digits")
         name = job_id.lower()
-        if name in self._open:
-            return self._open[name].status
-        if name not in self._over:
+        job = self._open.get(name) or self._over.get(name)
+        # Another tenant's job is none.
+        if job is None or caller() not in (None, job.owner):
             raise JobNotFound(f"job_id is '{name}'; expected a job under way or one of the last {self._max_over}")
-        return self._over[name]
+        return job.status
 
     def cancel(self, job_id: str) -> gateway_pb2.JobStatus:
         """Ends a job unless it is over, and says where it is then; arguments and errors as of `status`."""

@@ -9,13 +9,15 @@ import grpc
 
 from mosel.config import Settings
 from mosel.deadline import Deadline
-from mosel.errors import MoselError, ServiceUnavailable
-from mosel.service import open_channel
+from mosel.errors import MoselError, PackageError, ServiceUnavailable, Unreachable
+from mosel.service import MAX_DEADLINE_S, open_channel
 from mosel.status import error_from_number, error_from_rpc
 from mosel.v1 import arena_pb2, gateway_pb2, selector_pb2, selector_pb2_grpc, service_pb2, tensor_pb2
 
 _RECONNECT_S = 0.1
 _STATUS_TIMEOUT_S = 2.0
+# How long the stream may be behind the answer to a call.
+_HEARD_S = 1.0
 
 # The last of a job is a result or an error.
 Answer = selector_pb2.JobPart | selector_pb2.JobResult | MoselError
@@ -89,6 +91,7 @@ class SelectorLink:
         self._release, self._transport_changed, self._models_changed = release, transport_changed, models_changed
         self._outbox: asyncio.Queue[selector_pb2.GatewayMessage] | None = None
         self._answers: dict[bytes, Answers] = {}
+        self._said = asyncio.Event()
 
     async def __aenter__(self) -> "SelectorLink":
         self._channel = open_channel(self._settings, self._settings.selector_address)
@@ -106,9 +109,14 @@ class SelectorLink:
         """Jobs that wait for what the selector says."""
         return {"jobs_at_selector": len(self._answers)}
 
+    @property
+    def connected(self) -> bool:
+        """Whether the selector is there."""
+        return self._outbox is not None
+
     def check_connected(self) -> None:
         """Raises ServiceUnavailable unless the selector is there and takes jobs."""
-        if self._outbox is None:
+        if not self.connected:
             raise ServiceUnavailable("service selector is not reachable")
         if self.refused:
             raise ServiceUnavailable(f"service gateway must not send payloads: {self.refused}")
@@ -150,6 +158,47 @@ class SelectorLink:
             return await self._stub.Plan(description, timeout=deadline.remaining)
         except grpc.RpcError as error:
             raise error_from_rpc(error, "selector") from None
+
+    def name_models(self, models: Iterable[str]) -> None:
+        """Says which models, as `name@revision`, jobs will name from now on."""
+        named = selector_pb2.ModelsInUse(models=sorted(models))
+        self._send(selector_pb2.GatewayMessage(models=named))
+
+    async def load(self, model: str) -> None:
+        """Has a model loaded, or loaded anew; afterwards `models` says so.
+
+        Raises:
+            ModelNotFound, PackageError, ServiceUnavailable.
+        """
+        self.check_connected()
+        try:
+            request = gateway_pb2.LoadModelRequest(model=model)
+            state = await self._stub.LoadModel(request, timeout=MAX_DEADLINE_S)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, "selector", {Unreachable: PackageError}) from None
+        await self._heard(lambda: model in self.models and self.models[model].revision == state.revision)
+
+    async def unload(self, model: str) -> None:
+        """Has a model unloaded once its last job is over; afterwards `models` does not have it.
+
+        Raises:
+            ModelNotFound: it is not loaded.
+            ServiceUnavailable: the selector is away.
+        """
+        self.check_connected()
+        try:
+            await self._stub.UnloadModel(gateway_pb2.UnloadModelRequest(model=model), timeout=MAX_DEADLINE_S)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, "selector") from None
+        await self._heard(lambda: model not in self.models)
+
+    async def _heard(self, said: Callable[[], bool]) -> None:
+        """Waits for what the selector says on its stream when it answers a call, unless something newer came first."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_HEARD_S):
+                while not said():
+                    self._said.clear()
+                    await self._said.wait()
 
     async def statuses(self) -> list[service_pb2.ServiceStatus]:
         """The state of the selector and of the services behind it; of a selector that does not answer, why."""
@@ -195,6 +244,7 @@ class SelectorLink:
             self._transport_changed(message.transport.rung)
         elif kind == "models":
             self.models = {state.model: state for state in message.models.models}
+            self._said.set()
             self._models_changed()
 
     def _answer(self, job_id: bytes, message: Answer) -> None:

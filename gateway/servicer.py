@@ -33,7 +33,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     @answers_with_status
     async def Predict(self, request: gateway_pb2.PredictRequest, context: Context) -> gateway_pb2.PredictReply:
         check = partial(check_request, request, self._plane.packages, self._limits.max_items_per_job)
-        return predict_reply(await self._plane.predict(check, elements_of(request.payloads), deadline_of(context)))
+        elements = elements_of(request.payloads)
+        return predict_reply(await self._plane.predict(request.model, check, elements, deadline_of(context)))
 
     @answers_with_status
     async def SubmitJob(  # type: ignore[override] # a coroutine that writes, so that cancelling it always reaches it
@@ -42,31 +43,38 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         plane, limits, read = self._plane, self._limits, partial(_read, context)
         spec = await read_spec(read, limits.default_deadline_ms / 1000)
         plane.admit()
-        job = check_spec(spec, plane.packages, limits.max_items_per_job)
-        times = times_of(job, deadline_of(context), limits.default_deadline_ms / 1000)
         job_id = secrets.token_bytes(16)
-        with plane.registry.open(job_id, job.package.name, job.size, times.ends) as entry:
-            await context.write(accepted_event(job_id))
-            description = await self._receive(job_id, job, times, read, entry)
-            with plane.link.submit(description) as answers, _no_more(read, entry):
-                entry.under_way()
-                groups = []
-                async for finished in answers:
-                    for group in finished:
-                        groups.append(group)
-                        entry.status.items_done += len(group.items)
-                        await context.write(results_event(job, group, entry.status.items_done))
-            summary = summary_event(job, groups, answers.result, times.deadline.remaining * 1000)
+        with plane.inferences_of(spec.model).request() as request, plane.models.checking() as sent:
+            job = check_spec(spec, plane.packages, limits.max_items_per_job)
+            times = times_of(job, deadline_of(context), limits.default_deadline_ms / 1000)
+            with plane.registry.open(job_id, job.package.name, job.size, times.ends) as entry:
+                await context.write(accepted_event(job_id))
+                description = await self._receive(job_id, job, times, read, entry)
+                with plane.link.submit(description) as answers, _no_more(read, entry):
+                    sent()
+                    request.sent()
+                    entry.under_way()
+                    groups = []
+                    async for finished in answers:
+                        for group in finished:
+                            groups.append(group)
+                            entry.status.items_done += len(group.items)
+                            await context.write(results_event(job, group, entry.status.items_done))
+                result = answers.result
+                summary = summary_event(job, groups, result, times.deadline.remaining * 1000)
+            request.answer(job.size, result.queue_us / 1000, result.compute_us / 1000)
         plane.counters.update(answered=1, items=job.size)
         await context.write(summary)
 
     @answers_with_status
     async def Plan(self, request: gateway_pb2.PlanRequest, context: Context) -> gateway_pb2.PlanReply:
         limits = self._limits
-        job = check_spec(request.job, self._plane.packages, limits.max_items_per_job)
-        # How long the caller waits for the plan says nothing about the job.
-        times = times_of(job, Deadline.after(MAX_DEADLINE_S), limits.default_deadline_ms / 1000)
-        return await self._plane.link.plan(description_of(secrets.token_bytes(16), job, times), deadline_of(context))
+        with self._plane.models.checking():
+            job = check_spec(request.job, self._plane.packages, limits.max_items_per_job)
+            # How long the caller waits for the plan says nothing about the job.
+            times = times_of(job, Deadline.after(MAX_DEADLINE_S), limits.default_deadline_ms / 1000)
+            description = description_of(secrets.token_bytes(16), job, times)
+            return await self._plane.link.plan(description, deadline_of(context))
 
     @answers_with_status
     async def GetJob(self, request: gateway_pb2.GetJobRequest, context: Context) -> gateway_pb2.JobStatus:
@@ -78,25 +86,40 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
 
     @answers_with_status
     async def ListModels(self, request: gateway_pb2.ListModelsRequest, context: Context) -> gateway_pb2.ListModelsReply:
-        reply = gateway_pb2.ListModelsReply()
-        for name, package in self._plane.packages.items():
-            state = self._plane.state_of(name)
-            model = reply.models.add(
-                name=name,
-                version=package.version,
-                description=package.description,
-                metric=package.metric,
-                ready=state.ready,
-                sets=state.sets,
-                labels=package.output.labels,
-            )
-            for modality, spec in package.modalities.items():
-                model.modalities.add(name=modality, dtype=dtype_value(spec.dtype), shape=spec.shape)
-        return reply
+        return gateway_pb2.ListModelsReply(models=map(self._model, self._plane.packages))
+
+    @answers_with_status
+    async def LoadModel(self, request: gateway_pb2.LoadModelRequest, context: Context) -> gateway_pb2.Model:
+        await self._plane.load(request.model)
+        return self._model(request.model)
+
+    @answers_with_status
+    async def UnloadModel(
+        self, request: gateway_pb2.UnloadModelRequest, context: Context
+    ) -> gateway_pb2.UnloadModelReply:
+        await self._plane.unload(request.model)
+        return gateway_pb2.UnloadModelReply()
 
     @answers_with_status
     async def Status(self, request: service_pb2.StatusRequest, context: Context) -> service_pb2.StatusReply:
         return service_pb2.StatusReply(services=await self._plane.statuses())
+
+    def _model(self, name: str) -> gateway_pb2.Model:
+        package, state = self._plane.packages[name], self._plane.state_of(name)
+        model = gateway_pb2.Model(
+            name=name,
+            version=package.version,
+            description=package.description,
+            metric=package.metric,
+            ready=self._plane.is_ready(name),
+            sets=state.sets,
+            labels=package.output.labels,
+            revision=package.revision,
+            reason=state.reason,
+        )
+        for modality, spec in package.modalities.items():
+            model.modalities.add(name=modality, dtype=dtype_value(spec.dtype), shape=spec.shape)
+        return model
 
     async def _receive(
         self, job_id: bytes, job: CheckedJob, times: Times, read: Read, entry: OpenJob

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import numpy as np
 
-from gateway.jobs import CheckedJob, check_payloads, size_of
+from gateway.jobs import CheckedJob, check_payloads, sent_in, size_of
 from mosel.errors import DeadlineExceeded, InvalidRequest, Overloaded, PayloadTooLarge
 from mosel.tensors import DTYPES
 from mosel.v1 import gateway_pb2
@@ -46,7 +46,8 @@ class Upload:
             PayloadTooLarge: more items than one job may have.
             InvalidRequest: names the field, what it holds and what was expected.
         """
-        arrays = check_payloads("items.payloads", batch.payloads, self._job.package, self._max_items)
+        sent = sent_in("items.payloads", batch.payloads)
+        arrays = check_payloads("items.payloads", sent, self._job.package, self._max_items)
         if tuple(arrays) != self._job.modalities:
             raise InvalidRequest(
                 f"items.payloads has {', '.join(arrays)}; expected {', '.join(self._job.modalities)} in each batch"

@@ -5,5 +5,7 @@
 
 from mosel.answers import ItemResults, JobAccepted, JobSummary
 from mosel.client import AsyncClient, Client, Prediction
+from mosel.retry import Retry
+from mosel.tls import Tls
 
-__all__ = ["AsyncClient", "Client", "ItemResults", "JobAccepted", "JobSummary", "Prediction"]
+__all__ = ["AsyncClient", "Client", "ItemResults", "JobAccepted", "JobSummary", "Prediction", "Retry", "Tls"]

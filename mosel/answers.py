@@ -162,7 +162,10 @@ class SetInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """One served model."""
+    """One served model.
+
+    `revision` is a digest of the files that it was loaded from; `reason` says why it is not ready, where more is known.
+    """
 
     name: str
     version: str
@@ -171,6 +174,8 @@ class ModelInfo:
     modalities: dict[str, ModalityInfo]
     sets: dict[str, SetInfo]
     labels: tuple[str, ...]
+    revision: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,10 @@ class EdgeInfo:
 
 @dataclass(frozen=True)
 class ServiceInfo:
-    """State and counters of one service; `edges` are those that the selector knows of."""
+    """State and counters of one service.
+
+    `edges` are those that the selector knows of; `models` those whose networks are loaded there, as `name@revision`.
+    """
 
     name: str
     address: str
@@ -194,6 +202,7 @@ class ServiceInfo:
     pid: int
     counters: dict[str, int]
     edges: tuple[EdgeInfo, ...] = ()
+    models: tuple[str, ...] = ()
 
 
 def prediction_from(reply: gateway_pb2.PredictReply) -> Prediction:
@@ -254,24 +263,37 @@ def job_from(status: gateway_pb2.JobStatus) -> JobInfo:
 
 def models_from(reply: gateway_pb2.ListModelsReply) -> list[ModelInfo]:
     """The models behind a reply."""
-    return [
-        ModelInfo(
-            name=model.name,
-            version=model.version,
-            description=model.description,
-            ready=model.ready,
-            modalities={m.name: ModalityInfo(dtype_name(m.dtype), tuple(m.shape)) for m in model.modalities},
-            sets={s.modality_set: SetInfo(s.accuracy, s.latency_ms, s.available) for s in model.sets},
-            labels=tuple(model.labels),
-        )
-        for model in reply.models
-    ]
+    return list(map(model_from, reply.models))
+
+
+def model_from(model: gateway_pb2.Model) -> ModelInfo:
+    """The model behind a message."""
+    return ModelInfo(
+        name=model.name,
+        version=model.version,
+        description=model.description,
+        ready=model.ready,
+        modalities={m.name: ModalityInfo(dtype_name(m.dtype), tuple(m.shape)) for m in model.modalities},
+        sets={s.modality_set: SetInfo(s.accuracy, s.latency_ms, s.available) for s in model.sets},
+        labels=tuple(model.labels),
+        revision=model.revision,
+        reason=model.reason,
+    )
 
 
 def services_from(reply: service_pb2.StatusReply) -> list[ServiceInfo]:
     """The services behind a reply."""
     return [
-        ServiceInfo(s.name, s.address, s.ready, s.detail, s.pid, dict(s.counters), tuple(map(_edge, s.edges)))
+        ServiceInfo(
+            name=s.name,
+            address=s.address,
+            ready=s.ready,
+            detail=s.detail,
+            pid=s.pid,
+            counters=dict(s.counters),
+            edges=tuple(map(_edge, s.edges)),
+            models=tuple(s.models),
+        )
         for s in reply.services
     ]
 

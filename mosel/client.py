@@ -1,10 +1,11 @@
-"""The Python client: numpy arrays in, dataclasses out. Needs grpcio, protobuf and numpy only."""
+"""The Python client: numpy arrays or tensors in, dataclasses out. Needs grpcio, protobuf and numpy only."""
 
-from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Mapping
-from typing import Unpack
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Generator, Iterable, Mapping
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
-from numpy.typing import ArrayLike
 
 from mosel.answers import (
     EdgeInfo,
@@ -22,14 +23,17 @@ from mosel.answers import (
     StrategyInfo,
     event_from,
     job_from,
+    model_from,
     models_from,
     plan_from,
     prediction_from,
     services_from,
 )
-from mosel.demands import Demand, Upload, predict_request, spec_of
-from mosel.errors import JobNotFound, ModelNotFound, MoselError
-from mosel.status import error_from_rpc
+from mosel.connection import Connection
+from mosel.demands import Demand, Payloads, Upload, predict_request, spec_of
+from mosel.errors import JobNotFound, ModelNotFound, MoselError, PackageError, Unreachable
+from mosel.retry import Retry
+from mosel.tls import Tls
 from mosel.v1 import gateway_pb2, gateway_pb2_grpc, service_pb2
 
 __all__ = [
@@ -46,12 +50,21 @@ __all__ = [
     "ModelInfo",
     "PlanInfo",
     "Prediction",
+    "Retry",
     "ServiceInfo",
     "SetInfo",
     "StrategyInfo",
+    "Tls",
 ]
 
-Payloads = Mapping[str, ArrayLike]
+Reply = TypeVar("Reply")
+Instead = Mapping[type[MoselError], type[MoselError]]
+
+# What a status means in calls that name a job and no model, and in those that load a model.
+_ABOUT_A_JOB: Instead = {ModelNotFound: JobNotFound}
+_ABOUT_A_PACKAGE: Instead = {Unreachable: PackageError}
+_LOAD_TIMEOUT_S = 600.0
+_RETRY = Retry()
 
 
 class Client:
@@ -59,16 +72,34 @@ class Client:
 
     Args:
         address: `host:port` or `unix:/path`.
+        token: says who calls, where the gateway asks for it.
+        tls: what to trust, and how to show who calls; None: plain text.
         max_message_mib: the largest message in either direction; the gateway has the same setting.
+        retries: which calls are made again; None: none.
+
+    Raises:
+        InvalidRequest: the token cannot be sent.
+        ConfigError: a file of `tls` is wrong.
 
     Example:
         >>> with Client("127.0.0.1:8001") as client:
         ...     prediction = client.predict("digits", {"image": images, "pen": pens}, min_accuracy=0.85)
     """
 
-    def __init__(self, address: str, max_message_mib: int = 64) -> None:
-        self._address, self._max_message_mib = address, max_message_mib
-        self._channel = grpc.insecure_channel(address, _options(max_message_mib))
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        tls: Tls | None = None,
+        max_message_mib: int = 64,
+        retries: Retry | None = _RETRY,
+    ) -> None:
+        self._connection = at = Connection(address, token, tls, max_message_mib, retries)
+        if (credentials := at.credentials) is None:
+            self._channel = grpc.insecure_channel(address, at.options)
+        else:
+            self._channel = grpc.secure_channel(address, credentials, at.options)
         self._stub = gateway_pb2_grpc.GatewayStub(self._channel)
 
     def predict(
@@ -78,20 +109,17 @@ class Client:
 
         Args:
             model: its name.
-            payloads: arrays [items, ...] by modality; any non-empty subset of the model's.
-            timeout_s: seconds after which the call is given up.
-            demand: floor, deadline and more, see `Demand`.
+            payloads: arrays or tensors [items, ...] by modality; any non-empty subset of the model's.
+            timeout_s: seconds after which the call is given up, further attempts included.
+            demand: floor, deadline and more, see `Demand`; a deadline counts from the first attempt.
 
         Raises:
             MoselError: the kind says what went wrong (see mosel.errors).
         """
-        request = predict_request(model, payloads, demand, self._max_message_mib)
-        try:
-            return prediction_from(self._stub.Predict(request, timeout=timeout_s))
-        except grpc.RpcError as error:
-            raise self._error(error) from None
+        request = predict_request(model, payloads, demand, self._connection.max_message_mib)
+        return prediction_from(self._call(self._stub.Predict, request, timeout_s))
 
-    def submit(
+    def submit_job(
         self,
         model: str,
         items: Payloads | Iterable[Payloads],
@@ -102,9 +130,11 @@ class Client:
     ) -> Generator[JobEvent, None, None]:
         """Predicts one job and gives its results as they finish. Closing the iterator cancels the job.
 
+        It is sent once, whatever `retries` say: its items may be gone.
+
         Args:
             model: its name.
-            items: arrays [items, ...] by modality, all at once or in batches, which have the same modalities.
+            items: arrays or tensors [items, ...] by modality, all at once or in batches, all of the same modalities.
             size: items of the job; needed if they come in batches.
             timeout_s: seconds after which the call is given up.
             demand: floor, deadline and more, see `Demand`; without `modalities`, batches bring all of the model's.
@@ -115,12 +145,12 @@ class Client:
         Raises:
             MoselError: the kind says what went wrong (see mosel.errors).
         """
-        upload = Upload(model, items, size, demand, self._max_message_mib)
-        call = self._stub.SubmitJob(upload.requests(), timeout=timeout_s)
+        upload = Upload(model, items, size, demand, self._connection.max_message_mib)
+        call = self._stub.SubmitJob(upload.requests(), timeout=timeout_s, metadata=self._connection.metadata)
         try:
             yield from map(event_from, call)
         except grpc.RpcError as error:
-            raise upload.error or self._error(error) from None
+            raise upload.error or self._connection.error(error) from None
         finally:
             call.cancel()
 
@@ -131,10 +161,7 @@ class Client:
             MoselError: the kind says what went wrong (see mosel.errors).
         """
         request = gateway_pb2.PlanRequest(job=spec_of(model, size, demand))
-        try:
-            return plan_from(self._stub.Plan(request, timeout=timeout_s))
-        except grpc.RpcError as error:
-            raise self._error(error) from None
+        return plan_from(self._call(self._stub.Plan, request, timeout_s))
 
     def job(self, job_id: str, timeout_s: float = 5.0) -> JobInfo:
         """Where a job is.
@@ -143,17 +170,13 @@ class Client:
             JobNotFound: there is no such job.
             MoselError: the kind says what else went wrong (see mosel.errors).
         """
-        try:
-            return job_from(self._stub.GetJob(gateway_pb2.GetJobRequest(job_id=job_id), timeout=timeout_s))
-        except grpc.RpcError as error:
-            raise _about_job(self._error(error)) from None
+        request = gateway_pb2.GetJobRequest(job_id=job_id)
+        return job_from(self._call(self._stub.GetJob, request, timeout_s, _ABOUT_A_JOB))
 
     def cancel(self, job_id: str, timeout_s: float = 5.0) -> JobInfo:
         """Ends a job unless it is over, whoever sent it, and says where it is then; errors as of `job`."""
-        try:
-            return job_from(self._stub.CancelJob(gateway_pb2.CancelJobRequest(job_id=job_id), timeout=timeout_s))
-        except grpc.RpcError as error:
-            raise _about_job(self._error(error)) from None
+        request = gateway_pb2.CancelJobRequest(job_id=job_id)
+        return job_from(self._call(self._stub.CancelJob, request, timeout_s, _ABOUT_A_JOB))
 
     def models(self, timeout_s: float = 5.0) -> list[ModelInfo]:
         """The served models.
@@ -161,10 +184,37 @@ class Client:
         Raises:
             MoselError: the gateway cannot be reached.
         """
-        try:
-            return models_from(self._stub.ListModels(gateway_pb2.ListModelsRequest(), timeout=timeout_s))
-        except grpc.RpcError as error:
-            raise self._error(error) from None
+        return models_from(self._call(self._stub.ListModels, gateway_pb2.ListModelsRequest(), timeout_s))
+
+    def load_model(self, name: str, timeout_s: float = _LOAD_TIMEOUT_S) -> ModelInfo:
+        """Has a model loaded from the server's models folder, or loaded anew; returns when new jobs get it.
+
+        Nothing is interrupted: jobs under way end with what they began with.
+
+        Args:
+            name: the model's.
+            timeout_s: seconds after which the call is given up; the server goes on.
+
+        Raises:
+            ModelNotFound: the folder has no such package.
+            PackageError: it is wrong; the model stays as it was.
+            MoselError: the kind says what else went wrong (see mosel.errors).
+        """
+        request = gateway_pb2.LoadModelRequest(model=name)
+        return model_from(self._call(self._stub.LoadModel, request, timeout_s, _ABOUT_A_PACKAGE))
+
+    def unload_model(self, name: str, timeout_s: float = _LOAD_TIMEOUT_S) -> None:
+        """Has the server take no more jobs for a model; returns when those under way are over and its memory is free.
+
+        Args:
+            name: the model's.
+            timeout_s: seconds after which the call is given up; the server goes on.
+
+        Raises:
+            ModelNotFound: it is not loaded.
+            MoselError: the kind says what else went wrong (see mosel.errors).
+        """
+        self._call(self._stub.UnloadModel, gateway_pb2.UnloadModelRequest(model=name), timeout_s)
 
     def status(self, timeout_s: float = 5.0) -> list[ServiceInfo]:
         """The state of every service.
@@ -172,44 +222,58 @@ class Client:
         Raises:
             MoselError: the gateway cannot be reached.
         """
-        try:
-            return services_from(self._stub.Status(service_pb2.StatusRequest(), timeout=timeout_s))
-        except grpc.RpcError as error:
-            raise self._error(error) from None
+        return services_from(self._call(self._stub.Status, service_pb2.StatusRequest(), timeout_s))
 
     def close(self) -> None:
         """Closes the connection."""
         self._channel.close()
 
-    def __enter__(self) -> "Client":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _error(self, error: grpc.RpcError) -> MoselError:
-        return error_from_rpc(error, f"gateway at {self._address}")
+    def _call(
+        self, method: Callable[..., Reply], request: Any, timeout_s: float, instead: Instead | None = None
+    ) -> Reply:
+        attempts = self._connection.attempts(request, timeout_s)
+        while True:
+            try:
+                return method(request, timeout=attempts.begin(), metadata=self._connection.metadata)
+            except grpc.RpcError as error:
+                if (wait_s := attempts.wait_s(error)) is None:
+                    raise self._connection.error(error, instead) from None
+            time.sleep(wait_s)
 
 
 class AsyncClient:
     """As `Client`, for asyncio; an async context manager."""
 
-    def __init__(self, address: str, max_message_mib: int = 64) -> None:
-        self._address, self._max_message_mib = address, max_message_mib
-        self._channel = grpc.aio.insecure_channel(address, _options(max_message_mib))
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        tls: Tls | None = None,
+        max_message_mib: int = 64,
+        retries: Retry | None = _RETRY,
+    ) -> None:
+        self._connection = at = Connection(address, token, tls, max_message_mib, retries)
+        if (credentials := at.credentials) is None:
+            self._channel = grpc.aio.insecure_channel(address, at.options)
+        else:
+            self._channel = grpc.aio.secure_channel(address, credentials, at.options)
         self._stub = gateway_pb2_grpc.GatewayStub(self._channel)
 
     async def predict(
         self, model: str, payloads: Payloads, *, timeout_s: float = 30.0, **demand: Unpack[Demand]
     ) -> Prediction:
         """As `Client.predict`; cancelling the task cancels the job."""
-        request = predict_request(model, payloads, demand, self._max_message_mib)
-        try:
-            return prediction_from(await self._stub.Predict(request, timeout=timeout_s))
-        except grpc.RpcError as error:
-            raise self._error(error) from None
+        request = predict_request(model, payloads, demand, self._connection.max_message_mib)
+        return prediction_from(await self._call(self._stub.Predict, request, timeout_s))
 
-    async def submit(
+    async def submit_job(
         self,
         model: str,
         items: Payloads | Iterable[Payloads] | AsyncIterable[Payloads],
@@ -218,61 +282,67 @@ class AsyncClient:
         timeout_s: float = 30.0,
         **demand: Unpack[Demand],
     ) -> AsyncGenerator[JobEvent, None]:
-        """As `Client.submit`; cancelling the task cancels the job."""
-        upload = Upload(model, items, size, demand, self._max_message_mib)
-        call = self._stub.SubmitJob(upload.async_requests(), timeout=timeout_s)
+        """As `Client.submit_job`; cancelling the task cancels the job."""
+        upload = Upload(model, items, size, demand, self._connection.max_message_mib)
+        call = self._stub.SubmitJob(upload.async_requests(), timeout=timeout_s, metadata=self._connection.metadata)
         try:
             async for event in call:
                 yield event_from(event)
         except grpc.RpcError as error:
-            raise upload.error or self._error(error) from None
+            raise upload.error or self._connection.error(error) from None
         finally:
             call.cancel()
 
     async def plan(self, model: str, size: int, *, timeout_s: float = 5.0, **demand: Unpack[Demand]) -> PlanInfo:
         """As `Client.plan`."""
         request = gateway_pb2.PlanRequest(job=spec_of(model, size, demand))
-        try:
-            return plan_from(await self._stub.Plan(request, timeout=timeout_s))
-        except grpc.RpcError as error:
-            raise self._error(error) from None
+        return plan_from(await self._call(self._stub.Plan, request, timeout_s))
 
     async def job(self, job_id: str, timeout_s: float = 5.0) -> JobInfo:
         """As `Client.job`."""
-        try:
-            return job_from(await self._stub.GetJob(gateway_pb2.GetJobRequest(job_id=job_id), timeout=timeout_s))
-        except grpc.RpcError as error:
-            raise _about_job(self._error(error)) from None
+        request = gateway_pb2.GetJobRequest(job_id=job_id)
+        return job_from(await self._call(self._stub.GetJob, request, timeout_s, _ABOUT_A_JOB))
 
     async def cancel(self, job_id: str, timeout_s: float = 5.0) -> JobInfo:
         """As `Client.cancel`."""
-        try:
-            return job_from(await self._stub.CancelJob(gateway_pb2.CancelJobRequest(job_id=job_id), timeout=timeout_s))
-        except grpc.RpcError as error:
-            raise _about_job(self._error(error)) from None
+        request = gateway_pb2.CancelJobRequest(job_id=job_id)
+        return job_from(await self._call(self._stub.CancelJob, request, timeout_s, _ABOUT_A_JOB))
 
-    async def __aenter__(self) -> "AsyncClient":
+    async def models(self, timeout_s: float = 5.0) -> list[ModelInfo]:
+        """As `Client.models`."""
+        return models_from(await self._call(self._stub.ListModels, gateway_pb2.ListModelsRequest(), timeout_s))
+
+    async def load_model(self, name: str, timeout_s: float = _LOAD_TIMEOUT_S) -> ModelInfo:
+        """As `Client.load_model`."""
+        request = gateway_pb2.LoadModelRequest(model=name)
+        return model_from(await self._call(self._stub.LoadModel, request, timeout_s, _ABOUT_A_PACKAGE))
+
+    async def unload_model(self, name: str, timeout_s: float = _LOAD_TIMEOUT_S) -> None:
+        """As `Client.unload_model`."""
+        await self._call(self._stub.UnloadModel, gateway_pb2.UnloadModelRequest(model=name), timeout_s)
+
+    async def status(self, timeout_s: float = 5.0) -> list[ServiceInfo]:
+        """As `Client.status`."""
+        return services_from(await self._call(self._stub.Status, service_pb2.StatusRequest(), timeout_s))
+
+    async def close(self) -> None:
+        """Closes the connection."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._channel.close()
+        await self.close()
 
-    def _error(self, error: grpc.RpcError) -> MoselError:
-        return error_from_rpc(error, f"gateway at {self._address}")
-
-
-def _options(max_message_mib: int) -> list[tuple[str, int | str]]:
-    limit = max_message_mib * 1024 * 1024
-    return [
-        ("grpc.max_send_message_length", limit),
-        ("grpc.max_receive_message_length", limit),
-        # As short as among the services: a gateway that starts again is found at once.
-        ("grpc.max_reconnect_backoff_ms", 1_000),
-        # With http_proxy set, grpc would look for 127.0.0.1 behind the proxy.
-        ("grpc.enable_http_proxy", 0),
-    ]
-
-
-def _about_job(error: MoselError) -> MoselError:
-    """What an error means in a call that names a job and no model."""
-    return JobNotFound(str(error)) if isinstance(error, ModelNotFound) else error
+    async def _call(
+        self, method: Callable[..., Awaitable[Reply]], request: Any, timeout_s: float, instead: Instead | None = None
+    ) -> Reply:
+        attempts = self._connection.attempts(request, timeout_s)
+        while True:
+            try:
+                return await method(request, timeout=attempts.begin(), metadata=self._connection.metadata)
+            except grpc.RpcError as error:
+                if (wait_s := attempts.wait_s(error)) is None:
+                    raise self._connection.error(error, instead) from None
+            await asyncio.sleep(wait_s)

@@ -29,6 +29,7 @@ class Workers:
     def __init__(self, workers: int, torch_threads: int, max_waiting: int = 64) -> None:
         # On each thread itself: with OpenMP the number belongs to the thread that sets it.
         self._executor = ThreadPoolExecutor(workers, "compute", torch.set_num_threads, (torch_threads,))
+        self._aside = ThreadPoolExecutor(1, "aside", torch.set_num_threads, (torch_threads,))
         self._torch_threads = workers * torch_threads
         self._waiting, self._max_waiting = 0, max_waiting
 
@@ -58,6 +59,10 @@ class Workers:
         finally:
             self._waiting -= 1
 
+    async def run_aside(self, work: Callable[[], R]) -> R:
+        """Runs what takes long, such as loading networks, beside the calls: one after the other, on one more thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._aside, work)
+
     def statistics(self) -> dict[str, int]:
         """Calls that wait or run, and the threads that torch may use."""
         return {"calls_waiting": self._waiting, "torch_threads": self._torch_threads}
@@ -68,4 +73,5 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._aside.shutdown(wait=True, cancel_futures=True)
         self._executor.shutdown(wait=True, cancel_futures=True)

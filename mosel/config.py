@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import platformdirs
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
@@ -23,12 +32,14 @@ from mosel.errors import ConfigError
 MAX_SOCKET_PATH_BYTES = 90
 _ENV_PREFIX = "MOSEL_"
 # Environment variables that are not settings of a service.
-_OTHER_VARIABLES = {"MOSEL_CONFIG", "MOSEL_DATA"}
+_OTHER_VARIABLES = {"MOSEL_CONFIG", "MOSEL_DATA", "MOSEL_TOKEN"}
 
 # Flags of the section `gateway` for services that may listen anywhere.
 FREE_PORTS = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
 
 Port = Annotated[int, Field(ge=0, le=65535)]
+# An environment variable that is empty is a file that is not there.
+OptionalFile = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
 BatchSizes = Annotated[
     tuple[PositiveInt, ...], Field(min_length=1), AfterValidator(lambda sizes: tuple(sorted({*sizes})))
 ]
@@ -63,6 +74,38 @@ class GatewaySettings(_Section):
     max_items_per_job: int = Field(1024, ge=1)
     max_jobs_in_flight: int = Field(256, ge=1)
     default_deadline_ms: float = Field(30_000, gt=0)
+    # The tenants and the hashes of their tokens (docs/security.md); without it everybody may call.
+    tokens_file: OptionalFile = None
+    # Other machines may reach services that TLS and tokens do not protect.
+    insecure: bool = False
+
+
+class TlsSettings(_Section):
+    """TLS on the public ports, off without a certificate; with `client_ca` callers show certificates, too."""
+
+    certificate: OptionalFile = None
+    key: OptionalFile = None
+    client_ca: OptionalFile = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.certificate is None) != (self.key is None) or (self.client_ca and not self.certificate):
+            raise ValueError("expected certificate and key, and client_ca only beside them")
+        return self
+
+
+class InternalTlsSettings(_Section):
+    """Mutual TLS between services that listen on TCP; whoever has a certificate of `ca` is one of them."""
+
+    certificate: OptionalFile = None
+    key: OptionalFile = None
+    ca: OptionalFile = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if len({file is None for file in (self.certificate, self.key, self.ca)}) > 1:
+            raise ValueError("expected certificate, key and ca, or none of them")
+        return self
 
 
 class SelectorSettings(_Section):
@@ -128,6 +171,8 @@ class Settings(BaseSettings):
     parent_pid: int = Field(0, ge=0)
     stop_grace_ms: float = Field(5_000, ge=0)
     gateway: GatewaySettings = GatewaySettings()
+    tls: TlsSettings = TlsSettings()
+    internal_tls: InternalTlsSettings = InternalTlsSettings()
     selector: SelectorSettings = SelectorSettings()
     encoders: EncoderSettings = EncoderSettings()
     fusion: FusionSettings = FusionSettings()
@@ -156,6 +201,12 @@ class Settings(BaseSettings):
     def gateway_address(self) -> str:
         """Where the gateway listens."""
         return f"{self.gateway.host}:{self.gateway.grpc_port}"
+
+    @property
+    def local_gateway_address(self) -> str:
+        """Where the gateway listens for this user, who needs no token there: only this user can open the socket."""
+        # Several gateways of one machine may share a folder, but never a port.
+        return self._socket(f"gateway-{self.gateway.grpc_port}")
 
     @property
     def selector_address(self) -> str:
@@ -189,8 +240,14 @@ class Settings(BaseSettings):
             nested = isinstance(section, type) and issubclass(section, _Section)
             for key, leaf in value.items() if nested else ((None, value),):
                 variable = f"{_ENV_PREFIX}{name}" + (f"__{key}" if key else "")
-                variables[variable.upper()] = leaf if isinstance(leaf, str) else json.dumps(leaf)
+                variables[variable.upper()] = _as_variable(leaf)
         return variables
+
+
+def _as_variable(value: object) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def load_settings(**flags: Any) -> Settings:
@@ -214,7 +271,9 @@ def load_settings(**flags: Any) -> Settings:
             raise ConfigError(f"'{key}' is no setting; `mosel config` lists them all") from None
         if not key:
             raise ConfigError(first["msg"].removeprefix("Value error, ")) from None
-        raise ConfigError(f"setting '{key}' holds {first['input']!r}: {first['msg']}") from None
+        raise ConfigError(
+            f"setting '{key}' holds {first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
+        ) from None
     except SettingsError as error:
         raise ConfigError(str(error)) from None
     except ValueError as error:

@@ -4,8 +4,9 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Ma
 from typing import Literal, TypedDict
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from mosel.arrays import Payload, as_array
 from mosel.errors import InvalidRequest, PayloadTooLarge
 from mosel.tensors import to_proto
 from mosel.v1 import gateway_pb2, tensor_pb2
@@ -18,7 +19,7 @@ _BATCH_BYTES = 4 * _MIB
 
 _EFFORTS = {None: gateway_pb2.EFFORT_UNSPECIFIED, "cheapest": gateway_pb2.CHEAPEST, "best": gateway_pb2.BEST}
 
-Payloads = Mapping[str, ArrayLike]
+Payloads = Mapping[str, Payload]
 
 
 class Demand(TypedDict, total=False):
@@ -145,7 +146,7 @@ class Upload:
 
 
 def _arrays(payloads: Payloads) -> dict[str, NDArray[np.generic]]:
-    return {name: np.asarray(array) for name, array in payloads.items()}
+    return {name: as_array(value, f"payloads.{name}") for name, value in payloads.items()}
 
 
 def _chosen(payloads: Payloads, demand: Demand) -> Payloads:

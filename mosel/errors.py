@@ -4,6 +4,8 @@
     ├── RequestError            the caller's fault
     │   ├── InvalidRequest          a field is wrong                        INVALID_ARGUMENT
     │   ├── PayloadTooLarge         beyond a limit the message names        INVALID_ARGUMENT
+    │   ├── Unauthenticated         no token, or none that is known         UNAUTHENTICATED
+    │   ├── PermissionDenied        the token does not allow this           PERMISSION_DENIED
     │   ├── ModelNotFound           no such model                           NOT_FOUND
     │   ├── JobNotFound             no such job, or long forgotten          NOT_FOUND
     │   └── Unreachable             no modality set is good enough          FAILED_PRECONDITION
@@ -17,9 +19,9 @@
     │   ├── ServiceUnavailable      a service that is needed is away        UNAVAILABLE
     │   ├── ReadNotProven           shared bytes changed while being read   ABORTED
     │   └── InternalError           a bug                                   INTERNAL
-    └── SetupError              found before anything is served
+    └── SetupError              found before anything is served with it
         ├── ConfigError             a setting is wrong
-        ├── PackageError            a model package is wrong
+        ├── PackageError            a model package is wrong                FAILED_PRECONDITION
         └── DatasetError            samples cannot be had or are damaged
 
 Messages are written for the person who reads them: they name the field or setting, what it holds and what was
@@ -41,6 +43,14 @@ class InvalidRequest(RequestError):
 
 class PayloadTooLarge(RequestError):
     """The request is beyond a size limit."""
+
+
+class Unauthenticated(RequestError):
+    """The caller did not say who it is, or with a token that is not known."""
+
+
+class PermissionDenied(RequestError):
+    """The caller is known, and may not do this."""
 
 
 class ModelNotFound(RequestError):
@@ -105,7 +115,7 @@ class InternalError(ServiceError):
 
 
 class SetupError(MoselError):
-    """Found before anything is served."""
+    """Found before anything is served with it."""
 
 
 class ConfigError(SetupError):

@@ -15,6 +15,7 @@ from pathlib import Path
 from mosel.client import Client, ModelInfo
 from mosel.config import GatewaySettings, Settings
 from mosel.errors import ConfigError, MoselError, ServiceUnavailable
+from mosel.exposure import check_public
 from mosel.model_package import find_packages
 from mosel.transport.control import remove_orphans
 
@@ -61,6 +62,7 @@ class Launcher:
                 f"the services need Linux, and this is {sys.platform}: run them in a Linux container "
                 "(README, 'Other platforms'); the Python client mosel.Client works here"
             )
+        check_public(settings, settings.gateway_address, "--host")
         self.packages = find_packages(settings.models_dir.resolve(), settings.models)
         ports = {name: _usable_port(settings.gateway, name) for name in ("grpc_port", "http_port", "metrics_port")}
         self._folder = Path(tempfile.mkdtemp(prefix="mosel-", dir=_runtime_folder()))
@@ -78,6 +80,11 @@ class Launcher:
     def address(self) -> str:
         """The gateway's address."""
         return self.settings.gateway_address
+
+    @property
+    def local_address(self) -> str:
+        """The gateway's socket for this user, who needs no token and no certificate there."""
+        return self.settings.local_gateway_address
 
     def __enter__(self) -> "Launcher":
         try:
@@ -110,7 +117,7 @@ class Launcher:
         ready: set[str] = set()
         details: dict[str, str] = {}
         until = time.monotonic() + timeout_s
-        with Client(self.address) as client:
+        with Client(self.local_address, retries=None) as client:
             while time.monotonic() < until:
                 self._check_alive()
                 try:

@@ -4,22 +4,21 @@ A package runs code: only trusted folders may be loaded.
 """
 
 import hashlib
-import importlib.util
 import json
-import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mosel.errors import ConfigError, PackageError
+from mosel.errors import ConfigError, ModelNotFound, PackageError
 from mosel.modality import ModalitySet, format_set, parse_set, subsets
-from mosel.tensors import DTYPES
+from mosel.model_modules import import_module
+from mosel.toml_table import Table
 
-_NAMESPACE = "mosel_models"
+_ACCURACY_HINT = "write it with mosel.training.write_accuracy"
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,13 @@ class ModelPackage:
     """A parsed and checked `model.toml`. `samples`, `sources` and `train` name modules of the folder, or are None.
 
     With `random_weights` the networks are made under a fixed seed, and `weights` is not read. `parameters` are for
-    the package's own modules.
+    the package's own modules. `revision` is a digest of everything that the package consists of, `code` one of its
+    modules alone.
     """
 
     folder: Path
+    revision: str
+    code: str
     name: str
     version: str
     description: str
@@ -87,6 +89,29 @@ class ModelPackage:
     serve_by_default: bool
     parameters: Mapping[str, float]
 
+    @property
+    def id(self) -> str:
+        """Names the model as these files have it, `digits@3f9a0c4e5d6b7a81`: what services load, and calls name."""
+        return f"{self.name}@{self.revision}"
+
+    def has_networks_of(self, other: "ModelPackage") -> bool:
+        """Whether the networks of both are the same but for their weights, so that they take the same time."""
+        mine, theirs = (
+            (p.code, p.modalities, p.fusion, p.output.dtype, p.output.shape, p.parameters) for p in (self, other)
+        )
+        return mine == theirs
+
+    def check_unchanged(self) -> None:
+        """Checks that the files are still those that this was read from, the weights included.
+
+        Raises:
+            PackageError: they are not, or the accuracies were measured on other weights.
+        """
+        # They hold the hash of the weights, and the revision is a digest of them.
+        _ = self.accuracy
+        if load_package(self.folder).revision != self.revision:
+            raise PackageError(f"{self.folder}: the files changed while they were read; load the model again")
+
     @cached_property
     def accuracy(self) -> Accuracy:
         """The accuracies of this package's weights, or those that stand in for them.
@@ -102,7 +127,7 @@ class ModelPackage:
         Raises:
             PackageError: there is no such file.
         """
-        return _import(self.name, self.folder, name)
+        return import_module(self.name, self.folder, name)
 
     def load_attribute(self, path: str) -> Any:
         """Imports `module:Attribute`.
@@ -127,19 +152,25 @@ def load_package(folder: Path) -> ModelPackage:
     """
     file = folder / "model.toml"
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        content = tomllib.loads(text)
     except FileNotFoundError:
         raise PackageError(f"{file}: no such file; a model package is a folder with a model.toml") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PackageError(f"{file}: not valid TOML: {error}") from None
-    root = _Table(file, "", content)
+    root = Table(file, "", content)
     modalities = {name: _modality(table) for name, table in root.tables("modalities")}
     output, fusion = root.table("output"), root.table("fusion")
     samples, train = root.optional_table("samples"), root.optional_table("train")
     parameters = root.optional_table("parameters")
+    accuracy_file = folder / root.text("accuracy", default="accuracy.json")
+    modules = sorted(folder.rglob("*.py"))
+    code = _digest(part for module in modules for part in (str(module.relative_to(folder)), module))
     package = ModelPackage(
         folder=folder.resolve(),
-        name=_identifier(root, "name"),
+        revision=_digest((text, accuracy_file, code)),
+        code=code,
+        name=root.identifier("name"),
         version=root.text("version"),
         description=root.text("description", default=""),
         metric=root.text("metric", default="accuracy"),
@@ -152,7 +183,7 @@ def load_package(folder: Path) -> ModelPackage:
             labels=output.texts("labels", default=()),
         ),
         weights=folder / root.text("weights", default="weights.safetensors"),
-        accuracy_file=folder / root.text("accuracy", default="accuracy.json"),
+        accuracy_file=accuracy_file,
         default_min_accuracy=root.fraction("default_min_accuracy"),
         samples=samples.text("module") if samples else None,
         sources=samples.text("sources", default="") or None if samples else None,
@@ -202,97 +233,28 @@ def find_packages(models: Path, only: tuple[str, ...] = ()) -> dict[str, ModelPa
     return packages
 
 
-class _Table:
-    """A TOML table that names file and key in every complaint, and knows which keys were asked for."""
+def find_package(models: Path, model: str) -> ModelPackage:
+    """The package of a model, from a folder of model folders.
 
-    def __init__(self, file: Path, path: str, content: Mapping[str, Any]) -> None:
-        self._file, self._path, self._content = file, path, content
-        self._asked: set[str] = set()
+    Args:
+        models: the folder of folders.
+        model: its name, or its id: then the files must still be what the id stands for.
 
-    def _get(self, key: str, kind: type | tuple[type, ...], expected: str, default: Any) -> Any:
-        self._asked.add(key)
-        value = self._content.get(key, default)
-        if value is None or isinstance(value, bool) or not isinstance(value, kind):
-            found = f"holds {value!r}" if key in self._content else "is missing"
-            raise PackageError(f"{self._file}: key '{self._path}{key}' {found}; expected {expected}")
-        return value
-
-    def text(self, key: str, default: str | None = None) -> str:
-        return str(self._get(key, str, "a string", default))
-
-    def texts(self, key: str, default: tuple[str, ...]) -> tuple[str, ...]:
-        values = tuple(self._get(key, (list, tuple), "a list of strings", default))
-        if not all(isinstance(value, str) for value in values):
-            raise PackageError(
-                f"{self._file}: key '{self._path}{key}' holds {list(values)!r}; expected a list of strings"
-            )
-        return values
-
-    def fraction(self, key: str) -> float | None:
-        if key not in self._content:
-            return None
-        value = float(self._get(key, (int, float), "a number from 0 to 1", None))
-        if not 0 <= value <= 1:
-            raise PackageError(f"{self._file}: key '{self._path}{key}' holds {value}; expected a number from 0 to 1")
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        self._asked.add(key)
-        value = self._content.get(key, default)
-        if not isinstance(value, bool):
-            raise PackageError(f"{self._file}: key '{self._path}{key}' holds {value!r}; expected true or false")
-        return value
-
-    def numbers(self) -> dict[str, float]:
-        return {key: float(self._get(key, (int, float), "a number", None)) for key in self._content}
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        expected = "a list of positive integers, such as [28, 28]"
-        values = tuple(self._get(key, list, expected, None))
-        if not all(type(value) is int and value > 0 for value in values):
-            raise PackageError(f"{self._file}: key '{self._path}{key}' holds {list(values)!r}; expected {expected}")
-        return values
-
-    def dtype(self, default: str | None = None) -> str:
-        name = self.text("dtype", default)
-        if name not in DTYPES:
-            raise PackageError(
-                f"{self._file}: key '{self._path}dtype' holds '{name}'; expected one of {', '.join(DTYPES)}"
-            )
-        return name
-
-    def code_path(self, key: str) -> str:
-        path = self.text(key)
-        module, _, attribute = path.partition(":")
-        if not (module.isidentifier() and attribute.isidentifier()):
-            raise PackageError(f"{self._file}: key '{self._path}{key}' holds '{path}'; expected 'module:Class'")
-        return path
-
-    def table(self, key: str) -> "_Table":
-        return _Table(self._file, f"{self._path}{key}.", self._get(key, dict, f"a table [{self._path}{key}]", None))
-
-    def optional_table(self, key: str) -> "_Table | None":
-        return self.table(key) if key in self._content else None
-
-    def tables(self, key: str) -> list[tuple[str, "_Table"]]:
-        outer = self.table(key)
-        if not outer._content:
-            raise PackageError(f"{self._file}: key '{key}' holds no modality; expected at least one [{key}.<name>]")
-        for name in outer._content:
-            if not name.isidentifier() or name == "fusion":
-                raise PackageError(
-                    f"{self._file}: modality name '{name}' in '{key}'; expected letters, digits and _, and not 'fusion'"
-                )
-        return [(name, outer.table(name)) for name in outer._content]
-
-    def refuse_unknown(self) -> None:
-        unknown = sorted(set(self._content) - self._asked)
-        if unknown:
-            known = ", ".join(sorted(self._asked))
-            raise PackageError(f"{self._file}: key '{self._path}{unknown[0]}' is unknown; expected one of: {known}")
+    Raises:
+        ModelNotFound: there is no such package.
+        PackageError: it is wrong, or the files are not what the id stands for.
+    """
+    name, _, revision = model.partition("@")
+    try:
+        package = find_packages(models, (name,))[name]
+    except ConfigError as error:
+        raise ModelNotFound(str(error)) from None
+    if revision and package.revision != revision:
+        raise PackageError(f"{package.folder}: the files are {package.id}; expected {model}")
+    return package
 
 
-def _modality(table: _Table) -> ModalitySpec:
+def _modality(table: Table) -> ModalitySpec:
     spec = ModalitySpec(
         dtype=table.dtype(),
         shape=table.shape("shape"),
@@ -301,13 +263,6 @@ def _modality(table: _Table) -> ModalitySpec:
     )
     table.refuse_unknown()
     return spec
-
-
-def _identifier(root: _Table, key: str) -> str:
-    value = root.text(key)
-    if not value.isidentifier():
-        raise PackageError(f"{root._file}: key '{key}' holds '{value}'; expected letters, digits and _")
-    return value
 
 
 def _check_output(file: Path, output: OutputSpec) -> None:
@@ -326,7 +281,6 @@ def _check_output(file: Path, output: OutputSpec) -> None:
 
 def _load_accuracy(package: ModelPackage) -> Accuracy:
     file = package.accuracy_file
-    hint = "write it with mosel.training.write_accuracy"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         samples = int(content["validation"]["samples"])
@@ -334,10 +288,10 @@ def _load_accuracy(package: ModelPackage) -> Accuracy:
         source = str(content.get("source", ""))
         measured_on = None if package.random_weights else str(content["weights_sha256"])
     except FileNotFoundError:
-        raise PackageError(f"{file}: no such file; {hint}") from None
+        raise PackageError(f"{file}: no such file; {_ACCURACY_HINT}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PackageError(
-            f"{file}: {type(error).__name__} {error}; expected what mosel.training writes; {hint}"
+            f"{file}: {type(error).__name__} {error}; expected what mosel.training writes; {_ACCURACY_HINT}"
         ) from None
     expected = subsets(package.modalities)
     if wrong := sorted(map(format_set, {*expected} ^ sets.keys())):
@@ -349,9 +303,18 @@ def _load_accuracy(package: ModelPackage) -> Accuracy:
         raise PackageError(f"{file}: key 'validation.sets' holds a number outside 0 to 1")
     if measured_on is not None and measured_on != file_sha256(package.weights):
         raise PackageError(
-            f"{file}: key 'weights_sha256' is not the hash of {package.weights.name}: measure again; {hint}"
+            f"{file}: key 'weights_sha256' is not the hash of {package.weights.name}: measure again; {_ACCURACY_HINT}"
         )
     return Accuracy(samples=samples, sets=sets, source=source)
+
+
+def _digest(parts: Iterable[str | Path]) -> str:
+    """16 hexadecimal digits for texts and the contents of files; one that is not there counts as empty."""
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part.encode() if isinstance(part, str) else part.read_bytes() if part.is_file() else b""
+        digest.update(len(content).to_bytes(8, "big") + content)
+    return digest.hexdigest()[:16]
 
 
 def file_sha256(file: Path) -> str:
@@ -365,23 +328,3 @@ def file_sha256(file: Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except FileNotFoundError:
         raise PackageError(f"{file}: no such file; expected the model's weights as safetensors") from None
-
-
-def _import(model: str, folder: Path, module: str) -> ModuleType:
-    """Imports by path, without __init__.py: the parent package gets the folder as its search path."""
-    qualified = f"{_NAMESPACE}.{model}.{module}"
-    for name, path in ((_NAMESPACE, []), (f"{_NAMESPACE}.{model}", [str(folder)])):
-        parent = sys.modules.get(name)
-        if parent is None or list(parent.__path__) != path:
-            parent = ModuleType(name)
-            parent.__path__ = path
-            sys.modules[name] = parent
-            for stale in [key for key in sys.modules if path and key.startswith(f"{name}.")]:
-                del sys.modules[stale]
-    if not module.isidentifier() or importlib.util.find_spec(qualified) is None:
-        raise PackageError(f"{folder / module}.py: no such file, but model.toml of '{model}' names it")
-    try:
-        return importlib.import_module(qualified)
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise PackageError(f"{folder / module}.py cannot be imported: {reason}") from error

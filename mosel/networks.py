@@ -1,7 +1,9 @@
 """A model package's networks, with their weights. Imports torch, so only encoders, fusion and training import this."""
 
+import ctypes
 import zlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from mosel.errors import ConfigError, PackageError
+from mosel.model_modules import forget_modules
 from mosel.model_package import ModelPackage
 from mosel.tensors import DTYPES
 
@@ -30,6 +33,58 @@ def load_fusion(package: ModelPackage, device: torch.device) -> torch.nn.Module:
         PackageError: the class or its weights are missing or do not fit.
     """
     return _load(package, package.fusion, "fusion.", device)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network that is ready to be called, and the package that it is of."""
+
+    package: ModelPackage
+    network: torch.nn.Module
+
+
+class Hosted:
+    """The networks of a service, by the ids of their models. Thread-safe; load from one thread at a time.
+
+    Args:
+        make: makes the network of a package.
+        warm: calls it once and checks what it returns.
+        device: where it is.
+    """
+
+    def __init__(
+        self, make: Callable[[ModelPackage], torch.nn.Module], warm: Callable[[Loaded], object], device: torch.device
+    ) -> None:
+        self._make, self._warm, self._device = make, warm, device
+        self._loaded: dict[str, Loaded] = {}
+
+    def load(self, package: ModelPackage) -> None:
+        """Loads and warms a network beside those that are there; one that is there already stays as it is.
+
+        Raises:
+            PackageError: the network or its weights are wrong, or the files changed meanwhile.
+        """
+        if package.id in self._loaded:
+            return
+        forget_modules(package.name)
+        loaded = Loaded(package, self._make(package))
+        self._warm(loaded)
+        package.check_unchanged()
+        self._loaded[package.id] = loaded
+
+    def unload(self, model: str) -> None:
+        """Frees a network once no call uses it any more; one that is not there is passed over."""
+        if self._loaded.pop(model, None):
+            _give_memory_back(self._device)
+
+    def get(self, model: str) -> Loaded | None:
+        """The network of a model, None if it is not here."""
+        return self._loaded.get(model)
+
+    @property
+    def models(self) -> list[str]:
+        """The ids of the models that are here."""
+        return list(self._loaded)
 
 
 def choose_device(setting: str) -> torch.device:
@@ -100,6 +155,14 @@ def check_runs(
             f"{package.folder / 'model.toml'}: {what} fails on an input of the shape stated there: {reason}"
         ) from error
     check_shape(package, what, output, rows, expected)
+
+
+def _give_memory_back(device: torch.device) -> None:
+    """What was freed goes back to the GPU, or to the system, which Python alone would keep for later."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _load(package: ModelPackage, path: str, prefix: str, device: torch.device) -> torch.nn.Module:

@@ -1,16 +1,18 @@
 """What every service does the same way: listen, answer health checks, turn errors into statuses, stop on a signal."""
 
 import asyncio
+import contextlib
 import ctypes
 import functools
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import grpc
 import uvloop
@@ -19,24 +21,32 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from mosel.config import Settings, load_settings
 from mosel.deadline import Deadline
-from mosel.errors import ConfigError, MoselError, ServiceUnavailable
+from mosel.errors import ConfigError, MoselError, PayloadTooLarge, ServiceUnavailable
+from mosel.exposure import internal_client_tls, internal_server_tls, public_tls
 from mosel.logs import configure_logs
+from mosel.messages import check_message, limit_bytes
+from mosel.native_log import native_lines
 from mosel.status import RETRY_AFTER, retry_after_ms, status_of
+from mosel.tls import handshake_refused
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Context = grpc.aio.ServicerContext[Any, Any]
 Register = Callable[[grpc.aio.Server], None]
+# Called with the reason.
+Refused = Callable[[str], None]
 
 # Longer deadlines, and none, count as this long.
 MAX_DEADLINE_S = 3600.0
+# What gRPC writes about a caller that its TLS does not let in: plain text, no certificate, or a wrong one.
+_HANDSHAKE_FAILED = re.compile(r"Handshake failed with error .*?(?:OPENSSL_internal:([A-Z_0-9]+)|$)")
 
 log = logging.getLogger(__name__)
 
 
 def channel_options(settings: Settings) -> list[tuple[str, int]]:
     """Options of every server and channel: message limits in both directions, no port shared with a stranger."""
-    limit = settings.transport.max_message_mib * 1024 * 1024
+    limit = limit_bytes(settings.transport.max_message_mib)
     return [
         ("grpc.max_send_message_length", limit),
         ("grpc.max_receive_message_length", limit),
@@ -49,8 +59,15 @@ def channel_options(settings: Settings) -> list[tuple[str, int]]:
 
 
 def open_channel(settings: Settings, address: str) -> grpc.aio.Channel:
-    """A channel to another service of this system; the caller closes it."""
-    return grpc.aio.insecure_channel(address, channel_options(settings))
+    """A channel to another service of this system; the caller closes it.
+
+    Raises:
+        ConfigError: it would cross a network in plain text, or a file of `internal_tls` is wrong.
+    """
+    tls = internal_client_tls(settings, address)
+    if tls is None:
+        return grpc.aio.insecure_channel(address, channel_options(settings))
+    return grpc.aio.secure_channel(address, tls.channel_credentials("internal_tls"), channel_options(settings))
 
 
 class Service:
@@ -62,6 +79,11 @@ class Service:
         setting: the setting or flag that states the address, for messages.
         register: adds the servicer.
         interceptors: what sees each call first; each costs time in every call.
+        public: whether strangers may call it, with `tls`; otherwise only other services do, with `internal_tls`.
+        refused: called when TLS does not let a caller in.
+
+    Raises:
+        ConfigError: other machines could call it, and nothing protects it.
     """
 
     def __init__(
@@ -71,9 +93,14 @@ class Service:
         setting: str,
         register: Register,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        *,
+        public: bool = False,
+        refused: Refused = handshake_refused,
     ) -> None:
         self.address = address
-        self._settings, self._setting = settings, setting
+        self._settings, self._setting, self._refused = settings, setting, refused
+        self._tls = public_tls(settings) if public else internal_server_tls(settings, address, setting)
+        self._entered = contextlib.ExitStack()
         self._server = grpc.aio.server(options=channel_options(settings), interceptors=interceptors)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -83,14 +110,13 @@ class Service:
         path = socket_path(self.address)
         if path is not None:
             _prepare_socket(path)
-        try:
-            port = self._server.add_insecure_port(self.address)
-        except RuntimeError:
-            raise ConfigError(f"{self._setting}: {self.address} is taken or cannot be listened on") from None
+        port = await self._add_port()
         if path is None:
             self.address = f"{self.address.rpartition(':')[0]}:{port}"
+        if self._tls is not None:
+            self._entered.enter_context(native_lines(self._heard))
         await self._server.start()
-        log.info("listening", extra={"address": self.address, "pid": os.getpid()})
+        log.info("listening", extra={"address": self.address, "pid": os.getpid(), "tls": self._tls is not None})
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -99,7 +125,24 @@ class Service:
         path = socket_path(self.address)
         if path is not None:
             path.unlink(missing_ok=True)
+        self._entered.close()
         log.info("stopped")
+
+    async def _add_port(self) -> int:
+        try:
+            if self._tls is None:
+                return self._server.add_insecure_port(self.address)
+            credentials = await asyncio.to_thread(self._tls.server_credentials)
+            return self._server.add_secure_port(self.address, credentials)
+        except RuntimeError:
+            raise ConfigError(f"{self._setting}: {self.address} is taken or cannot be listened on") from None
+
+    def _heard(self, line: str) -> None:
+        """Something that gRPC wrote to standard error."""
+        if failed := _HANDSHAKE_FAILED.search(line):
+            self._refused(failed[1] or "unknown reason")
+        else:
+            log.info("grpc", extra={"line": line})
 
     async def set_ready(self, ready: bool, service: str = "") -> None:
         """Sets what `grpc.health.v1` answers for a service name; the empty name is the process itself."""
@@ -154,9 +197,7 @@ def answers_with_status(
         try:
             return await method(*args, **kwargs)
         except MoselError as error:
-            retry = retry_after_ms(error)
-            trailers = ((RETRY_AFTER, str(retry)),) if retry else ()
-            await context.abort(status_of(error), str(error), trailers)
+            await abort_with(context, error)
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception:
@@ -164,6 +205,13 @@ def answers_with_status(
             await context.abort(grpc.StatusCode.INTERNAL, f"internal error in {method.__name__}; the log has more")
 
     return guarded
+
+
+async def abort_with(context: Context, error: MoselError) -> NoReturn:
+    """Ends a call with the status of an error."""
+    retry = retry_after_ms(error)
+    trailers = ((RETRY_AFTER, str(retry)),) if retry else ()
+    await context.abort(status_of(error), str(error), trailers)
 
 
 def deadline_of(context: Context) -> Deadline:
@@ -195,6 +243,39 @@ class RefuseGarbage(grpc.aio.ServerInterceptor):
             return await handler.unary_unary(request, context)
 
         return grpc.unary_unary_rpc_method_handler(parse, None, handler.response_serializer)
+
+
+class RefuseHugeAnswers(grpc.aio.ServerInterceptor):
+    """Answers INVALID_ARGUMENT, and names the setting, where an answer is more than a message may hold."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._limit = limit_bytes(settings.transport.max_message_mib)
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Puts the check between the method's own handler and gRPC."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.response_serializer is None:
+            return handler
+
+        def serialize(answer: Any) -> bytes:
+            data: bytes = handler.response_serializer(answer)
+            check_message("the answer has", len(data), self._limit)
+            return data
+
+        async def answer(request: Any, context: Context) -> Any:
+            try:
+                return serialize(await handler.unary_unary(request, context))
+            except PayloadTooLarge as error:
+                await abort_with(context, error)
+
+        if handler.unary_unary is None:
+            # In a stream, the one who writes gets the error.
+            return handler._replace(response_serializer=serialize)
+        return grpc.unary_unary_rpc_method_handler(answer, handler.request_deserializer, None)
 
 
 def _end_with(parent_pid: int) -> None:

@@ -1,6 +1,7 @@
 """Errors on the wire: the one table from error to gRPC status, and the way back."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import grpc
@@ -17,9 +18,12 @@ from mosel.errors import (
     ModelNotFound,
     MoselError,
     Overloaded,
+    PackageError,
     PayloadTooLarge,
+    PermissionDenied,
     ReadNotProven,
     ServiceUnavailable,
+    Unauthenticated,
     Unreachable,
 )
 
@@ -28,11 +32,14 @@ RETRY_AFTER = "retry-after-ms"
 STATUS: dict[type[MoselError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     PayloadTooLarge: grpc.StatusCode.INVALID_ARGUMENT,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     ModelNotFound: grpc.StatusCode.NOT_FOUND,
     JobNotFound: grpc.StatusCode.NOT_FOUND,
     Unreachable: grpc.StatusCode.FAILED_PRECONDITION,
     FloorUnreachable: grpc.StatusCode.FAILED_PRECONDITION,
     DeadlineUnreachable: grpc.StatusCode.FAILED_PRECONDITION,
+    PackageError: grpc.StatusCode.FAILED_PRECONDITION,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     JobCancelled: grpc.StatusCode.CANCELLED,
@@ -42,6 +49,10 @@ STATUS: dict[type[MoselError], grpc.StatusCode] = {
     InternalError: grpc.StatusCode.INTERNAL,
 }
 
+
+# What grpc itself says, where a setting or the reason would be hard to guess.
+_TOO_LARGE = "larger than max"
+_HANDSHAKE_FAILED = re.compile(r"[Hh]andshake failed.*?OPENSSL_internal:([A-Z_0-9]+(?:: [a-z ]+)?)")
 
 # Several errors share a status; the way back takes the first of them.
 _ERRORS = {status: error for error, status in reversed(STATUS.items())} | {
@@ -78,16 +89,28 @@ def error_from_number(number: int, message: str, retry_after: int = 0) -> MoselE
     return error_from(_BY_NUMBER.get(number, grpc.StatusCode.INTERNAL), message, retry_after)
 
 
-def error_from_rpc(error: grpc.RpcError, peer: str) -> MoselError:
+def error_from_rpc(
+    error: grpc.RpcError, peer: str, instead: Mapping[type[MoselError], type[MoselError]] | None = None
+) -> MoselError:
     """The error behind a failed call.
 
     Args:
         error: what grpc raised.
         peer: who was called, for messages that grpc itself made.
+        instead: what an error means in this call, where several share a status.
     """
     status, details = error.code(), error.details() or ""
-    if status is grpc.StatusCode.UNAVAILABLE:
-        return ServiceUnavailable(details if details.startswith("service ") else f"service {peer} is not reachable")
+    if status is grpc.StatusCode.UNAVAILABLE and not details.startswith("service "):
+        failed = _HANDSHAKE_FAILED.search(details)
+        return ServiceUnavailable(f"service {peer} is not reachable" + (f": TLS says {failed[1]}" if failed else ""))
+    if status is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in details:
+        return PayloadTooLarge(f"{details} (setting transport.max_message_mib): send fewer items")
+    found = error_from(status, details or f"service {peer} answered {status.name}", retry_hint_ms(error))
+    meant = (instead or {}).get(type(found))
+    return meant(str(found)) if meant else found
+
+
+def retry_hint_ms(error: grpc.RpcError) -> int:
+    """When to make a failed call again, in milliseconds, as the server said; 0 if it did not."""
     trailers = {pair[0]: pair[1] for pair in cast(Iterable[tuple[str, str]], error.trailing_metadata() or ())}
-    retry = int(trailers.get(RETRY_AFTER, 0))
-    return error_from(status, details or f"service {peer} answered {status.name}", retry)
+    return int(trailers.get(RETRY_AFTER, 0))

@@ -21,6 +21,8 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
 }
+# Where arrays of numbers may mean bfloat16: its bits, which are not to be taken for integers.
+BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 MAX_RANK = 8
 
 
@@ -42,6 +44,8 @@ def dtype_value(name: str) -> tensor_pb2.DataType.ValueType:
 
 def name_of(dtype: DTypeLike) -> str | None:
     """The name of a numpy dtype, None if it cannot travel."""
+    if np.dtype(dtype) == BFLOAT16:
+        return "BF16"
     wanted = np.dtype(dtype).newbyteorder("<")
     return next((name for name, known in DTYPES.items() if known == wanted and name != "BF16"), None)
 
@@ -76,7 +80,7 @@ def to_proto(array: NDArray[np.generic], field: str = "tensor") -> tensor_pb2.Te
     name = name_of(array.dtype)
     if name is None:
         raise InvalidRequest(f"{field}: dtype {array.dtype} cannot be sent; expected one of {', '.join(DTYPES)}")
-    data = np.ascontiguousarray(array, DTYPES[name]).tobytes()
+    data = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
     return tensor_pb2.Tensor(dtype=dtype_value(name), shape=array.shape, data=data)
 
 
@@ -86,11 +90,27 @@ def from_proto(tensor: tensor_pb2.Tensor, field: str) -> NDArray[np.generic]:
     Raises:
         InvalidRequest: dtype, shape and the number of bytes contradict each other.
     """
-    name = dtype_name(tensor.dtype)
-    shape = checked_shape(tuple(tensor.shape), f"{field}.shape")
-    expected = byte_count(name, shape)
     # Once: protobuf copies the bytes at each access.
-    data = tensor.data
-    if len(data) != expected:
-        raise InvalidRequest(f"{field}.data has {len(data)} bytes; {name} {list(shape)} expects {expected} bytes")
-    return np.frombuffer(data, DTYPES[name]).reshape(shape)
+    return from_bytes(dtype_name(tensor.dtype), tuple(tensor.shape), tensor.data, field, f"{field}.data")
+
+
+def from_bytes(
+    dtype: str, shape: tuple[int, ...], data: bytes | memoryview, field: str, data_field: str
+) -> NDArray[np.generic]:
+    """Bytes, little endian and row-major, as a read-only numpy array over them (BF16 as uint16).
+
+    Args:
+        dtype: one of DTYPES.
+        shape: of the array.
+        data: its bytes.
+        field, data_field: name the tensor and its bytes in messages.
+
+    Raises:
+        InvalidRequest: dtype, shape and the number of bytes contradict each other.
+    """
+    shape = checked_shape(shape, f"{field}.shape")
+    expected = byte_count(dtype, shape)
+    nbytes = memoryview(data).nbytes
+    if nbytes != expected:
+        raise InvalidRequest(f"{data_field} has {nbytes} bytes; {dtype} {list(shape)} expects {expected} bytes")
+    return np.frombuffer(data, DTYPES[dtype]).reshape(shape)

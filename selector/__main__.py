@@ -6,13 +6,13 @@ import sys
 from functools import partial
 
 from mosel.config import Settings
-from mosel.model_package import ModelPackage, find_packages
+from mosel.messages import ENVELOPE_BYTES, limit_bytes
+from mosel.model_package import find_packages
 from mosel.service import Service, run_service
 from mosel.v1 import selector_pb2_grpc
 from selector.director import Director
+from selector.models import Models
 from selector.peers import Peers
-from selector.profile import ModelProfile
-from selector.profiles import believed_accuracy
 from selector.scheduler import Scheduler
 from selector.servicer import SelectorServicer
 
@@ -34,24 +34,20 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
     """
     packages = find_packages(settings.models_dir, settings.models)
     limits = settings.selector
-    profiles = {name: _profile(package, limits.floor_confidence) for name, package in packages.items()}
-    scheduler = Scheduler(profiles, limits.policy, limits.max_queued_items, settings.workers, limits.reply_ms)
-    director = Director(scheduler, profiles)
+    scheduler = Scheduler({}, limits.policy, limits.max_queued_items, settings.workers, limits.reply_ms)
+    models = Models(settings, packages.values(), scheduler)
+    director = Director(scheduler, models, limit_bytes(settings.transport.max_message_mib) - ENVELOPE_BYTES)
     address = listen or settings.selector_address
-    async with Peers(settings, packages, profiles, director.lane_changed) as peers:
+    async with Peers(settings, models.modalities, models.prepare, director.lane_changed) as peers:
         director.use(peers)
-        register = partial(selector_pb2_grpc.add_SelectorServicer_to_server, SelectorServicer(director, peers, address))
+        models.use(peers, director.models_changed)
+        servicer = SelectorServicer(director, models, peers, address)
+        register = partial(selector_pb2_grpc.add_SelectorServicer_to_server, servicer)
         async with Service(settings, address, "selector.address", register) as service:
             await service.set_ready(True)
             await stop.wait()
             await service.set_ready(False)
             await director.drain(settings.stop_grace_ms / 1000)
-
-
-def _profile(package: ModelPackage, floor_confidence: float) -> ModelProfile:
-    stated = package.accuracy
-    accuracy = {s: believed_accuracy(value, stated.samples, floor_confidence) for s, value in stated.sets.items()}
-    return ModelProfile(accuracy, stated.samples, package.default_min_accuracy)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,15 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from mosel.errors import InternalError, InvalidRequest, MoselError, ServiceUnavailable
-from mosel.modality import format_set
+from mosel.errors import (
+    InternalError,
+    InvalidRequest,
+    MoselError,
+    PayloadTooLarge,
+    ServiceUnavailable,
+    Unreachable,
+)
+from mosel.messages import check_message
 from mosel.status import error_from_rpc
 from mosel.v1 import encoder_pb2, fusion_pb2, gateway_pb2, selector_pb2, tensor_pb2
 from selector.conversions import (
@@ -30,8 +37,8 @@ from selector.conversions import (
 from selector.emission import Emission
 from selector.jobs import Call, EncodeCall, Ended, FuseCall, Wait
 from selector.ledger import Ledger
+from selector.models import Models
 from selector.peers import Peers
-from selector.profile import ModelProfile
 from selector.scheduler import Scheduler
 from selector.stages import FUSION, service_name
 from selector.work import Work
@@ -75,12 +82,13 @@ class Director:
 
     Args:
         scheduler: the core.
-        profiles: by model name.
+        models: those that are loaded.
+        max_answer_bytes: what the outputs of one job may have in a message.
     """
 
-    def __init__(self, scheduler: Scheduler, profiles: Mapping[str, ModelProfile]) -> None:
+    def __init__(self, scheduler: Scheduler, models: Models, max_answer_bytes: int) -> None:
         self.counters: Counter[str] = Counter()
-        self._scheduler, self._profiles = scheduler, profiles
+        self._scheduler, self._models, self._max_answer_bytes = scheduler, models, max_answer_bytes
         self._ledger: Ledger[SlotKey] = Ledger()
         self._jobs: dict[bytes, _JobInFlight] = {}
         self._sessions: set[Session] = set()
@@ -101,13 +109,15 @@ class Director:
     def connect(self, session: Session) -> None:
         """A gateway is there."""
         self._sessions.add(session)
-        session.send(models=self.model_states())
+        self._models.gateway_came(session.name)
+        session.send(models=self._models.states())
 
     def disconnect(self, session: Session) -> None:
         """A gateway is gone, and with it whoever waited for its jobs."""
         self._sessions.discard(session)
         for job_id in [job_id for job_id, job in self._jobs.items() if job.session is session]:
             self.cancel(job_id)
+        self._models.gateway_went(session.name)
 
     def submit(self, session: Session, description: selector_pb2.JobDescription) -> None:
         """A job arrived; its answer or failure is sent to the session."""
@@ -116,6 +126,7 @@ class Director:
             if self._stopping:
                 raise ServiceUnavailable("service selector is stopping")
             check_payloads(description)
+            self._models.check_loaded(description.model)
             if job_id in self._jobs:
                 raise InvalidRequest("job_id is already under way")
             now = time.monotonic()
@@ -136,8 +147,9 @@ class Director:
         """What a job would get now.
 
         Raises:
-            ModelNotFound, InvalidRequest.
+            ModelNotFound, InvalidRequest, ServiceUnavailable.
         """
+        self._models.check_loaded(description.model)
         now = time.monotonic()
         return plan_reply(self._scheduler.plan(job_from(description, now), now))
 
@@ -154,26 +166,21 @@ class Director:
         """A service came or went; `resource` is what it computes on."""
         for job_id in self._scheduler.lane(name, up, resource):
             self._fail(job_id, ServiceUnavailable(f"service {service_name(name)} went away"))
-        for session in self._sessions:
-            session.send(models=self.model_states())
+        self.models_changed()
         self._advance()
 
-    def model_states(self) -> selector_pb2.ModelStates:
-        """Which models are ready, and what is known of their modality sets."""
-        states = selector_pb2.ModelStates()
-        for name, profile in self._profiles.items():
-            measured = all(profile.is_measured(s) for s in profile.accuracy)
-            state = states.models.add(model=name, ready=measured and any(map(self._scheduler.is_up, profile.accuracy)))
-            for modality_set, accuracy in profile.accuracy.items():
-                state.sets.append(self._set_profile(profile, modality_set, accuracy))
-        return states
+    def models_changed(self) -> None:
+        """Tells gateways which models are loaded and ready."""
+        for session in self._sessions:
+            session.send(models=self._models.states())
 
     def statistics(self) -> dict[str, int]:
         """Counts since the start, what is held now, and how calls differ from their profiles."""
         counts = dict(self.counters) | self._scheduler.statistics() | self._ledger.statistics()
         for (model, lane), (overhead_ms, factor) in self._scheduler.corrections(time.monotonic()).items():
-            counts[f"correction.{model}.{lane}.overhead_us"] = max(round(overhead_ms * 1000), 0)
-            counts[f"correction.{model}.{lane}.factor_permille"] = round(factor * 1000)
+            if name := self._models.current_name(model):
+                counts[f"correction.{name}.{lane}.overhead_us"] = max(round(overhead_ms * 1000), 0)
+                counts[f"correction.{name}.{lane}.factor_permille"] = round(factor * 1000)
         return counts
 
     async def drain(self, seconds: float) -> None:
@@ -189,6 +196,7 @@ class Director:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._models.close()
 
     # What the scheduler decides
 
@@ -201,6 +209,7 @@ class Director:
                 self._start(self._encode(action, self._encode_request(action), self._begin(action)))
             else:
                 self._start(self._fuse(action, self._fuse_request(action), self._begin(action)))
+        self._models.free_drained()
         if self._timer is not None:
             self._timer.cancel()
         delay = None if action.until is None else max(action.until - time.monotonic(), 0.0)
@@ -276,7 +285,7 @@ class Director:
     def _lose(self, call: Call, error: Exception) -> None:
         peer = service_name(call.lane)
         if isinstance(error, grpc.RpcError):
-            reason = error_from_rpc(error, peer)
+            reason = error_from_rpc(error, peer, {Unreachable: InternalError})
             log.warning("call failed", extra={"peer": peer, "reason": str(reason)})
         else:
             reason = InternalError(f"service selector could not use the answer of {peer}")
@@ -295,7 +304,7 @@ class Director:
         if job.emission is None:
             job.done.append(group)
             return
-        accuracy = self._profiles[call.model].accuracy[call.modality_set]
+        accuracy = job.work.profile.accuracy[call.modality_set]
         for part in job.emission.add(accuracy, len(group.items), group):
             job.session.send(part=selector_pb2.JobPart(job_id=job_id, group=part))
 
@@ -306,9 +315,15 @@ class Director:
             return
         work = job.work
         started_at = now if work.started_at is None else work.started_at
+        groups = job.done if job.emission is None else job.emission.rest()
+        try:
+            check_message("the outputs have", sum(len(group.output.data) for group in groups), self._max_answer_bytes)
+        except PayloadTooLarge as error:
+            self._fail(job_id, error)
+            return
         result = selector_pb2.JobResult(
             job_id=job_id,
-            groups=job.done if job.emission is None else job.emission.rest(),
+            groups=groups,
             expected_accuracy=work.strategy.accuracy,
             queue_us=round((started_at - work.submitted_at) * 1e6),
             compute_us=round((now - started_at) * 1e6),
@@ -358,18 +373,6 @@ class Director:
     def _peer(self) -> Peers:
         assert self._peers is not None, "use() comes before the first lane is up"
         return self._peers
-
-    def _set_profile(
-        self, profile: ModelProfile, modality_set: frozenset[str], accuracy: float
-    ) -> gateway_pb2.SetProfile:
-        measured = profile.is_measured(modality_set)
-        return gateway_pb2.SetProfile(
-            modality_set=format_set(modality_set),
-            accuracy=accuracy,
-            samples=profile.samples,
-            latency_ms=profile.idle_latency_ms(modality_set, 1) if measured else 0.0,
-            available=measured and self._scheduler.is_up(modality_set),
-        )
 
 
 def _key(producer: Session | str, slot: tensor_pb2.ArenaSlot) -> SlotKey:

@@ -26,7 +26,7 @@ class Job:
 
     Attributes:
         id: unique among the jobs on their way.
-        model: the model's name.
+        model: which model; every call for the job names the same.
         size: items.
         modalities: those that were sent and may be run.
         min_accuracy: the accuracy floor, 0..1, or None.

@@ -1,10 +1,9 @@
 """How the models get their latencies: from the profile that is kept for this hardware, else by a quick measurement."""
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -42,91 +41,128 @@ log = logging.getLogger(__name__)
 Points = tuple[Point, ...]
 
 
-@dataclass
-class _Measured:
-    """What was measured of a model since the start: encoders by modality, fusion by modality set."""
+@dataclass(eq=False)
+class Model:
+    """A model as it is, or is about to be, loaded.
 
+    Attributes:
+        package: its files.
+        profile: what the core plans with; latencies are put into it.
+        encoders, fusion: what was measured since the start, by modality and by modality set.
+        looked: whether a kept profile was looked for.
+        lacking: why a service does not have its networks, by lane.
+        freed: set when no service has them any more.
+    """
+
+    package: ModelPackage
+    profile: ModelProfile
     encoders: dict[str, Points] = field(default_factory=dict)
     fusion: dict[str, Points] = field(default_factory=dict)
+    looked: bool = False
+    lacking: dict[str, str] = field(default_factory=dict)
+    freed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def lanes(self) -> list[str]:
+        """The services that it needs."""
+        return lanes_of(self.package)
+
+    def lacks(self, lane: str, reason: str) -> None:
+        """Notes why a service does not have its networks; empty if it has them."""
+        self.lacking.pop(lane, None)
+        if reason:
+            self.lacking[lane] = reason
+        missing = self.lacking.keys()
+        sets = (s for s in self.profile.accuracy if FUSION in missing or not missing.isdisjoint(s))
+        self.profile.unavailable = frozenset(sets)
+
+
+def lanes_of(package: ModelPackage) -> list[str]:
+    """The services that a model needs."""
+    return [*sorted(package.modalities), FUSION]
 
 
 class Latencies:
-    """Puts latencies into the profiles of all models, one service at a time.
+    """Puts latencies into the profiles of models, one service at a time.
 
     Args:
         settings: the effective settings.
-        packages: the models by name.
-        profiles: of the same models.
     """
 
-    def __init__(
-        self, settings: Settings, packages: Mapping[str, ModelPackage], profiles: Mapping[str, ModelProfile]
-    ) -> None:
-        self._settings, self._packages, self._profiles = settings, packages, profiles
-        self._measured = {name: _Measured() for name in packages}
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._calls: dict[str, Call] = {}
-        self._hardware: Hardware | None = None
-        self._looked = False
         self._lock = asyncio.Lock()
 
-    async def of_encoder(self, modality: str, stub: "EncoderAsyncStub", resources: Iterable[str]) -> None:
-        """Makes sure that the latencies of an encoder are known for every model.
+    async def of_encoder(
+        self,
+        modality: str,
+        stub: "EncoderAsyncStub",
+        models: Iterable[Model],
+        resources: Mapping[str, str],
+        *,
+        idle: bool = True,
+    ) -> None:
+        """Makes sure that the latencies of an encoder are known for models.
 
         Args:
             modality: which encoder.
             stub: calls it.
-            resources: what each service computes on; one that is "" is not known.
+            models: those that have this modality.
+            resources: what each service computes on, by lane, as far as it is known.
+            idle: whether nothing else is computed meanwhile; otherwise what is measured now is not kept for later.
 
         Raises:
             grpc.RpcError: the service failed or went away.
         """
-        async with self._alone(resources):
-            for model in [name for name, package in self._packages.items() if modality in package.modalities]:
-                profile = self._profiles[model]
-                if modality not in profile.encoders:
-                    points = await self._encoder_points(stub, model)
+        async with self._lock:
+            for model in models:
+                hardware = await self.look(model, resources)
+                if modality not in model.profile.encoders:
+                    points = await self._encoder_points(stub, model.package.id)
                     call = await self._call(modality, stub)
-                    self._measured[model].encoders[modality] = points
-                    profile.encoders[modality] = latency_curve(points, call)
-                    await self._keep(model)
+                    model.encoders[modality] = points
+                    model.profile.encoders[modality] = latency_curve(points, call)
+                    await self._keep(model, hardware if idle else None)
 
-    async def of_fusion(self, stub: "FusionAsyncStub", resources: Iterable[str]) -> None:
+    async def of_fusion(
+        self, stub: "FusionAsyncStub", models: Iterable[Model], resources: Mapping[str, str], *, idle: bool = True
+    ) -> None:
         """The same for fusion, for every modality set."""
-        async with self._alone(resources):
-            for model, profile in self._profiles.items():
-                missing = sorted(profile.accuracy.keys() - profile.fusion.keys(), key=format_set)
+        async with self._lock:
+            for model in models:
+                hardware = await self.look(model, resources)
+                missing = sorted(model.profile.accuracy.keys() - model.profile.fusion.keys(), key=format_set)
                 for modality_set in missing:
                     name = format_set(modality_set)
-                    points = await self._fusion_points(stub, model, name)
+                    points = await self._fusion_points(stub, model.package.id, name)
                     call = await self._call(FUSION, stub)
-                    self._measured[model].fusion[name] = points
-                    profile.fusion[modality_set] = latency_curve(points, call)
+                    model.fusion[name] = points
+                    model.profile.fusion[modality_set] = latency_curve(points, call)
                 if missing:
-                    await self._keep(model)
+                    await self._keep(model, hardware if idle else None)
 
-    @contextlib.asynccontextmanager
-    async def _alone(self, resources: Iterable[str]) -> AsyncIterator[None]:
-        """While no other service is measured; the first time, kept profiles are loaded."""
-        async with self._lock:
-            if not self._looked:
-                await asyncio.to_thread(self._load, set(resources))
-                self._looked = True
-            yield
+    async def look(self, model: Model, resources: Mapping[str, str]) -> Hardware | None:
+        """The first time, puts the profile that is kept of a model into it; returns what hardware that is of."""
+        return await asyncio.to_thread(self._load, model, {resources.get(lane, "") for lane in model.lanes})
 
-    def _load(self, resources: set[str]) -> None:
+    def _load(self, model: Model, resources: set[str]) -> Hardware | None:
         if "" in resources or not _all_on_this_machine(self._settings):
-            return
-        self._hardware = this_hardware(self._settings, device_name(resources))
-        for name, package in self._packages.items():
-            kept = load_profile(package, self._settings, self._hardware.device)
-            if kept is None or not self._is_as_asked_for(kept):
-                continue
-            known, profile = self._believed(kept, package), self._profiles[name]
+            return None
+        hardware = this_hardware(self._settings, device_name(resources))
+        if model.looked:
+            return hardware
+        model.looked = True
+        kept = load_profile(model.package, self._settings, hardware.device)
+        if kept is not None and self._is_as_asked_for(kept):
+            known, profile = self._believed(kept, model.package), model.profile
             profile.encoders.update(known.encoders)
             profile.fusion.update(known.fusion)
             if kept.accuracy_measured:
                 profile.accuracy, profile.samples = known.accuracy, known.samples
-            log.info("profile", extra={"model": name, "quick": kept.quick, "measured_on": str(kept.measured_on)})
+            facts = {"model": kept.model, "quick": kept.quick, "measured_on": str(kept.measured_on)}
+            log.info("profile", extra=facts)
+        return hardware
 
     def _believed(self, kept: Profile, package: ModelPackage) -> ModelProfile:
         return model_profile(kept, package.default_min_accuracy, self._settings.selector.floor_confidence)
@@ -136,17 +172,17 @@ class Latencies:
         sizes = {tuple(p.batch_size for p in points) for points in (*kept.encoders.values(), *kept.fusion.values())}
         return not kept.quick or sizes == {self._settings.selector.profile_batch_sizes}
 
-    async def _keep(self, model: str) -> None:
+    async def _keep(self, model: Model, hardware: Hardware | None) -> None:
         """Writes a quick profile once everything in it was measured, so that the next start is faster."""
-        profile, measured, package = self._profiles[model], self._measured[model], self._packages[model]
-        complete = measured.encoders.keys() == package.modalities.keys() and len(measured.fusion) == len(
-            profile.accuracy
+        package = model.package
+        complete = model.encoders.keys() == package.modalities.keys() and len(model.fusion) == len(
+            model.profile.accuracy
         )
-        if not complete or self._hardware is None:
+        if not complete or hardware is None:
             return
-        calls = {lane: self._calls[lane] for lane in (*package.modalities, FUSION)}
-        quick = quick_profile(package, self._hardware, measured.encoders, measured.fusion, calls)
-        file = await asyncio.to_thread(profile_file, package, self._hardware, self._settings)
+        calls = {lane: self._calls[lane] for lane in model.lanes}
+        quick = quick_profile(package, hardware, model.encoders, model.fusion, calls)
+        file = await asyncio.to_thread(profile_file, package, hardware, self._settings)
         try:
             await asyncio.to_thread(save_profile, quick, file)
         except ConfigError as error:

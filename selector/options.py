@@ -91,7 +91,7 @@ def allowed_options(
         full_only: every modality that was sent is run, whatever the floor.
 
     Raises:
-        FloorUnreachable: no strategy over what was sent meets the floor; names the most accurate set.
+        FloorUnreachable: no strategy over what was sent meets the floor; names the best set, and what is missing.
         ServiceUnavailable: one would, but an encoder that it needs is away; names the best that is left.
     """
     candidates = [job.modalities] if job.exact or full_only else subsets(job.modalities)
@@ -99,8 +99,9 @@ def allowed_options(
     if not accurate:
         raise FloorUnreachable(
             f"min_accuracy {floor:.4g} cannot be met with {format_set(job.modalities)}; {best_of(profile, candidates)}"
+            f"{_what_is_missing(profile, job.modalities, floor)}"
         )
-    running = [s for s in candidates if is_up(s) and profile.is_measured(s)]
+    running = [s for s in candidates if is_up(s) and profile.can_run(s)]
     strategies = frontiers_of.of(running, items) if running else ()
     meeting = [s for s in strategies if s.accuracy >= floor - _TOLERANCE]
     if not meeting:
@@ -125,6 +126,16 @@ def best_of(profile: ModelProfile, candidates: Iterable[ModalitySet]) -> str:
     return f"the best that could be had is {profile.accuracy[best]:.4g} with {format_set(best)}"
 
 
+def _what_is_missing(profile: ModelProfile, sent: ModalitySet, floor: float) -> str:
+    """The fewest modalities that would have to be sent, too, for a floor to be met; empty if nothing helps."""
+    missing = [s for s, accuracy in profile.accuracy.items() if accuracy >= floor - _TOLERANCE and not s <= sent]
+    if not missing:
+        return ""
+    nearest = min(missing, key=lambda s: (len(s - sent), -profile.accuracy[s], format_set(s)))
+    more = ", ".join(sorted(nearest - sent))
+    return f"; with {more} as well, {format_set(nearest)} has {profile.accuracy[nearest]:.4g}"
+
+
 def _all_that_was_sent_first(
     profile: ModelProfile, sent: ModalitySet, items: int, options: Sequence[Option]
 ) -> list[Option]:
@@ -140,4 +151,4 @@ def _why_not(modality_set: ModalitySet, is_up: Callable[[ModalitySet], bool]) ->
     if not is_up(frozenset()):
         return "fusion is away"
     away = ", ".join(f"encoder/{m}" for m in sorted(modality_set) if not is_up(frozenset({m})))
-    return f"{away} is away" if away else f"selector still measures {format_set(modality_set)}"
+    return f"{away} is away" if away else f"selector still loads and measures {format_set(modality_set)}"

@@ -3,14 +3,15 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mosel.config import Settings
-from mosel.model_package import ModelPackage
+from mosel.errors import PackageError, ServiceUnavailable, Unreachable
 from mosel.service import open_channel
+from mosel.status import error_from_rpc
 from mosel.v1 import (
     arena_pb2,
     encoder_pb2_grpc,
@@ -20,14 +21,14 @@ from mosel.v1 import (
     tensor_pb2,
 )
 from selector.attachments import Attachments
-from selector.measuring import Latencies
-from selector.profile import ModelProfile
 from selector.stages import FUSION, service_name
 
 # How long the first measurement waits for services that are still starting, so that they do not disturb it.
 _ALL_THERE_S = 30.0
 _STATUS_TIMEOUT_S = 1.0
 _ATTACH_TIMEOUT_S = 5.0
+_LOAD_TIMEOUT_S = 600.0
+_UNLOAD_TIMEOUT_S = 5.0
 _RECONNECT_S = 0.1
 
 log = logging.getLogger(__name__)
@@ -38,48 +39,89 @@ class Peers:
 
     Args:
         settings: the effective settings.
-        packages: the models by name.
-        profiles: of the same models; latencies are put into them.
+        modalities: those whose encoders are followed from the start.
+        prepare: makes a service ready that has come; called with its lane and the models that it has.
         changed: called with a lane's name, whether it is up and what it computes on, each time that changes.
 
     Attributes:
         attachments: how tensors get from each producer to each consumer.
+        encoders, fusion: to call them.
     """
 
     def __init__(
         self,
         settings: Settings,
-        packages: Mapping[str, ModelPackage],
-        profiles: Mapping[str, ModelProfile],
+        modalities: Iterable[str],
+        prepare: Callable[[str, Sequence[str]], Awaitable[None]],
         changed: Callable[[str, bool, str], None],
     ) -> None:
-        self._settings, self._changed = settings, changed
-        modalities = sorted({m for package in packages.values() for m in package.modalities})
-        self._addresses = {m: settings.encoder_address(m) for m in modalities} | {FUSION: settings.fusion_address}
+        self._settings, self._prepare, self._changed = settings, prepare, changed
+        encoders = {m: settings.encoder_address(m) for m in sorted(modalities)}
+        self._addresses = encoders | {FUSION: settings.fusion_address}
         self._serving: dict[str, bool] = dict.fromkeys(self._addresses, False)
+        # Those that `changed` has called up.
+        self._up: dict[str, asyncio.Event] = {}
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self.encoders: dict[str, encoder_pb2_grpc.EncoderAsyncStub] = {}
         self._resources: dict[str, str] = {}
         self._all_known = asyncio.Event()
-        self._latencies = Latencies(settings, packages, profiles)
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._refused: dict[str, str] = {}
         self._gateways: dict[str, Callable[[selector_pb2.PayloadTransport], None]] = {}
         self.attachments = Attachments(self._open_arena)
 
     async def __aenter__(self) -> "Peers":
-        self._channels = {name: open_channel(self._settings, a) for name, a in self._addresses.items()}
-        self.encoders = {
-            name: encoder_pb2_grpc.EncoderStub(channel) for name, channel in self._channels.items() if name != FUSION
-        }
-        self.fusion = fusion_pb2_grpc.FusionStub(self._channels[FUSION])
-        self._tasks = [asyncio.create_task(self._watch(name), name=f"watch {name}") for name in self._addresses]
+        for name in self._addresses:
+            self._follow(name)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         for channel in self._channels.values():
             await channel.close()
+
+    @property
+    def resources(self) -> Mapping[str, str]:
+        """What each service computes on, by lane, as far as it is known."""
+        return self._resources
+
+    async def check_up(self, name: str, seconds: float) -> None:
+        """Waits for a service for so long; the encoder of a modality that no model had so far is followed from now on.
+
+        Raises:
+            ServiceUnavailable: it is not there.
+        """
+        if name not in self._addresses:
+            self._addresses[name] = self._settings.encoder_address(name)
+            self._serving[name] = False
+            self._follow(name)
+        try:
+            async with asyncio.timeout(seconds):
+                await self._up[name].wait()
+        except TimeoutError:
+            reason = self._refused.get(name, f"does not answer at {self._addresses[name]}")
+            raise ServiceUnavailable(f"service {service_name(name)} {reason}") from None
+
+    async def load(self, name: str, model: str) -> None:
+        """Has a service load a model, `name@revision`; where it has it already, nothing happens.
+
+        Raises:
+            PackageError: the package is wrong, or is of another revision there.
+            MoselError: whatever else went wrong; ServiceUnavailable if the service went away.
+        """
+        try:
+            await self._stub(name).Load(service_pb2.LoadRequest(model=model), timeout=_LOAD_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, service_name(name), {Unreachable: PackageError}) from None
+
+    async def unload(self, name: str, model: str) -> None:
+        """Has a service free a model's networks; one that is away has none."""
+        try:
+            await self._stub(name).Unload(service_pb2.UnloadRequest(model=model), timeout=_UNLOAD_TIMEOUT_S)
+        except grpc.RpcError as error:
+            log.info("not unloaded", extra={"peer": name, "model": model, "reason": error.code().name})
 
     def missing(self) -> list[str]:
         """The lanes that are not serving now."""
@@ -139,6 +181,15 @@ class Peers:
             detail = f"does not answer: {error.code().name}"
             return service_pb2.ServiceStatus(name=service_name(name), address=self._addresses[name], detail=detail)
 
+    def _follow(self, name: str) -> None:
+        channel = self._channels[name] = open_channel(self._settings, self._addresses[name])
+        if name == FUSION:
+            self.fusion = fusion_pb2_grpc.FusionStub(channel)
+        else:
+            self.encoders[name] = encoder_pb2_grpc.EncoderStub(channel)
+        self._up[name] = asyncio.Event()
+        self._tasks[name] = asyncio.create_task(self._watch(name), name=f"watch {name}")
+
     async def _watch(self, name: str) -> None:
         """Follows a service's health for as long as this object lives."""
         stub = health_pb2_grpc.HealthStub(self._channels[name])
@@ -153,6 +204,9 @@ class Peers:
                     await self._note(name, serving=True)
             except grpc.RpcError as error:
                 log.debug("not reachable", extra={"peer": name, "reason": error.code().name})
+            except ServiceUnavailable as error:
+                watch.cancel()
+                log.info("went away", extra={"peer": name, "reason": str(error)})
             await self._note(name, serving=False)
             await asyncio.sleep(_RECONNECT_S)
 
@@ -162,16 +216,21 @@ class Peers:
         self._serving[name] = serving
         log.info("peer", extra={"peer": name, "serving": serving})
         if serving:
-            self._resources[name] = (await self._status(name)).resource
+            status = await self._status(name)
+            self._resources[name] = status.resource
             if self._resources.keys() == self._addresses.keys():
                 self._all_known.set()
             await self._attach(name)
-            await self._measure(name)
+            await self._all_there()
+            await self._prepare(name, status.models)
             self._check_requirement(name)
             # First: what it cannot reach in an arena must not be sent to it as a ref.
             self._tell_gateways()
             self._changed(name, name not in self._refused, self._resources[name] or "cpu")
+            if name not in self._refused:
+                self._up[name].set()
         else:
+            self._up[name].clear()
             self._refused.pop(name, None)
             self._changed(name, False, "")
             await self._close_arenas(name)
@@ -232,15 +291,10 @@ class Peers:
             with contextlib.suppress(grpc.RpcError):
                 await self._stub(consumer).CloseArena(request, timeout=_STATUS_TIMEOUT_S)
 
-    async def _measure(self, name: str) -> None:
-        """Makes sure that a service's latencies are known."""
+    async def _all_there(self) -> None:
+        """Waits for services that are still starting: what they do would disturb the first measurements."""
         try:
             async with asyncio.timeout(_ALL_THERE_S):
                 await self._all_known.wait()
         except TimeoutError:
             log.warning("measuring while services are missing", extra={"missing": self.missing()})
-        resources = [self._resources.get(peer, "") for peer in self._addresses]
-        if name == FUSION:
-            await self._latencies.of_fusion(self.fusion, resources)
-        else:
-            await self._latencies.of_encoder(name, self.encoders[name], resources)

@@ -25,7 +25,7 @@ class Planner:
     """Knows the models, and applies the policy to a queue of jobs.
 
     Args:
-        profiles: by model name; their latencies may arrive later.
+        profiles: by model; their latencies may arrive later, and models may come and go.
         policy: a key of `POLICIES`.
         resources: where work runs.
 
@@ -35,10 +35,19 @@ class Planner:
 
     def __init__(self, profiles: Mapping[str, ModelProfile], policy: str, resources: Resources) -> None:
         self._profiles, self._policy, self._resources = profiles, policy, resources
-        self._frontiers = {name: Frontiers(profile) for name, profile in profiles.items()}
+        self._frontiers = {model: Frontiers(profile) for model, profile in profiles.items()}
         self._arriving = Arriving()
         self._next_plan_at = 0.0
         self.stages = Stages(profiles)
+
+    def add(self, model: str, frontiers: Frontiers) -> None:
+        """Jobs may name one more model."""
+        self._frontiers[model] = frontiers
+
+    def forget(self, model: str) -> None:
+        """No job will name a model any more."""
+        del self._frontiers[model]
+        self.stages.forget(model)
 
     def new_work(self, job: Job, now: float) -> Work:
         """A job with the strategies that it may use.
@@ -126,7 +135,7 @@ class Planner:
         return [(s, self._idle_s(self.stages.remaining(job.model, s), now) * 1000) for s in strategies]
 
     def _is_ready(self, profile: ModelProfile, modality_set: frozenset[str]) -> bool:
-        return self._resources.is_up(modality_set) and profile.is_measured(modality_set)
+        return self._resources.is_up(modality_set) and profile.can_run(modality_set)
 
     def _reassigned(self, queue: Sequence[Queued], forecast: Forecast) -> Choices:
         choices = POLICIES[self._policy](queue, forecast)
@@ -149,7 +158,7 @@ class Planner:
         fastest = min(range(len(idle_s)), key=lambda i: idle_s[i])
         others = [other.cheapest if choice is None else choice for other, choice in zip(queue, choices, strict=True)]
         behind = finish_times(queue, forecast, [*others[:at], fastest, *others[at + 1 :]])[at] or now
-        sets = [s for s in profile.accuracy if s <= job.modalities and profile.is_measured(s)]
+        sets = [s for s in profile.accuracy if s <= job.modalities and profile.can_run(s)]
         lefts = {s: self.stages.remaining(job.model, strategy_of(profile, {s: job.size})) for s in sets}
         fitting = [s for s, left in lefts.items() if self._idle_s(left, now) <= job.deadline - now]
         return refusal(work, now, fastest, idle_s[fastest], behind - now, fitting)

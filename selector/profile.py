@@ -64,6 +64,7 @@ class ModelProfile:
         default_min_accuracy: the floor when a caller gives none; None: the accuracy of what was sent.
         encoders: latency curve per modality.
         fusion: latency curve per modality set.
+        unavailable: sets that cannot be run because a service does not have their networks.
     """
 
     accuracy: Mapping[ModalitySet, float]
@@ -71,10 +72,24 @@ class ModelProfile:
     default_min_accuracy: float | None = None
     encoders: dict[str, LatencyCurve] = field(default_factory=dict)
     fusion: dict[ModalitySet, LatencyCurve] = field(default_factory=dict)
+    unavailable: frozenset[ModalitySet] = frozenset()
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        """All that the model has."""
+        return frozenset(m for modality_set in self.accuracy for m in modality_set)
+
+    def take_latencies(self, of: "ModelProfile") -> None:
+        """Takes over what is not known here from a model with the same networks."""
+        self.encoders, self.fusion = of.encoders | self.encoders, of.fusion | self.fusion
 
     def is_measured(self, modality_set: ModalitySet) -> bool:
         """Whether every latency of the set is known."""
         return modality_set in self.fusion and all(m in self.encoders for m in modality_set)
+
+    def can_run(self, modality_set: ModalitySet) -> bool:
+        """Whether every service has the networks of the set, and their latencies are known."""
+        return modality_set not in self.unavailable and self.is_measured(modality_set)
 
     def cost_ms(self, modality_set: ModalitySet, items: int) -> float:
         """Compute time that so many items of one set cost in all services together, in milliseconds."""

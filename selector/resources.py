@@ -58,6 +58,10 @@ class Resources:
         self._tokens, self._reply_s = tokens, reply_ms / 1000
         self._calls: dict[int, UnderWay] = {}
 
+    def add_lanes(self, names: Iterable[str]) -> None:
+        """Services that may come; those that are known stay as they are."""
+        self._lanes = {name: _Lane() for name in names} | self._lanes
+
     def set_lane(self, name: str, up: bool, resource: str) -> None:
         """A service came or went."""
         self._lanes[name] = _Lane(up, resource)
@@ -86,6 +90,10 @@ class Resources:
     def calls(self, ids: Iterable[int]) -> list[UnderWay]:
         """Some of the calls under way."""
         return [self._calls[call_id] for call_id in ids]
+
+    def is_called_for(self, model: str) -> bool:
+        """Whether a call of a model is under way."""
+        return any(under_way.call.model == model for under_way in self._calls.values())
 
     def forecast(self, now: float, reserve: dict[str, float]) -> Forecast:
         """From what is under way now; `reserve` is the share of each resource for jobs that have not come yet."""

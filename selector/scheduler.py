@@ -10,6 +10,9 @@ and asks `next` what to do:
     failed(call, now)                      -> the jobs that are lost by it
     lane(name, up, resource)               -> the jobs that are lost by it
     cancelled(job_id)
+    load(model, profile)                   jobs may name it from now on
+    retire(model)                          no further jobs; those that are here go on
+    drained()                              -> the retired models of which nothing is left
 """
 
 import bisect
@@ -22,6 +25,7 @@ from itertools import islice
 from mosel.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, MoselError, Overloaded
 from mosel.modality import ModalitySet, format_set
 from selector.jobs import Call, EncodeCall, Ended, FuseCall, Job, Rows, Wait
+from selector.options import Frontiers
 from selector.planner import Planner
 from selector.policies import Choices
 from selector.profile import ModelProfile
@@ -38,7 +42,7 @@ class Scheduler:
     """All models of one selector.
 
     Args:
-        profiles: by model name; their latencies may arrive later.
+        profiles: by model; their latencies may arrive later.
         policy: a key of `POLICIES`.
         max_queued_items: bound on the items of all jobs on their way.
         tokens: calls under way at the same time on each resource.
@@ -53,10 +57,11 @@ class Scheduler:
         tokens: int = 2,
         reply_ms: float = 0.0,
     ) -> None:
-        self._profiles, self._max_queued_items = profiles, max_queued_items
-        modalities = {m for profile in profiles.values() for s in profile.accuracy for m in s}
+        self._profiles, self._max_queued_items = dict(profiles), max_queued_items
+        self._retired: set[str] = set()
+        modalities = {m for profile in profiles.values() for m in profile.modalities}
         self._resources = Resources((*sorted(modalities), FUSION), tokens, reply_ms)
-        self._planner = Planner(profiles, policy, self._resources)
+        self._planner = Planner(self._profiles, policy, self._resources)
         self._works: dict[bytes, Work] = {}
         self._queue: list[Work] = []
         self._expiry: list[tuple[float, bytes]] = []
@@ -156,6 +161,39 @@ class Scheduler:
             heapq.heapify(self._expiry)
         return True
 
+    def load(self, model: str, profile: ModelProfile, frontiers: Frontiers | None = None) -> None:
+        """Jobs may name a model from now on, again if it was retired.
+
+        Args:
+            model: not the name of another that is here.
+            profile: of the model; the same one as before if it is still here.
+            frontiers: of the profile, if some of them are known already.
+        """
+        self._resources.add_lanes(sorted(profile.modalities))
+        self._retired.discard(model)
+        if model not in self._profiles:
+            self._profiles[model] = profile
+            self._planner.add(model, frontiers or Frontiers(profile))
+
+    def retire(self, model: str) -> None:
+        """Admits no more jobs of a model; those that are here go on. What is not known is passed over."""
+        if model in self._profiles:
+            self._retired.add(model)
+
+    def serves(self, model: str) -> bool:
+        """Whether jobs may name a model."""
+        return model in self._profiles and model not in self._retired
+
+    def drained(self) -> list[str]:
+        """The retired models that no job and no call is left of; each is forgotten then."""
+        in_use = {work.job.model for work in self._queue} if self._retired else set()
+        over = [m for m in self._retired if m not in in_use and not self._resources.is_called_for(m)]
+        for model in over:
+            self._retired.discard(model)
+            del self._profiles[model]
+            self._planner.forget(model)
+        return over
+
     def plan(self, job: Job, now: float) -> Plan:
         """What a job would get if it came now; the job is not kept.
 
@@ -192,8 +230,9 @@ class Scheduler:
         return counts | self._resources.statistics() | self.counters
 
     def _check(self, job: Job) -> None:
-        if job.model not in self._profiles:
-            raise ModelNotFound(f"model '{job.model}' is not served; known: {', '.join(sorted(self._profiles))}")
+        if not self.serves(job.model):
+            known = ", ".join(sorted(self._profiles.keys() - self._retired)) or "none"
+            raise ModelNotFound(f"model '{job.model}' is not served; known: {known}")
         if job.modalities not in self._profiles[job.model].accuracy:
             raise InvalidRequest(f"modalities are {format_set(job.modalities)}; model '{job.model}' has no such set")
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from mosel.service import Context, answers_with_status
 from mosel.v1 import gateway_pb2, selector_pb2, selector_pb2_grpc, service_pb2
 from selector.director import Director, Session
+from selector.models import Models
 from selector.peers import Peers
 
 
@@ -16,12 +17,13 @@ class SelectorServicer(selector_pb2_grpc.SelectorServicer):
 
     Args:
         director: owns the jobs.
+        models: those that are loaded.
         peers: the services that compute.
         address: where this service listens.
     """
 
-    def __init__(self, director: Director, peers: Peers, address: str) -> None:
-        self._director, self._peers, self._address = director, peers, address
+    def __init__(self, director: Director, models: Models, peers: Peers, address: str) -> None:
+        self._director, self._models, self._peers, self._address = director, models, peers, address
         self._numbers = itertools.count(1)
 
     async def Connect(
@@ -45,6 +47,8 @@ class SelectorServicer(selector_pb2_grpc.SelectorServicer):
                     self._director.submit(session, message.job)
                 elif message.HasField("cancel"):
                     self._director.cancel(message.cancel.job_id)
+                elif message.HasField("models"):
+                    self._models.gateway_names(session.name, message.models.models)
                 elif message.HasField("announcement"):
                     await self._peers.gateway_came(
                         session.name, message.announcement, lambda transport: session.send(transport=transport)
@@ -55,6 +59,17 @@ class SelectorServicer(selector_pb2_grpc.SelectorServicer):
     @answers_with_status
     async def Plan(self, request: selector_pb2.JobDescription, context: Context) -> gateway_pb2.PlanReply:
         return self._director.plan(request)
+
+    @answers_with_status
+    async def LoadModel(self, request: gateway_pb2.LoadModelRequest, context: Context) -> selector_pb2.ModelState:
+        return await self._models.load(request.model)
+
+    @answers_with_status
+    async def UnloadModel(
+        self, request: gateway_pb2.UnloadModelRequest, context: Context
+    ) -> gateway_pb2.UnloadModelReply:
+        await self._models.unload(request.model)
+        return gateway_pb2.UnloadModelReply()
 
     @answers_with_status
     async def Status(self, request: service_pb2.StatusRequest, context: Context) -> service_pb2.StatusReply:

@@ -69,7 +69,7 @@ class Stages:
     """The stages of all models; made when they are first asked for, once their curves are measured.
 
     Args:
-        profiles: by model name.
+        profiles: by model.
     """
 
     def __init__(self, profiles: Mapping[str, ModelProfile]) -> None:
@@ -99,6 +99,11 @@ class Stages:
             rows.update(dict.fromkeys(modality_set, count))
         encode = tuple((self.of(model, modality), count) for modality, count in sorted(rows.items()))
         return Remaining(encode, tuple((self.of(model, s), count) for s, count in strategy.counts))
+
+    def forget(self, model: str) -> None:
+        """Nothing more will be asked of a model."""
+        self._stages = {key: stage for key, stage in self._stages.items() if key[0] != model}
+        self._corrections = {key: learned for key, learned in self._corrections.items() if key[0] != model}
 
     def corrections(self, now: float) -> dict[tuple[str, str], tuple[float, float]]:
         """What was learned of each (model, lane): a call takes (overhead in ms) + (factor) * its profile."""

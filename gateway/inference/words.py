@@ -20,6 +20,7 @@ class InputTensor:
         shape: [B, ...].
         raw: its bytes, little endian and row-major; None if they came as values.
         values: its elements, flat and row-major; empty if they came as bytes.
+        parameters: of this input.
     """
 
     name: str
@@ -27,6 +28,7 @@ class InputTensor:
     shape: tuple[int, ...]
     raw: bytes | memoryview | None = None
     values: Sequence[object] = ()
+    parameters: Parameters = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class OutputTensor:
     """One output.
 
     Attributes:
-        name: the model's output, or `modalities`.
+        name: see `gateway.inference.responses.output_tensors`.
         datatype: as the protocol writes it.
         array: [B, ...]; BF16 as uint16; BYTES as an object array of bytes.
     """
@@ -54,6 +56,7 @@ class InferRequest:
         parameters: of the request, see `gateway.inference.requests`.
         inputs: any subset of the model's modalities.
         outputs: names that are asked for; empty: the model's output.
+        output_parameters: of those that have any, by name.
     """
 
     model: str
@@ -62,6 +65,7 @@ class InferRequest:
     parameters: Parameters = field(default_factory=dict)
     inputs: Sequence[InputTensor] = ()
     outputs: Sequence[str] = ()
+    output_parameters: Mapping[str, Parameters] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,17 @@ from mosel.cli.models import models
 from mosel.cli.plan import plan
 from mosel.cli.predict import predict
 from mosel.cli.profile import profile
+from mosel.cli.reload import reload, unload
 from mosel.cli.simulate import simulate
 from mosel.cli.status import status
+from mosel.cli.token import token
 from mosel.cli.train import train
 from mosel.cli.up import up
 from mosel.errors import MoselError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-for command in (up, demo, predict, plan, models, status, health, config, profile, simulate, train):
+COMMANDS = (up, demo, predict, plan, models, reload, unload, status, health, token, config, profile, simulate, train)
+for command in COMMANDS:
     app.command()(command)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")

@@ -44,7 +44,7 @@ def demo(
     console.print(reason, soft_wrap=True, highlight=False)
     settings = settings.model_copy(update={"models": (package.name,)})
     samples = _test_items(package, found, items)
-    with started(settings, _READY_TIMEOUT_S) as launcher, Client(launcher.address) as client:
+    with started(settings, _READY_TIMEOUT_S) as launcher, Client(launcher.local_address, retries=None) as client:
         served = next(info for info in client.models() if info.name == package.name)
         rows = _show_floors(console, client, served, samples)
         _show_deadline(console, client, served, samples, [row.setting.floor for row in rows])

@@ -1,16 +1,20 @@
 """`mosel models`: what is served."""
 
-from mosel.cli.options import DEFAULT_ADDRESS, Address
+from mosel.cli.options import DEFAULT_ADDRESS, Address, Ca, Certificate, Key, Token, connect
 
 
-def models(address: Address = DEFAULT_ADDRESS) -> None:
+def models(
+    address: Address = DEFAULT_ADDRESS,
+    token: Token = None,
+    ca: Ca = None,
+    certificate: Certificate = None,
+    key: Key = None,
+) -> None:
     """Show the models of a running system, with accuracy and latency of every modality set."""
     from rich.console import Console
     from rich.table import Table
 
-    from mosel.client import Client
-
-    with Client(address) as client:
+    with connect(address, token, ca, certificate, key) as client:
         served = client.models()
     console = Console()
     for model in served:

@@ -36,7 +36,7 @@ def plan(
     package = find_packages(settings.models_dir, (model,))[model]
     measured = needed_profile(package, settings, profile)
     seconds = (latency_slo_ms or settings.gateway.default_deadline_ms) / 1000
-    planned = _plan(package, measured, size, min_accuracy, seconds, effort)
+    planned = _plan(package, measured, settings.selector.floor_confidence, size, min_accuracy, seconds, effort)
     kind = "quick profile" if measured.quick else "profile"
     console.print(
         f"{model}, {size} items; {kind} of {measured.measured_on} on {measured.hardware.device}", highlight=False
@@ -50,6 +50,7 @@ def plan(
 def _plan(
     package: "ModelPackage",
     measured: "Profile",
+    floor_confidence: float,
     size: int,
     min_accuracy: float | None,
     seconds: float,
@@ -63,7 +64,7 @@ def _plan(
 
     if effort not in (None, *Effort):
         raise InvalidRequest(f"--effort is '{effort}'; expected {' or '.join(Effort)}")
-    known = model_profile(measured, package.default_min_accuracy)
+    known = model_profile(measured, package.default_min_accuracy, floor_confidence)
     scheduler = Scheduler({package.name: known}, tokens=measured.concurrency, max_queued_items=size)
     for lane in (*package.modalities, FUSION):
         scheduler.lane(lane, True, measured.hardware.device)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mosel.cli.options import DEFAULT_ADDRESS, Address
+from mosel.cli.options import DEFAULT_ADDRESS, Address, Ca, Certificate, Key, Token, connect
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,12 +23,15 @@ def predict(
     ] = None,
     late_ok: Annotated[bool, typer.Option("--late-ok", help="Take an answer after the deadline, too.")] = False,
     address: Address = DEFAULT_ADDRESS,
+    token: Token = None,
+    ca: Ca = None,
+    certificate: Certificate = None,
+    key: Key = None,
 ) -> None:
     """Predict the items of one job and print label, modality set and expected accuracy."""
     from rich.console import Console
     from rich.table import Table
 
-    from mosel.client import Client
     from mosel.errors import InvalidRequest
 
     payloads: dict[str, NDArray[np.generic]] = {}
@@ -36,7 +39,7 @@ def predict(
         if name in payloads:
             raise InvalidRequest(f"payload {name} is given twice; expected it once")
         payloads[name] = _load(name, Path(file))
-    with Client(address) as client:
+    with connect(address, token, ca, certificate, key) as client:
         prediction = client.predict(
             model,
             payloads,

@@ -49,7 +49,7 @@ def profile(
     samples, source = _validation(package, data)
     with tempfile.TemporaryDirectory(prefix="mosel-profile-") as scratch:
         settings = _measuring(kept, batch_sizes, Path(scratch))
-        with started(settings, _READY_TIMEOUT_S) as launcher, Client(launcher.address) as client:
+        with started(settings, _READY_TIMEOUT_S) as launcher, Client(launcher.local_address, retries=None) as client:
             quick = _quick(package, launcher.settings)
             with _progress(_steps(quick, samples, settings)) as advance:
                 measured = _measure(client, package, quick, samples, launcher, advance)

@@ -1,16 +1,20 @@
 """`mosel status`: what every service does."""
 
-from mosel.cli.options import DEFAULT_ADDRESS, Address
+from mosel.cli.options import DEFAULT_ADDRESS, Address, Ca, Certificate, Key, Token, connect
 
 
-def status(address: Address = DEFAULT_ADDRESS) -> None:
+def status(
+    address: Address = DEFAULT_ADDRESS,
+    token: Token = None,
+    ca: Ca = None,
+    certificate: Certificate = None,
+    key: Key = None,
+) -> None:
     """Show every service of a running system: state, transport, what it has done."""
     from rich.console import Console
     from rich.table import Table
 
-    from mosel.client import Client
-
-    with Client(address) as client:
+    with connect(address, token, ca, certificate, key) as client:
         services = client.status()
     table = Table("service", "state", "pid", "address", "counters")
     for service in services:

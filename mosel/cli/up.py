@@ -18,6 +18,17 @@ def up(
     grpc_port: GrpcPort = None,
     http_port: HttpPort = None,
     metrics_port: MetricsPort = None,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="TLS on the public ports: the gateway's certificate (PEM).")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="Mutual TLS: certificates of the authorities that sign your callers' (PEM).")
+    ] = None,
+    tokens: Annotated[Path | None, typer.Option(help="File of tenants and the hashes of their tokens.")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Let other machines call without TLS and tokens.")
+    ] = False,
     ready_timeout_s: Annotated[float, typer.Option(help="Seconds to wait for the services.")] = 120,
 ) -> None:
     """Start gateway, selector, encoders and fusion; Ctrl-C stops them."""
@@ -25,13 +36,24 @@ def up(
     from mosel.cli.starting import started
 
     settings = settings_from(
-        models, model, device, host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port
+        models,
+        model,
+        device,
+        {"certificate": tls_certificate, "key": tls_key, "client_ca": tls_client_ca},
+        host=host,
+        grpc_port=grpc_port,
+        http_port=http_port,
+        metrics_port=metrics_port,
+        tokens_file=tokens,
+        insecure=insecure or None,
     )
     known = set(settings.profiles_dir.glob("*.json"))
     with started(settings, ready_timeout_s) as launcher:
         _report_quick_profiles(set(settings.profiles_dir.glob("*.json")) - known)
         names = ", ".join(launcher.packages)
         typer.echo(f"ready: gRPC on {launcher.address}, models: {names} (Ctrl-C stops)")
+        if settings.tls.certificate or settings.gateway.tokens_file:
+            typer.echo(f"for this user alone, without a token: {launcher.local_address}")
         reported: set[str] = set()
         while not reported & {"gateway", "selector", "fusion"}:
             for child in launcher.ended():

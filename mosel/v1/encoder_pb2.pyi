@@ -27,6 +27,7 @@ class EncodeRequest(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     RUNG_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    """name@revision, as it was when the jobs inside were admitted."""
     rung: _tensor_pb2.Rung.ValueType
     """Where the embeddings are to be left: what fusion reaches."""
     @_builtins.property
@@ -83,6 +84,7 @@ class ProfileEncoderRequest(_message.Message):
     REPEATS_FIELD_NUMBER: _builtins.int
     CONCURRENCY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    """name@revision."""
     repeats: _builtins.int
     """Timed calls per batch size."""
     concurrency: _builtins.int

@@ -49,6 +49,16 @@ class EncoderStub:
     """
     CloseArena: _grpc.UnaryUnaryMultiCallable[_arena_pb2.CloseArenaRequest, _arena_pb2.CloseArenaReply]
     """Called by the selector when a producer is gone. Deadline: 1 s. Errors: none; an unknown arena is passed over."""
+    Load: _grpc.UnaryUnaryMultiCallable[_service_pb2.LoadRequest, _service_pb2.LoadReply]
+    """Called by the selector when a model is loaded or loaded anew, and when it meets this process.
+    Sets off: the network is made and warmed beside those that are there. What is there already stays as it is.
+    Deadline: 600 s. Errors: NOT_FOUND (model), FAILED_PRECONDITION (the package is wrong, or the files are of another
+    revision).
+    """
+    Unload: _grpc.UnaryUnaryMultiCallable[_service_pb2.UnloadRequest, _service_pb2.UnloadReply]
+    """Called by the selector when the last job of a model that was unloaded or replaced is over.
+    Sets off: its networks are freed. Deadline: 5 s. Errors: none; an unknown model is passed over.
+    """
     Profile: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.ProfileEncoderRequest, _service_pb2.ProfileReply]
     """Called by the selector when it first meets this process: times the network for each batch size.
     Deadline: the caller's. Errors: NOT_FOUND.
@@ -78,6 +88,16 @@ class EncoderAsyncStub(EncoderStub):
     """
     CloseArena: _aio.UnaryUnaryMultiCallable[_arena_pb2.CloseArenaRequest, _arena_pb2.CloseArenaReply]  # type: ignore[assignment]
     """Called by the selector when a producer is gone. Deadline: 1 s. Errors: none; an unknown arena is passed over."""
+    Load: _aio.UnaryUnaryMultiCallable[_service_pb2.LoadRequest, _service_pb2.LoadReply]  # type: ignore[assignment]
+    """Called by the selector when a model is loaded or loaded anew, and when it meets this process.
+    Sets off: the network is made and warmed beside those that are there. What is there already stays as it is.
+    Deadline: 600 s. Errors: NOT_FOUND (model), FAILED_PRECONDITION (the package is wrong, or the files are of another
+    revision).
+    """
+    Unload: _aio.UnaryUnaryMultiCallable[_service_pb2.UnloadRequest, _service_pb2.UnloadReply]  # type: ignore[assignment]
+    """Called by the selector when the last job of a model that was unloaded or replaced is over.
+    Sets off: its networks are freed. Deadline: 5 s. Errors: none; an unknown model is passed over.
+    """
     Profile: _aio.UnaryUnaryMultiCallable[_encoder_pb2.ProfileEncoderRequest, _service_pb2.ProfileReply]  # type: ignore[assignment]
     """Called by the selector when it first meets this process: times the network for each batch size.
     Deadline: the caller's. Errors: NOT_FOUND.
@@ -128,6 +148,28 @@ class EncoderServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_arena_pb2.CloseArenaReply, _abc.Awaitable[_arena_pb2.CloseArenaReply]]:
         """Called by the selector when a producer is gone. Deadline: 1 s. Errors: none; an unknown arena is passed over."""
+
+    @_abc_1.abstractmethod
+    def Load(
+        self,
+        request: _service_pb2.LoadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.LoadReply, _abc.Awaitable[_service_pb2.LoadReply]]:
+        """Called by the selector when a model is loaded or loaded anew, and when it meets this process.
+        Sets off: the network is made and warmed beside those that are there. What is there already stays as it is.
+        Deadline: 600 s. Errors: NOT_FOUND (model), FAILED_PRECONDITION (the package is wrong, or the files are of another
+        revision).
+        """
+
+    @_abc_1.abstractmethod
+    def Unload(
+        self,
+        request: _service_pb2.UnloadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.UnloadReply, _abc.Awaitable[_service_pb2.UnloadReply]]:
+        """Called by the selector when the last job of a model that was unloaded or replaced is over.
+        Sets off: its networks are freed. Deadline: 5 s. Errors: none; an unknown model is passed over.
+        """
 
     @_abc_1.abstractmethod
     def Profile(

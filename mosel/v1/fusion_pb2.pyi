@@ -26,6 +26,7 @@ class FuseRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    """name@revision, as it was when the jobs inside were admitted."""
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___FuseGroup]: ...
     def __init__(
@@ -143,6 +144,7 @@ class ProfileFusionRequest(_message.Message):
     REPEATS_FIELD_NUMBER: _builtins.int
     CONCURRENCY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    """name@revision."""
     modality_set: _builtins.str
     """Sorted and joined, such as "audio+image"."""
     repeats: _builtins.int

@@ -51,6 +51,16 @@ class FusionStub(object):
                 request_serializer=mosel_dot_v1_dot_arena__pb2.CloseArenaRequest.SerializeToString,
                 response_deserializer=mosel_dot_v1_dot_arena__pb2.CloseArenaReply.FromString,
                 _registered_method=True)
+        self.Load = channel.unary_unary(
+                '/mosel.v1.Fusion/Load',
+                request_serializer=mosel_dot_v1_dot_service__pb2.LoadRequest.SerializeToString,
+                response_deserializer=mosel_dot_v1_dot_service__pb2.LoadReply.FromString,
+                _registered_method=True)
+        self.Unload = channel.unary_unary(
+                '/mosel.v1.Fusion/Unload',
+                request_serializer=mosel_dot_v1_dot_service__pb2.UnloadRequest.SerializeToString,
+                response_deserializer=mosel_dot_v1_dot_service__pb2.UnloadReply.FromString,
+                _registered_method=True)
         self.Profile = channel.unary_unary(
                 '/mosel.v1.Fusion/Profile',
                 request_serializer=mosel_dot_v1_dot_fusion__pb2.ProfileFusionRequest.SerializeToString,
@@ -91,6 +101,24 @@ class FusionServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Load(self, request, context):
+        """Called by the selector when a model is loaded or loaded anew, and when it meets this process.
+        Sets off: the network is made and warmed beside those that are there. What is there already stays as it is.
+        Deadline: 600 s. Errors: NOT_FOUND (model), FAILED_PRECONDITION (the package is wrong, or the files are of another
+        revision).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unload(self, request, context):
+        """Called by the selector when the last job of a model that was unloaded or replaced is over.
+        Sets off: its networks are freed. Deadline: 5 s. Errors: none; an unknown model is passed over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Profile(self, request, context):
         """Called by the selector when it first meets this process. Deadline: the caller's. Errors: NOT_FOUND.
         """
@@ -122,6 +150,16 @@ def add_FusionServicer_to_server(servicer, server):
                     servicer.CloseArena,
                     request_deserializer=mosel_dot_v1_dot_arena__pb2.CloseArenaRequest.FromString,
                     response_serializer=mosel_dot_v1_dot_arena__pb2.CloseArenaReply.SerializeToString,
+            ),
+            'Load': grpc.unary_unary_rpc_method_handler(
+                    servicer.Load,
+                    request_deserializer=mosel_dot_v1_dot_service__pb2.LoadRequest.FromString,
+                    response_serializer=mosel_dot_v1_dot_service__pb2.LoadReply.SerializeToString,
+            ),
+            'Unload': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unload,
+                    request_deserializer=mosel_dot_v1_dot_service__pb2.UnloadRequest.FromString,
+                    response_serializer=mosel_dot_v1_dot_service__pb2.UnloadReply.SerializeToString,
             ),
             'Profile': grpc.unary_unary_rpc_method_handler(
                     servicer.Profile,
@@ -215,6 +253,60 @@ class Fusion(object):
             '/mosel.v1.Fusion/CloseArena',
             mosel_dot_v1_dot_arena__pb2.CloseArenaRequest.SerializeToString,
             mosel_dot_v1_dot_arena__pb2.CloseArenaReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Load(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mosel.v1.Fusion/Load',
+            mosel_dot_v1_dot_service__pb2.LoadRequest.SerializeToString,
+            mosel_dot_v1_dot_service__pb2.LoadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mosel.v1.Fusion/Unload',
+            mosel_dot_v1_dot_service__pb2.UnloadRequest.SerializeToString,
+            mosel_dot_v1_dot_service__pb2.UnloadReply.FromString,
             options,
             channel_credentials,
             insecure,

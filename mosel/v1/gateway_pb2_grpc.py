@@ -65,6 +65,16 @@ class GatewayStub(object):
                 request_serializer=mosel_dot_v1_dot_gateway__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=mosel_dot_v1_dot_gateway__pb2.ListModelsReply.FromString,
                 _registered_method=True)
+        self.LoadModel = channel.unary_unary(
+                '/mosel.v1.Gateway/LoadModel',
+                request_serializer=mosel_dot_v1_dot_gateway__pb2.LoadModelRequest.SerializeToString,
+                response_deserializer=mosel_dot_v1_dot_gateway__pb2.Model.FromString,
+                _registered_method=True)
+        self.UnloadModel = channel.unary_unary(
+                '/mosel.v1.Gateway/UnloadModel',
+                request_serializer=mosel_dot_v1_dot_gateway__pb2.UnloadModelRequest.SerializeToString,
+                response_deserializer=mosel_dot_v1_dot_gateway__pb2.UnloadModelReply.FromString,
+                _registered_method=True)
         self.Status = channel.unary_unary(
                 '/mosel.v1.Gateway/Status',
                 request_serializer=mosel_dot_v1_dot_service__pb2.StatusRequest.SerializeToString,
@@ -122,8 +132,29 @@ class GatewayServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Called by clients. Lists the models that are served, with the measured accuracy of each modality set.
+        """Called by clients. Lists the models that are served, with the measured accuracy of each modality set. A model that
+        was unloaded is listed as not ready.
         Deadline: the caller's. Errors: none of its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadModel(self, request, context):
+        """Called by administrators. Loads a model from the server's models folder, or loads it anew: new weights, accuracies,
+        networks or shapes. Nothing is interrupted: jobs that were admitted before end with what they began with. Answers
+        when new jobs get what was loaded. A package that is wrong leaves the model as it is.
+        Deadline: the caller's; what was begun goes on after it. Errors: NOT_FOUND (no such package), FAILED_PRECONDITION
+        (the package is wrong; says what), UNAVAILABLE (a service that the model needs is away).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """Called by administrators. Admits no more jobs of a model, finishes those under way, and frees its networks in all
+        services; answers then. LoadModel brings it back.
+        Deadline: as LoadModel. Errors: NOT_FOUND (it is not loaded), UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -169,6 +200,16 @@ def add_GatewayServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=mosel_dot_v1_dot_gateway__pb2.ListModelsRequest.FromString,
                     response_serializer=mosel_dot_v1_dot_gateway__pb2.ListModelsReply.SerializeToString,
+            ),
+            'LoadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadModel,
+                    request_deserializer=mosel_dot_v1_dot_gateway__pb2.LoadModelRequest.FromString,
+                    response_serializer=mosel_dot_v1_dot_gateway__pb2.Model.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=mosel_dot_v1_dot_gateway__pb2.UnloadModelRequest.FromString,
+                    response_serializer=mosel_dot_v1_dot_gateway__pb2.UnloadModelReply.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -338,6 +379,60 @@ class Gateway(object):
             '/mosel.v1.Gateway/ListModels',
             mosel_dot_v1_dot_gateway__pb2.ListModelsRequest.SerializeToString,
             mosel_dot_v1_dot_gateway__pb2.ListModelsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mosel.v1.Gateway/LoadModel',
+            mosel_dot_v1_dot_gateway__pb2.LoadModelRequest.SerializeToString,
+            mosel_dot_v1_dot_gateway__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mosel.v1.Gateway/UnloadModel',
+            mosel_dot_v1_dot_gateway__pb2.UnloadModelRequest.SerializeToString,
+            mosel_dot_v1_dot_gateway__pb2.UnloadModelReply.FromString,
             options,
             channel_credentials,
             insecure,

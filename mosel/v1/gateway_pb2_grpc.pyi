@@ -58,8 +58,21 @@ class GatewayStub:
     Errors: NOT_FOUND.
     """
     ListModels: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.ListModelsRequest, _gateway_pb2.ListModelsReply]
-    """Called by clients. Lists the models that are served, with the measured accuracy of each modality set.
+    """Called by clients. Lists the models that are served, with the measured accuracy of each modality set. A model that
+    was unloaded is listed as not ready.
     Deadline: the caller's. Errors: none of its own.
+    """
+    LoadModel: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.LoadModelRequest, _gateway_pb2.Model]
+    """Called by administrators. Loads a model from the server's models folder, or loads it anew: new weights, accuracies,
+    networks or shapes. Nothing is interrupted: jobs that were admitted before end with what they began with. Answers
+    when new jobs get what was loaded. A package that is wrong leaves the model as it is.
+    Deadline: the caller's; what was begun goes on after it. Errors: NOT_FOUND (no such package), FAILED_PRECONDITION
+    (the package is wrong; says what), UNAVAILABLE (a service that the model needs is away).
+    """
+    UnloadModel: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.UnloadModelRequest, _gateway_pb2.UnloadModelReply]
+    """Called by administrators. Admits no more jobs of a model, finishes those under way, and frees its networks in all
+    services; answers then. LoadModel brings it back.
+    Deadline: as LoadModel. Errors: NOT_FOUND (it is not loaded), UNAVAILABLE.
     """
     Status: _grpc.UnaryUnaryMultiCallable[_service_pb2.StatusRequest, _service_pb2.StatusReply]
     """Called by `mosel status`. Asks every service for its state and counters.
@@ -95,8 +108,21 @@ class GatewayAsyncStub(GatewayStub):
     Errors: NOT_FOUND.
     """
     ListModels: _aio.UnaryUnaryMultiCallable[_gateway_pb2.ListModelsRequest, _gateway_pb2.ListModelsReply]  # type: ignore[assignment]
-    """Called by clients. Lists the models that are served, with the measured accuracy of each modality set.
+    """Called by clients. Lists the models that are served, with the measured accuracy of each modality set. A model that
+    was unloaded is listed as not ready.
     Deadline: the caller's. Errors: none of its own.
+    """
+    LoadModel: _aio.UnaryUnaryMultiCallable[_gateway_pb2.LoadModelRequest, _gateway_pb2.Model]  # type: ignore[assignment]
+    """Called by administrators. Loads a model from the server's models folder, or loads it anew: new weights, accuracies,
+    networks or shapes. Nothing is interrupted: jobs that were admitted before end with what they began with. Answers
+    when new jobs get what was loaded. A package that is wrong leaves the model as it is.
+    Deadline: the caller's; what was begun goes on after it. Errors: NOT_FOUND (no such package), FAILED_PRECONDITION
+    (the package is wrong; says what), UNAVAILABLE (a service that the model needs is away).
+    """
+    UnloadModel: _aio.UnaryUnaryMultiCallable[_gateway_pb2.UnloadModelRequest, _gateway_pb2.UnloadModelReply]  # type: ignore[assignment]
+    """Called by administrators. Admits no more jobs of a model, finishes those under way, and frees its networks in all
+    services; answers then. LoadModel brings it back.
+    Deadline: as LoadModel. Errors: NOT_FOUND (it is not loaded), UNAVAILABLE.
     """
     Status: _aio.UnaryUnaryMultiCallable[_service_pb2.StatusRequest, _service_pb2.StatusReply]  # type: ignore[assignment]
     """Called by `mosel status`. Asks every service for its state and counters.
@@ -165,8 +191,33 @@ class GatewayServicer(metaclass=_abc_1.ABCMeta):
         request: _gateway_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_gateway_pb2.ListModelsReply, _abc.Awaitable[_gateway_pb2.ListModelsReply]]:
-        """Called by clients. Lists the models that are served, with the measured accuracy of each modality set.
+        """Called by clients. Lists the models that are served, with the measured accuracy of each modality set. A model that
+        was unloaded is listed as not ready.
         Deadline: the caller's. Errors: none of its own.
+        """
+
+    @_abc_1.abstractmethod
+    def LoadModel(
+        self,
+        request: _gateway_pb2.LoadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.Model, _abc.Awaitable[_gateway_pb2.Model]]:
+        """Called by administrators. Loads a model from the server's models folder, or loads it anew: new weights, accuracies,
+        networks or shapes. Nothing is interrupted: jobs that were admitted before end with what they began with. Answers
+        when new jobs get what was loaded. A package that is wrong leaves the model as it is.
+        Deadline: the caller's; what was begun goes on after it. Errors: NOT_FOUND (no such package), FAILED_PRECONDITION
+        (the package is wrong; says what), UNAVAILABLE (a service that the model needs is away).
+        """
+
+    @_abc_1.abstractmethod
+    def UnloadModel(
+        self,
+        request: _gateway_pb2.UnloadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.UnloadModelReply, _abc.Awaitable[_gateway_pb2.UnloadModelReply]]:
+        """Called by administrators. Admits no more jobs of a model, finishes those under way, and frees its networks in all
+        services; answers then. LoadModel brings it back.
+        Deadline: as LoadModel. Errors: NOT_FOUND (it is not loaded), UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod

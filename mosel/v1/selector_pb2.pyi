@@ -28,6 +28,7 @@ class GatewayMessage(_message.Message):
     JOB_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
     ANNOUNCEMENT_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def job(self) -> Global___JobDescription: ...
     @_builtins.property
@@ -36,18 +37,21 @@ class GatewayMessage(_message.Message):
     def announcement(self) -> _arena_pb2.Announcement:
         """The first message of each stream."""
 
+    @_builtins.property
+    def models(self) -> Global___ModelsInUse: ...
     def __init__(
         self,
         *,
         job: Global___JobDescription | None = ...,
         cancel: Global___CancelJob | None = ...,
         announcement: _arena_pb2.Announcement | None = ...,
+        models: Global___ModelsInUse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["announcement", b"announcement", "cancel", b"cancel", "job", b"job", "message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["announcement", b"announcement", "cancel", b"cancel", "job", b"job", "message", b"message", "models", b"models"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["announcement", b"announcement", "cancel", b"cancel", "job", b"job", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["announcement", b"announcement", "cancel", b"cancel", "job", b"job", "message", b"message", "models", b"models"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["job", "cancel", "announcement"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["job", "cancel", "announcement", "models"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -96,6 +100,7 @@ class JobDescription(_message.Message):
     job_id: _builtins.bytes
     """16 random bytes, made by the gateway."""
     model: _builtins.str
+    """name@revision: the package that the job was checked against. Every call for it names the same."""
     size: _builtins.int
     """Items, B."""
     min_accuracy: _builtins.float
@@ -146,6 +151,33 @@ class JobDescription(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_accuracy) -> _WhichOneofReturnType__min_accuracy | None: ...
 
 Global___JobDescription: _TypeAlias = JobDescription  # noqa: Y015
+
+@_typing.final
+class ModelsInUse(_message.Message):
+    """What the jobs of this gateway name from now on. Sent when the gateway has followed ModelStates, and again when no
+    request is left that was checked against a package that was replaced. Until a gateway says so, what it was told before
+    stays loaded.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As name@revision."""
+
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelsInUse: _TypeAlias = ModelsInUse  # noqa: Y015
 
 @_typing.final
 class CancelJob(_message.Message):
@@ -332,7 +364,7 @@ Global___JobFailure: _TypeAlias = JobFailure  # noqa: Y015
 
 @_typing.final
 class ModelStates(_message.Message):
-    """Sent on connect and whenever something changes."""
+    """The models that are loaded. Sent on connect and whenever something changes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -359,8 +391,14 @@ class ModelState(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
     SETS_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     ready: _builtins.bool
+    revision: _builtins.str
+    """What new jobs get: name@revision without the name."""
+    reason: _builtins.str
+    """Why a service cannot run it; empty if there is nothing to say."""
     @_builtins.property
     def sets(self) -> _containers.RepeatedCompositeFieldContainer[_gateway_pb2.SetProfile]: ...
     def __init__(
@@ -369,10 +407,12 @@ class ModelState(_message.Message):
         model: _builtins.str = ...,
         ready: _builtins.bool = ...,
         sets: _abc.Iterable[_gateway_pb2.SetProfile] | None = ...,
+        revision: _builtins.str = ...,
+        reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "ready", b"ready", "sets", b"sets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "ready", b"ready", "reason", b"reason", "revision", b"revision", "sets", b"sets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -46,6 +46,16 @@ class SelectorStub(object):
                 request_serializer=mosel_dot_v1_dot_selector__pb2.JobDescription.SerializeToString,
                 response_deserializer=mosel_dot_v1_dot_gateway__pb2.PlanReply.FromString,
                 _registered_method=True)
+        self.LoadModel = channel.unary_unary(
+                '/mosel.v1.Selector/LoadModel',
+                request_serializer=mosel_dot_v1_dot_gateway__pb2.LoadModelRequest.SerializeToString,
+                response_deserializer=mosel_dot_v1_dot_selector__pb2.ModelState.FromString,
+                _registered_method=True)
+        self.UnloadModel = channel.unary_unary(
+                '/mosel.v1.Selector/UnloadModel',
+                request_serializer=mosel_dot_v1_dot_gateway__pb2.UnloadModelRequest.SerializeToString,
+                response_deserializer=mosel_dot_v1_dot_gateway__pb2.UnloadModelReply.FromString,
+                _registered_method=True)
         self.Status = channel.unary_unary(
                 '/mosel.v1.Selector/Status',
                 request_serializer=mosel_dot_v1_dot_service__pb2.StatusRequest.SerializeToString,
@@ -74,6 +84,25 @@ class SelectorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadModel(self, request, context):
+        """Called by gateways for clients. Loads a model from the models folder, or loads it anew.
+        Sets off: Load on each service concerned, Profile where latencies are not known; then ModelStates to every gateway.
+        Jobs that were admitted before keep the revision that they were admitted with; its networks are unloaded when the
+        last of them is over. Deadline: the caller's; what was begun goes on after it. Errors: NOT_FOUND (no such package),
+        FAILED_PRECONDITION (the package is wrong), UNAVAILABLE (a service that it needs is away); the model stays as it was.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """Called by gateways for clients. Admits no more jobs of a model; answers when those under way are over and its
+        networks are gone. Deadline: as LoadModel. Errors: NOT_FOUND (it is not loaded).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Status(self, request, context):
         """Called by gateways for `mosel status`. Asks every encoder and the fusion service. Deadline: the caller's.
         """
@@ -93,6 +122,16 @@ def add_SelectorServicer_to_server(servicer, server):
                     servicer.Plan,
                     request_deserializer=mosel_dot_v1_dot_selector__pb2.JobDescription.FromString,
                     response_serializer=mosel_dot_v1_dot_gateway__pb2.PlanReply.SerializeToString,
+            ),
+            'LoadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadModel,
+                    request_deserializer=mosel_dot_v1_dot_gateway__pb2.LoadModelRequest.FromString,
+                    response_serializer=mosel_dot_v1_dot_selector__pb2.ModelState.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=mosel_dot_v1_dot_gateway__pb2.UnloadModelRequest.FromString,
+                    response_serializer=mosel_dot_v1_dot_gateway__pb2.UnloadModelReply.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -154,6 +193,60 @@ class Selector(object):
             '/mosel.v1.Selector/Plan',
             mosel_dot_v1_dot_selector__pb2.JobDescription.SerializeToString,
             mosel_dot_v1_dot_gateway__pb2.PlanReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mosel.v1.Selector/LoadModel',
+            mosel_dot_v1_dot_gateway__pb2.LoadModelRequest.SerializeToString,
+            mosel_dot_v1_dot_selector__pb2.ModelState.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mosel.v1.Selector/UnloadModel',
+            mosel_dot_v1_dot_gateway__pb2.UnloadModelRequest.SerializeToString,
+            mosel_dot_v1_dot_gateway__pb2.UnloadModelReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,17 @@ class SelectorStub:
     """Called by gateways for clients: what a job would get now. The job has no payloads. Deadline: the caller's.
     Errors: INVALID_ARGUMENT, NOT_FOUND.
     """
+    LoadModel: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.LoadModelRequest, _selector_pb2.ModelState]
+    """Called by gateways for clients. Loads a model from the models folder, or loads it anew.
+    Sets off: Load on each service concerned, Profile where latencies are not known; then ModelStates to every gateway.
+    Jobs that were admitted before keep the revision that they were admitted with; its networks are unloaded when the
+    last of them is over. Deadline: the caller's; what was begun goes on after it. Errors: NOT_FOUND (no such package),
+    FAILED_PRECONDITION (the package is wrong), UNAVAILABLE (a service that it needs is away); the model stays as it was.
+    """
+    UnloadModel: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.UnloadModelRequest, _gateway_pb2.UnloadModelReply]
+    """Called by gateways for clients. Admits no more jobs of a model; answers when those under way are over and its
+    networks are gone. Deadline: as LoadModel. Errors: NOT_FOUND (it is not loaded).
+    """
     Status: _grpc.UnaryUnaryMultiCallable[_service_pb2.StatusRequest, _service_pb2.StatusReply]
     """Called by gateways for `mosel status`. Asks every encoder and the fusion service. Deadline: the caller's."""
 
@@ -58,6 +69,17 @@ class SelectorAsyncStub(SelectorStub):
     Plan: _aio.UnaryUnaryMultiCallable[_selector_pb2.JobDescription, _gateway_pb2.PlanReply]  # type: ignore[assignment]
     """Called by gateways for clients: what a job would get now. The job has no payloads. Deadline: the caller's.
     Errors: INVALID_ARGUMENT, NOT_FOUND.
+    """
+    LoadModel: _aio.UnaryUnaryMultiCallable[_gateway_pb2.LoadModelRequest, _selector_pb2.ModelState]  # type: ignore[assignment]
+    """Called by gateways for clients. Loads a model from the models folder, or loads it anew.
+    Sets off: Load on each service concerned, Profile where latencies are not known; then ModelStates to every gateway.
+    Jobs that were admitted before keep the revision that they were admitted with; its networks are unloaded when the
+    last of them is over. Deadline: the caller's; what was begun goes on after it. Errors: NOT_FOUND (no such package),
+    FAILED_PRECONDITION (the package is wrong), UNAVAILABLE (a service that it needs is away); the model stays as it was.
+    """
+    UnloadModel: _aio.UnaryUnaryMultiCallable[_gateway_pb2.UnloadModelRequest, _gateway_pb2.UnloadModelReply]  # type: ignore[assignment]
+    """Called by gateways for clients. Admits no more jobs of a model; answers when those under way are over and its
+    networks are gone. Deadline: as LoadModel. Errors: NOT_FOUND (it is not loaded).
     """
     Status: _aio.UnaryUnaryMultiCallable[_service_pb2.StatusRequest, _service_pb2.StatusReply]  # type: ignore[assignment]
     """Called by gateways for `mosel status`. Asks every encoder and the fusion service. Deadline: the caller's."""
@@ -83,6 +105,29 @@ class SelectorServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_gateway_pb2.PlanReply, _abc.Awaitable[_gateway_pb2.PlanReply]]:
         """Called by gateways for clients: what a job would get now. The job has no payloads. Deadline: the caller's.
         Errors: INVALID_ARGUMENT, NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def LoadModel(
+        self,
+        request: _gateway_pb2.LoadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_selector_pb2.ModelState, _abc.Awaitable[_selector_pb2.ModelState]]:
+        """Called by gateways for clients. Loads a model from the models folder, or loads it anew.
+        Sets off: Load on each service concerned, Profile where latencies are not known; then ModelStates to every gateway.
+        Jobs that were admitted before keep the revision that they were admitted with; its networks are unloaded when the
+        last of them is over. Deadline: the caller's; what was begun goes on after it. Errors: NOT_FOUND (no such package),
+        FAILED_PRECONDITION (the package is wrong), UNAVAILABLE (a service that it needs is away); the model stays as it was.
+        """
+
+    @_abc_1.abstractmethod
+    def UnloadModel(
+        self,
+        request: _gateway_pb2.UnloadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.UnloadModelReply, _abc.Awaitable[_gateway_pb2.UnloadModelReply]]:
+        """Called by gateways for clients. Admits no more jobs of a model; answers when those under way are over and its
+        networks are gone. Deadline: as LoadModel. Errors: NOT_FOUND (it is not loaded).
         """
 
     @_abc_1.abstractmethod

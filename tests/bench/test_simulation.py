@@ -45,6 +45,20 @@ def test_a_job_alone_takes_its_calls_and_the_edge() -> None:
     assert outcome.ms == pytest.approx(10 + 4)
 
 
+def test_a_large_job_takes_longer_at_the_edge_but_time_never_runs_back() -> None:
+    world = replace(one_modality(), edge_item_ms=1000.0)
+    outcomes = {outcome.arrival.size: outcome for outcome in run(world, job(0.0, size=2), job(0.001))}
+    assert outcomes[2].ms == pytest.approx(12 + 1004)
+    assert outcomes[1].at_s >= outcomes[2].at_s - 0.502
+
+
+def test_calls_take_longer_where_the_edge_needs_the_same_cores() -> None:
+    world = one_modality(call_ms=9.0)
+    arrivals = [job(i / 100, deadline_ms=10_000) for i in range(500)]
+    shared, alone = (run(replace(world, edge_cpu_ms=ms), *arrivals)[-1].ms for ms in (4.0, 0.0))
+    assert shared > 1.3 * alone
+
+
 def test_with_one_token_the_second_job_waits_for_the_first() -> None:
     first, second = run(one_modality(), job(0.0), job(0.001))
     assert first.ms == pytest.approx(14)

@@ -45,7 +45,9 @@ def reader(transport: TransportSettings, arena: tuple[SharedMemoryArena, Publish
 
 @pytest.fixture
 def encoder(fruit: ModelPackage, arena: tuple[SharedMemoryArena, Publisher], reader: Reader) -> ModalityEncoder:
-    return ModalityEncoder("scent", {"fruit": fruit}, CPU, reader, TensorPublisher(arena[1], None))
+    encoder = ModalityEncoder("scent", CPU, reader, TensorPublisher(arena[1], None))
+    encoder.networks.load(fruit)
+    return encoder
 
 
 def published(publisher: Publisher, array: NDArray[Any], dtype: str = "FP32") -> tensor_pb2.TensorRef:
@@ -61,7 +63,7 @@ def test_rows_of_several_payloads_are_one_batch(
 ) -> None:
     first, second = draw(5, seed=1)["scent"], draw(9, seed=2)["scent"]
     rows = [slice_rows(published(arena[1], first), 3, 2), slice_rows(published(arena[1], second), 0, 9)]
-    ref, seconds = encoder.encode("fruit", rows, SHM, lease_s=60)
+    ref, seconds = encoder.encode(fruit.id, rows, SHM, lease_s=60)
     embeddings = reader.gather([slice_rows(ref, 0, 11)], "FP32", (8,))
     network = networks.load_encoder(fruit, "scent", CPU)
     expected = network(torch.from_numpy(np.concatenate([first[3:], second]))).numpy()
@@ -72,14 +74,14 @@ def test_rows_of_several_payloads_are_one_batch(
 
 
 def test_payloads_that_are_not_this_modality_s_are_refused(
-    encoder: ModalityEncoder, arena: tuple[SharedMemoryArena, Publisher], draw: Draw
+    encoder: ModalityEncoder, fruit: ModelPackage, arena: tuple[SharedMemoryArena, Publisher], draw: Draw
 ) -> None:
     photo = slice_rows(published(arena[1], draw(2)["photo"], "UINT8"), 0, 2)
     with pytest.raises(InvalidRequest, match=r"ref is UINT8 \[2, 24, 24, 3\]; expected FP32 \[rows, 6\]"):
-        encoder.encode("fruit", [photo], SHM, lease_s=60)
+        encoder.encode(fruit.id, [photo], SHM, lease_s=60)
     beyond = slice_rows(published(arena[1], draw(2)["scent"]), 1, 2)
     with pytest.raises(InvalidRequest, match="of a tensor with 2 rows"):
-        encoder.encode("fruit", [beyond], SHM, lease_s=60)
+        encoder.encode(fruit.id, [beyond], SHM, lease_s=60)
     assert encoder.counters == {}
 
 
@@ -87,26 +89,29 @@ def test_only_models_that_have_the_modality_are_known(
     fruit: ModelPackage, arena: tuple[SharedMemoryArena, Publisher], reader: Reader
 ) -> None:
     deaf = replace(fruit, name="deaf", modalities={"photo": fruit.modalities["photo"]})
-    encoder = ModalityEncoder("scent", {"fruit": fruit, "deaf": deaf}, CPU, reader, TensorPublisher(arena[1], None))
-    assert encoder.models == ["fruit"]
-    with pytest.raises(ModelNotFound, match="model 'deaf' has no modality 'scent' here"):
-        encoder.encode("deaf", [], SHM, lease_s=60)
+    encoder = ModalityEncoder("scent", CPU, reader, TensorPublisher(arena[1], None))
+    with pytest.raises(ModelNotFound, match="model 'deaf' has no modality 'scent'"):
+        encoder.networks.load(deaf)
+    encoder.networks.load(fruit)
+    assert encoder.networks.models == [fruit.id]
+    with pytest.raises(ModelNotFound, match=f"model '{deaf.id}' is not loaded in encoder/scent"):
+        encoder.encode(deaf.id, [], SHM, lease_s=60)
 
 
-def test_it_can_be_timed(encoder: ModalityEncoder) -> None:
-    assert encoder.ready_call("fruit", 4)().shape == (4, 8)
+def test_it_can_be_timed(encoder: ModalityEncoder, fruit: ModelPackage) -> None:
+    assert encoder.ready_call(fruit.id, 4)().shape == (4, 8)
     # Measuring is no work for a caller.
     assert encoder.counters == {}
 
 
-def test_a_network_that_contradicts_its_description_is_found_by_measuring(
+def test_a_network_that_contradicts_its_description_is_found_by_loading(
     fruit: ModelPackage, arena: tuple[SharedMemoryArena, Publisher], reader: Reader
 ) -> None:
     wrong = replace(fruit, modalities={"scent": replace(fruit.modalities["scent"], embedding=(7,))})
-    encoder = ModalityEncoder("scent", {"fruit": wrong}, CPU, reader, TensorPublisher(arena[1], None))
-    with pytest.raises(PackageError, match=r"model\.toml: networks:Scent returned \[2, 8\]; expected \[2, 7\]"):
-        encoder.ready_call("fruit", 2)
+    encoder = ModalityEncoder("scent", CPU, reader, TensorPublisher(arena[1], None))
+    with pytest.raises(PackageError, match=r"model\.toml: networks:Scent returned \[1, 8\]; expected \[1, 7\]"):
+        encoder.networks.load(wrong)
     wrong = replace(fruit, modalities={"scent": replace(fruit.modalities["scent"], shape=(5,))})
-    encoder = ModalityEncoder("scent", {"fruit": wrong}, CPU, reader, TensorPublisher(arena[1], None))
     with pytest.raises(PackageError, match=r"model\.toml: networks:Scent fails on an input of the shape stated there"):
-        encoder.ready_call("fruit", 2)
+        encoder.networks.load(wrong)
+    assert encoder.networks.models == []

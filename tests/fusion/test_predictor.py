@@ -30,7 +30,9 @@ def reader(tmp_path: Path) -> Iterator[TensorReader]:
 
 @pytest.fixture
 def predictor(fruit: ModelPackage, reader: TensorReader) -> Predictor:
-    return Predictor({"fruit": fruit}, CPU, reader)
+    predictor = Predictor(CPU, reader)
+    predictor.networks.load(fruit)
+    return predictor
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def group_of(embeddings: Embeddings) -> dict[str, list[tensor_pb2.RowSlice]]:
 
 
 def test_groups_with_different_sets_keep_their_places(
-    predictor: Predictor, fused: Callable[[Embeddings], NDArray[np.float32]]
+    predictor: Predictor, fruit: ModelPackage, fused: Callable[[Embeddings], NDArray[np.float32]]
 ) -> None:
     groups = [
         embeddings_of(2, "photo"),
@@ -69,7 +71,7 @@ def test_groups_with_different_sets_keep_their_places(
         embeddings_of(4, "scent"),
         embeddings_of(5, "photo"),
     ]
-    outputs, seconds = predictor.fuse("fruit", [group_of(group) for group in groups])
+    outputs, seconds = predictor.fuse(fruit.id, [group_of(group) for group in groups])
     assert seconds > 0
     for output, group in zip(outputs, groups, strict=True):
         np.testing.assert_allclose(from_proto(output, "output").astype(np.float32), fused(group), atol=1e-5)
@@ -78,34 +80,38 @@ def test_groups_with_different_sets_keep_their_places(
     assert predictor.counters["embedding_bytes_read"] == (2 + 3 + 3 + 4 + 5) * 8 * 4
 
 
-def test_groups_that_make_no_sense_are_refused(predictor: Predictor) -> None:
+def test_groups_that_make_no_sense_are_refused(predictor: Predictor, fruit: ModelPackage) -> None:
     with pytest.raises(InvalidRequest, match=r"a group has modalities \[\]; expected some of \['photo', 'scent'\]"):
-        predictor.fuse("fruit", [{}])
+        predictor.fuse(fruit.id, [{}])
     with pytest.raises(InvalidRequest, match=r"a group has modalities \['taste'\]"):
-        predictor.fuse("fruit", [group_of(embeddings_of(2, "taste"))])
+        predictor.fuse(fruit.id, [group_of(embeddings_of(2, "taste"))])
     uneven = group_of(embeddings_of(2, "photo")) | group_of(embeddings_of(3, "scent"))
     with pytest.raises(InvalidRequest, match=r"a group has rows .*; expected as many for every modality"):
-        predictor.fuse("fruit", [uneven])
-    with pytest.raises(ModelNotFound, match="model 'tree' is not served here"):
+        predictor.fuse(fruit.id, [uneven])
+    with pytest.raises(ModelNotFound, match="model 'tree' is not loaded in fusion"):
         predictor.fuse("tree", [group_of(embeddings_of(2, "photo"))])
     assert predictor.counters == {}
 
 
 @pytest.mark.parametrize("modality_set", ["photo", "scent", "photo+scent"])
-def test_every_set_can_be_timed(predictor: Predictor, modality_set: str) -> None:
-    assert predictor.ready_call("fruit", modality_set, 4)().shape == (4, 3)
+def test_every_set_can_be_timed(predictor: Predictor, fruit: ModelPackage, modality_set: str) -> None:
+    assert predictor.ready_call(fruit.id, modality_set, 4)().shape == (4, 3)
     assert predictor.counters == {}
 
 
-def test_sets_of_another_model_cannot(predictor: Predictor) -> None:
+def test_sets_of_another_model_cannot(predictor: Predictor, fruit: ModelPackage) -> None:
     with pytest.raises(InvalidRequest, match=r"modality_set is 'taste'; expected a subset of photo\+scent"):
-        predictor.ready_call("fruit", "taste", 4)
+        predictor.ready_call(fruit.id, "taste", 4)
 
 
 def test_an_output_that_is_not_as_described_is_refused(fruit: ModelPackage, reader: TensorReader) -> None:
     wrong = replace(fruit, output=replace(fruit.output, shape=(4,)))
-    predictor = Predictor({"fruit": wrong}, CPU, reader)
-    with pytest.raises(PackageError, match=r"networks:Fusion with scent returned \[2, 3\]; expected \[2, 4\]"):
-        predictor.ready_call("fruit", "scent", 2)
+    predictor = Predictor(CPU, reader)
+    with pytest.raises(PackageError, match=r"networks:Fusion with photo returned \[1, 3\]; expected \[1, 4\]"):
+        predictor.networks.load(wrong)
+    assert predictor.networks.models == []
+    predictor.networks.load(fruit)
+    loaded = predictor.networks._loaded
+    loaded[fruit.id] = replace(loaded[fruit.id], package=wrong)
     with pytest.raises(PackageError, match=r"networks:Fusion returned \[2, 3\]; expected \[2, 4\]"):
-        predictor.fuse("fruit", [group_of(embeddings_of(2, "scent"))])
+        predictor.fuse(fruit.id, [group_of(embeddings_of(2, "scent"))])

@@ -8,6 +8,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from gateway.inference.servicer import InferenceServicer, handlers
 from gateway.plane import DataPlane
 from gateway.selector_link import SelectorLink
 from gateway.servicer import GatewayServicer
@@ -51,8 +52,9 @@ async def gateway(settings: Settings, fruit: ModelPackage, opened: Opened) -> As
 
     link = SelectorLink(settings, opened.announcement, publisher.release, changed, lambda: None)
     async with serving(settings) as selector, link:
-        servicer = GatewayServicer(DataPlane(settings, {"fruit": fruit}, opened.arena, publisher, link))
-        gateway_pb2_grpc.add_GatewayServicer_to_server(servicer, server)
+        plane = DataPlane(settings, {"fruit": fruit}, opened.arena, publisher, link)
+        gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(plane), server)
+        server.add_generic_rpc_handlers((handlers(InferenceServicer(plane)),))
         address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
         gateway = Gateway(address, selector, rungs)

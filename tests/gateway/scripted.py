@@ -5,22 +5,38 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import grpc
+import numpy as np
 
 from mosel.client import AsyncClient, JobInfo
 from mosel.config import Settings
+from mosel.model_package import ModelPackage, load_package
 from mosel.service import Context
+from mosel.tensors import to_proto
 from mosel.v1 import gateway_pb2, gateway_pb2_grpc, selector_pb2, selector_pb2_grpc, service_pb2, tensor_pb2
 
 Messages = AsyncIterator[selector_pb2.GatewayMessage]
 
 
+def group(modality_set: str, *items: int) -> selector_pb2.ItemGroup:
+    """Items whose output says who they are."""
+    output = np.zeros((len(items), 3), np.float32)
+    output[:, 1] = [1 + item for item in items]
+    return selector_pb2.ItemGroup(modality_set=modality_set, items=items, output=to_proto(output))
+
+
+def release_of(description: selector_pb2.JobDescription) -> tensor_pb2.ReleaseSlots:
+    return tensor_pb2.ReleaseSlots(slots=[ref.slot for ref in description.payloads.values()])
+
+
 class ScriptedSelector(selector_pb2_grpc.SelectorServicer):
     """Says that the model `fruit` is ready; what else it says is up to the test."""
 
-    def __init__(self) -> None:
+    def __init__(self, fruit: ModelPackage) -> None:
+        self.fruit = selector_pb2.ModelState(model="fruit", ready=True, revision=fruit.revision)
         self.planned: list[selector_pb2.JobDescription] = []
         self.received: asyncio.Queue[selector_pb2.GatewayMessage] = asyncio.Queue()
         self.announced: asyncio.Queue[selector_pb2.GatewayMessage] = asyncio.Queue()
+        self.named: asyncio.Queue[list[str]] = asyncio.Queue()
         self.outbox: asyncio.Queue[selector_pb2.SelectorMessage | None] = asyncio.Queue()
 
     async def Connect(  # noqa: N802 (named by the proto)
@@ -28,8 +44,7 @@ class ScriptedSelector(selector_pb2_grpc.SelectorServicer):
     ) -> AsyncIterator[selector_pb2.SelectorMessage]:
         reading = asyncio.create_task(self._read(request_iterator))
         try:
-            states = [selector_pb2.ModelState(model="fruit", ready=True)]
-            yield selector_pb2.SelectorMessage(models=selector_pb2.ModelStates(models=states))
+            yield selector_pb2.SelectorMessage(models=selector_pb2.ModelStates(models=[self.fruit]))
             while (message := await self.outbox.get()) is not None:
                 yield message
         finally:
@@ -41,6 +56,16 @@ class ScriptedSelector(selector_pb2_grpc.SelectorServicer):
         self.planned.append(request)
         return gateway_pb2.PlanReply(refusal=f"as scripted for {request.size} items")
 
+    async def LoadModel(  # noqa: N802 (named by the proto)
+        self, request: gateway_pb2.LoadModelRequest, context: Context
+    ) -> selector_pb2.ModelState:
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{request.model}/model.toml: as scripted")
+
+    async def UnloadModel(  # noqa: N802 (named by the proto)
+        self, request: gateway_pb2.UnloadModelRequest, context: Context
+    ) -> gateway_pb2.UnloadModelReply:
+        await context.abort(grpc.StatusCode.NOT_FOUND, f"model '{request.model}' is not loaded")
+
     async def Status(  # noqa: N802 (named by the proto)
         self, request: service_pb2.StatusRequest, context: Context
     ) -> service_pb2.StatusReply:
@@ -48,6 +73,9 @@ class ScriptedSelector(selector_pb2_grpc.SelectorServicer):
 
     async def _read(self, messages: Messages) -> None:
         async for message in messages:
+            if message.HasField("models"):
+                self.named.put_nowait(list(message.models.models))
+                continue
             kept = self.announced if message.HasField("announcement") else self.received
             kept.put_nowait(message)
 
@@ -57,7 +85,8 @@ class ScriptedSelector(selector_pb2_grpc.SelectorServicer):
 
 @asynccontextmanager
 async def serving(settings: Settings) -> AsyncIterator[ScriptedSelector]:
-    selector, server = ScriptedSelector(), grpc.aio.server()
+    fruit = await asyncio.to_thread(load_package, settings.models_dir / "fruit")
+    selector, server = ScriptedSelector(fruit), grpc.aio.server()
     selector_pb2_grpc.add_SelectorServicer_to_server(selector, server)
     server.add_insecure_port(settings.selector_address)
     await server.start()
@@ -72,7 +101,7 @@ class Gateway:
 
     def __init__(self, address: str, selector: ScriptedSelector, rungs: "asyncio.Queue[int]") -> None:
         self.address, self.selector, self.rungs = address, selector, rungs
-        self.client = AsyncClient(address)
+        self.client = AsyncClient(address, retries=None)
         self.channel = grpc.aio.insecure_channel(address)
         self.stub = gateway_pb2_grpc.GatewayStub(self.channel)
 

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from gateway.access.caller import calling
 from gateway.registry import JobRegistry, OpenJob
 from mosel.deadline import Deadline
 from mosel.errors import (
@@ -170,3 +171,28 @@ def test_what_is_no_job_id_is_refused(registry: JobRegistry, job_id: str) -> Non
     for ask in (registry.status, registry.cancel):
         with pytest.raises(InvalidRequest, match=r"^job_id is '.{0,40}'; expected 32 hexadecimal digits$"):
             ask(job_id)
+
+
+async def test_a_job_is_known_to_its_tenant_alone(registry: JobRegistry) -> None:
+    with calling("alice"):
+        task = await opened(registry)
+        assert state(registry) == gateway_pb2.RECEIVING
+    with calling("bob"):
+        for ask in (registry.status, registry.cancel):
+            with pytest.raises(JobNotFound, match=f"job_id is '{ID.hex()}'; expected a job under way or one of the"):
+                ask(ID.hex())
+    # Nobody who has to say who it is: on this machine, or without tokens.
+    assert state(registry) == gateway_pb2.RECEIVING
+    with calling("alice"):
+        registry.cancel(ID.hex())
+        with pytest.raises(JobCancelled):
+            await task
+        assert state(registry) == gateway_pb2.CANCELLED
+    with calling("bob"), pytest.raises(JobNotFound):
+        registry.status(ID.hex())
+    assert state(registry) == gateway_pb2.CANCELLED
+
+
+async def test_what_was_sent_without_a_tenant_is_no_tenant_s(registry: JobRegistry) -> None:
+    with registry.open(ID, "fruit", 5, Deadline.after(60)), calling("alice"), pytest.raises(JobNotFound):
+        registry.status(ID.hex())

@@ -22,7 +22,7 @@ from mosel.errors import (
 )
 from mosel.tensors import to_proto
 from mosel.v1 import gateway_pb2, selector_pb2, service_pb2, tensor_pb2
-from tests.gateway.scripted import Gateway
+from tests.gateway.scripted import Gateway, group, release_of
 
 Payloads = dict[str, NDArray[Any]]
 Draw = Callable[..., Payloads]
@@ -36,21 +36,10 @@ def batches(payloads: Payloads, step: int) -> Iterator[Payloads]:
         yield {name: array[start : start + step] for name, array in payloads.items()}
 
 
-def group(modality_set: str, *items: int) -> selector_pb2.ItemGroup:
-    """Items whose output says who they are."""
-    output = np.zeros((len(items), 3), np.float32)
-    output[:, 1] = [1 + item for item in items]
-    return selector_pb2.ItemGroup(modality_set=modality_set, items=items, output=to_proto(output))
-
-
-def release_of(description: selector_pb2.JobDescription) -> tensor_pb2.ReleaseSlots:
-    return tensor_pb2.ReleaseSlots(slots=[ref.slot for ref in description.payloads.values()])
-
-
 async def test_a_job_comes_in_batches_and_goes_in_parts(gateway: Gateway, draw: Draw) -> None:
     payloads = draw(5)
     demand = {"min_accuracy": 0.5, "latency_slo_ms": 20_000.0, "effort": "best", "late_ok": True}
-    events = gateway.client.submit("fruit", batches(payloads, 2), size=5, **demand)  # type: ignore[arg-type]
+    events = gateway.client.submit_job("fruit", batches(payloads, 2), size=5, **demand)  # type: ignore[arg-type]
     async with aclosing(events):
         accepted = await anext(events)
         assert isinstance(accepted, JobAccepted)
@@ -192,7 +181,7 @@ async def slowly(payloads: Payloads, first: int) -> AsyncIterator[Payloads]:
 
 
 async def test_the_deadline_counts_while_items_arrive(gateway: Gateway, draw: Draw) -> None:
-    events = gateway.client.submit("fruit", slowly(draw(3), 2), size=5, latency_slo_ms=300)
+    events = gateway.client.submit_job("fruit", slowly(draw(3), 2), size=5, latency_slo_ms=300)
     accepted = await anext(events)
     assert isinstance(accepted, JobAccepted)
     with pytest.raises(DeadlineExceeded, match=r"^the deadline passed when 2 of 5 items had arrived$"):
@@ -204,7 +193,7 @@ async def test_the_deadline_counts_while_items_arrive(gateway: Gateway, draw: Dr
 
 
 async def test_a_job_is_cancelled_from_elsewhere_while_its_items_arrive(gateway: Gateway, draw: Draw) -> None:
-    events = gateway.client.submit("fruit", slowly(draw(3), 2), size=5)
+    events = gateway.client.submit_job("fruit", slowly(draw(3), 2), size=5)
     accepted = await anext(events)
     assert isinstance(accepted, JobAccepted)
     assert (await gateway.reached(accepted.job_id, "receiving")).size == 5
@@ -217,7 +206,7 @@ async def test_a_job_is_cancelled_from_elsewhere_while_its_items_arrive(gateway:
 
 
 async def test_a_job_is_cancelled_from_elsewhere_while_it_is_under_way(gateway: Gateway, draw: Draw) -> None:
-    events = gateway.client.submit("fruit", draw(5))
+    events = gateway.client.submit_job("fruit", draw(5))
     accepted = await anext(events)
     assert isinstance(accepted, JobAccepted)
     description = await gateway.job_at_selector()
@@ -231,7 +220,7 @@ async def test_a_job_is_cancelled_from_elsewhere_while_it_is_under_way(gateway: 
 
 
 async def test_ending_the_call_cancels_the_job(gateway: Gateway, draw: Draw) -> None:
-    async with aclosing(gateway.client.submit("fruit", draw(5))) as events:
+    async with aclosing(gateway.client.submit_job("fruit", draw(5))) as events:
         accepted = await anext(events)
         description = await gateway.job_at_selector()
     assert isinstance(accepted, JobAccepted)
@@ -274,7 +263,7 @@ async def test_a_prediction_may_come_in_parts_and_late(gateway: Gateway, draw: D
 
 
 async def test_what_the_selector_refuses_with_ends_the_job(gateway: Gateway, draw: Draw) -> None:
-    events = gateway.client.submit("fruit", draw(5))
+    events = gateway.client.submit_job("fruit", draw(5))
     accepted = await anext(events)
     assert isinstance(accepted, JobAccepted)
     description = await gateway.job_at_selector()
@@ -294,10 +283,10 @@ async def test_what_the_selector_refuses_with_ends_the_job(gateway: Gateway, dra
 async def test_so_many_jobs_and_no_more(gateway: Gateway, draw: Draw) -> None:
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(3):
-            events = gateway.client.submit("fruit", slowly(draw(1), 1), size=2)
+            events = gateway.client.submit_job("fruit", slowly(draw(1), 1), size=2)
             await stack.enter_async_context(aclosing(events))
             await anext(events)
-        for refused in (gateway.client.predict("fruit", draw(1)), anext(gateway.client.submit("fruit", draw(1)))):
+        for refused in (gateway.client.predict("fruit", draw(1)), anext(gateway.client.submit_job("fruit", draw(1)))):
             with pytest.raises(Overloaded, match=r"^3 jobs are in flight"):
                 await refused
     await gateway.idle()
@@ -308,7 +297,7 @@ async def test_items_that_are_announced_count_against_the_arena(gateway: Gateway
     large = 146
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(2):
-            events = gateway.client.submit("fruit", slowly(draw(1), 1), size=large)
+            events = gateway.client.submit_job("fruit", slowly(draw(1), 1), size=large)
             await stack.enter_async_context(aclosing(events))
             await anext(events)
         reply = await gateway.stub.Status(service_pb2.StatusRequest())
@@ -332,7 +321,8 @@ async def test_a_plan_runs_nothing(gateway: Gateway) -> None:
     plan = await gateway.client.plan("fruit", 7, min_accuracy=0.5, latency_slo_ms=40, modalities=["scent"])
     assert (plan.frontier, plan.chosen, plan.refusal) == ((), None, "as scripted for 7 items")
     (description,) = gateway.selector.planned
-    assert (description.model, description.size, list(description.modalities)) == ("fruit", 7, ["scent"])
+    assert description.model == f"fruit@{gateway.selector.fruit.revision}"
+    assert (description.size, list(description.modalities)) == (7, ["scent"])
     assert (len(description.payloads), len(description.job_id), description.min_accuracy) == (0, 16, 0.5)
     assert 0 < description.budget_us <= 40_000
     with pytest.raises(InvalidRequest, match="size is 0; expected at least one item"):
@@ -366,7 +356,7 @@ async def test_the_caller_s_own_mistake_in_a_batch_is_what_it_gets(
         yield broken(draw(2))
 
     async with AsyncClient(gateway.address, max_message_mib=1) as client:
-        events = client.submit("fruit", mistaken(), size=4)
+        events = client.submit_job("fruit", mistaken(), size=4)
         assert isinstance(await anext(events), JobAccepted)
         with pytest.raises(kind, match=f"^{message}"):
             await anext(events)

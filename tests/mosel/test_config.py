@@ -85,6 +85,9 @@ def test_an_unknown_environment_variable_is_named(monkeypatch: pytest.MonkeyPatc
         ({"selector": {"profile_batch_sizes": []}}, r"'selector\.profile_batch_sizes' holds"),
         ({"selector": {"profile_batch_sizes": [0]}}, r"'selector\.profile_batch_sizes\.0' holds 0"),
         ({"encoders": {"torch_threads": {"pen": 0}}}, r"'encoders\.torch_threads\.pen' holds 0"),
+        ({"tls": {"certificate": "c"}}, r"'tls' holds .*: expected certificate and key, and client_ca only beside"),
+        ({"tls": {"client_ca": "c"}}, r"'tls' holds .*: expected certificate and key, and client_ca only beside them"),
+        ({"internal_tls": {"certificate": "c", "key": "k"}}, r"'internal_tls' holds .*: expected certificate, key and"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_was_expected(flags: dict[str, Any], message: str) -> None:
@@ -121,6 +124,7 @@ def test_services_have_sockets_of_their_own_unless_told_otherwise() -> None:
     assert settings.encoder_address("pen") == "host:2"
     assert settings.fusion_address == "host:1"
     assert settings.gateway_address == "127.0.0.1:8001"
+    assert settings.local_gateway_address == "unix:/run/m/gateway-8001.sock"
 
 
 @pytest.mark.parametrize("letter", ["x", "é"])
@@ -131,6 +135,11 @@ def test_a_socket_path_that_is_too_long_is_refused_in_bytes(letter: str) -> None
     assert load_settings(run_dir=longest).selector_address.endswith("/selector.sock")
     with pytest.raises(ConfigError, match=r"run_dir: .* bytes; expected fewer than 90: choose a shorter run_dir"):
         _ = load_settings(run_dir=longest + letter).selector_address
+
+
+def test_a_token_in_the_environment_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOSEL_TOKEN", "secret")
+    assert "secret" not in str(load_settings())
 
 
 text = st.text(st.characters(exclude_categories=["C"]), max_size=12)
@@ -146,6 +155,9 @@ text = st.text(st.characters(exclude_categories=["C"]), max_size=12)
     grace=st.floats(0, 1e6),
     sizes=st.lists(st.integers(1, 64), min_size=1, max_size=4),
     parent_pid=st.integers(0, 2**22),
+    tokens_file=st.none() | st.just("/tmp/tokens"),
+    insecure=st.booleans(),
+    certificates=st.none() | st.just("/tmp/c"),
 )
 def test_a_child_process_gets_the_same_settings_from_its_environment(
     models: list[str],
@@ -156,12 +168,17 @@ def test_a_child_process_gets_the_same_settings_from_its_environment(
     grace: float,
     sizes: list[int],
     parent_pid: int,
+    tokens_file: str | None,
+    insecure: bool,
+    certificates: str | None,
 ) -> None:
     settings = load_settings(
         models=models,
         run_dir=run_dir,
         parent_pid=parent_pid,
-        gateway={"host": host, "grpc_port": 0},
+        gateway={"host": host, "grpc_port": 0, "tokens_file": tokens_file, "insecure": insecure},
+        tls={"certificate": certificates, "key": certificates},
+        internal_tls={"certificate": certificates, "key": certificates, "ca": certificates},
         encoders={"addresses": addresses, "torch_threads": threads},
         selector={"profile_batch_sizes": sizes},
         transport={"lease_grace_ms": grace},

@@ -29,6 +29,8 @@ def package(tmp_path: Path) -> ModelPackage:
     modalities = {name.lower(): ModalitySpec(name, (5, 40), "networks:Square", (5,)) for name in DTYPES}
     return ModelPackage(
         folder=tmp_path,
+        revision="0",
+        code="0",
         name="squares",
         version="1",
         description="",

@@ -27,7 +27,7 @@ from mosel.profiles import (
     this_hardware,
     wilson,
 )
-from selector.profiles import believed_accuracy
+from selector.profiles import believed_accuracy, model_profile
 
 POINTS = (Point(batch_size=1, p50_ms=1, p95_ms=2), Point(batch_size=8, p50_ms=3, p95_ms=4))
 SETS = ("photo", "scent", "photo+scent")
@@ -199,6 +199,12 @@ def test_what_is_believed_falls_as_the_confidence_rises(value: float, samples: i
     assert believed[0] == pytest.approx(value)
     assert believed == sorted(believed, reverse=True)
     assert believed_accuracy(value, 0, 0.99) == value
+
+
+def test_a_selector_plans_with_what_it_believes(quick: Profile) -> None:
+    measured, believed = model_profile(quick, None), model_profile(quick, None, 0.95)
+    assert all(0 < believed.accuracy[s] < value for s, value in measured.accuracy.items())
+    assert believed.samples == measured.samples == 1000
 
 
 def test_a_bound_is_one_sided() -> None:

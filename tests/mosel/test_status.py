@@ -8,8 +8,11 @@ import pytest
 from mosel import errors
 from mosel.errors import (
     InternalError,
+    ModelNotFound,
     MoselError,
     Overloaded,
+    PackageError,
+    PayloadTooLarge,
     RequestError,
     ServiceError,
     ServiceUnavailable,
@@ -40,8 +43,8 @@ SERVED = [*leaves(RequestError), *leaves(ServiceError)]
 
 
 def test_the_table_holds_every_error_that_a_request_can_meet_and_no_other() -> None:
-    # Unreachable is what its two kinds come back as.
-    assert set(STATUS) == {*SERVED, Unreachable}
+    # Unreachable is what its two kinds come back as; a package that is wrong is met when a model is loaded.
+    assert set(STATUS) == {*SERVED, Unreachable, PackageError}
 
 
 def test_the_tree_s_picture_names_every_error_with_its_status() -> None:
@@ -97,6 +100,15 @@ def test_a_failed_call_becomes_the_error_behind_it() -> None:
     assert (str(error), error.retry_after_ms) == ("full", 40)
 
 
+def test_a_call_may_know_better_which_of_the_errors_of_a_status_it_is() -> None:
+    failed = failed_call(grpc.StatusCode.FAILED_PRECONDITION, "model.toml: wrong")
+    assert type(error_from_rpc(failed, "selector")) is Unreachable
+    meant = error_from_rpc(failed, "selector", {Unreachable: PackageError})
+    assert (type(meant), str(meant)) == (PackageError, "model.toml: wrong")
+    other = failed_call(grpc.StatusCode.NOT_FOUND, "model.toml: wrong")
+    assert type(error_from_rpc(other, "selector", {Unreachable: PackageError})) is ModelNotFound
+
+
 def test_a_peer_that_is_away_is_named_and_not_by_grpc_s_own_words() -> None:
     unreachable = failed_call(grpc.StatusCode.UNAVAILABLE, "failed to connect to all addresses; unix:/x: No such file")
     error = error_from_rpc(unreachable, "fusion")
@@ -104,3 +116,28 @@ def test_a_peer_that_is_away_is_named_and_not_by_grpc_s_own_words() -> None:
     assert str(error) == "service fusion is not reachable"
     passed_on = failed_call(grpc.StatusCode.UNAVAILABLE, "service encoder/audio went away")
     assert str(error_from_rpc(passed_on, "selector")) == "service encoder/audio went away"
+
+
+TLS_FAILED = (
+    "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: Tls handshake failed "
+    "(TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: error:1000007d:SSL routines:OPENSSL_internal:CERTIFICATE_VERIFY_FAILED: "
+    "unable to get local issuer certificate: OK"
+)
+
+
+def test_why_tls_failed_is_said() -> None:
+    error = error_from_rpc(failed_call(grpc.StatusCode.UNAVAILABLE, TLS_FAILED), "gateway")
+    assert isinstance(error, ServiceUnavailable)
+    assert str(error) == (
+        "service gateway is not reachable: TLS says CERTIFICATE_VERIFY_FAILED: unable to get local issuer certificate"
+    )
+
+
+@pytest.mark.parametrize(
+    "side", ["Sent message larger", "Received message larger", "message after decompression larger"]
+)
+def test_a_message_that_grpc_finds_too_large_is_no_overload_and_the_setting_is_named(side: str) -> None:
+    details = f"CLIENT: {side} than max (6291470 vs. 4194304)"
+    error = error_from_rpc(failed_call(grpc.StatusCode.RESOURCE_EXHAUSTED, details), "gateway")
+    assert isinstance(error, PayloadTooLarge)
+    assert str(error) == f"{details} (setting transport.max_message_mib): send fewer items"

@@ -135,8 +135,23 @@ def test_sets_that_cannot_run_are_passed_over(profile: ModelProfile) -> None:
 def test_a_floor_that_is_out_of_reach_is_refused_with_the_best_that_could_be_had(profile: ModelProfile) -> None:
     with pytest.raises(FloorUnreachable, match=r"0\.97 .*the best that could be had is 0\.96 with audio\+image\+pen"):
         allowed(profile, job(0.97))
-    with pytest.raises(FloorUnreachable, match=r"the best that could be had is 0\.88 with image\+pen"):
-        allowed(profile, job(0.9, sent="image+pen"))
+    with pytest.raises(FloorUnreachable, match=r"the best that could be had is 0\.96 with audio\+image\+pen$"):
+        allowed(profile, job(0.97))
+
+
+@pytest.mark.parametrize(
+    ("sent", "floor", "missing"),
+    [
+        ("image+pen", 0.9, "the best that could be had is 0.88 with image+pen; with audio as well, ALL has 0.96"),
+        ("pen", 0.7, "the best that could be had is 0.6 with pen; with audio as well, audio+pen has 0.89"),
+        ("pen", 0.9, "the best that could be had is 0.6 with pen; with audio, image as well, ALL has 0.96"),
+    ],
+)
+def test_what_is_missing_for_a_floor_is_named(profile: ModelProfile, sent: str, floor: float, missing: str) -> None:
+    for exact in (False, True):
+        with pytest.raises(FloorUnreachable) as refused:
+            allowed(profile, job(floor, sent=sent, exact=exact))
+        assert str(refused.value) == f"min_accuracy {floor} cannot be met with {sent}; {missing.replace('ALL', ALL)}"
 
 
 def test_a_service_that_is_away_is_named_with_the_best_that_is_left(profile: ModelProfile) -> None:
@@ -147,7 +162,7 @@ def test_a_service_that_is_away_is_named_with_the_best_that_is_left(profile: Mod
     with pytest.raises(ServiceUnavailable, match="fusion is away"):
         allowed(profile, job(0.5), lambda _: False)
     del profile.fusion[parse_set("pen")]
-    with pytest.raises(ServiceUnavailable, match="selector still measures pen"):
+    with pytest.raises(ServiceUnavailable, match="selector still loads and measures pen"):
         allowed(profile, job(0.5, sent="pen"))
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from mosel.errors import DeadlineUnreachable, ServiceUnavailable
-from selector.jobs import Effort, EncodeCall, FuseCall, Rows, Wait
+from selector.jobs import NORMAL_PRIORITY, Effort, EncodeCall, FuseCall, Rows, Wait
 from selector.scheduler import Scheduler
 from selector.stages import FUSION
 from tests.selector.support import (
@@ -59,6 +59,20 @@ def test_jobs_of_one_model_share_a_call_in_deadline_order_up_to_the_best_batch(s
     fused = [fuse_call(scheduler, 0.004), fuse_call(scheduler, 0.004)]
     assert [call.model for call in fused] == ["one", "two"], "fusion comes first where it completes a job"
     assert fused[0].rows == first.rows
+
+
+def test_a_level_of_priority_counts_as_some_seconds_of_the_deadline(scheduler: Scheduler) -> None:
+    def submitted(name: str, deadline: float, priority: int) -> float:
+        one = dataclasses.replace(job(name, deadline), priority=priority)
+        scheduler.submit(one, 0.0)
+        return one.order
+
+    assert submitted("usual", 10.0, NORMAL_PRIORITY) == 10.0
+    assert submitted("last", 10.0, 9) == 30.0
+    assert submitted("first", 14.0, 4) == 9.0
+    assert submitted("new", 31.0, 1) == 11.0
+    served = [rows.job_id for rows in encode_call(scheduler).rows]
+    assert served == [b"first", b"usual", b"new", b"last"], "what waits long enough goes before what is new"
 
 
 def test_a_large_job_lets_urgent_ones_in_between_its_calls() -> None:

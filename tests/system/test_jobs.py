@@ -72,7 +72,7 @@ def test_a_job_in_batches_is_answered_as_a_prediction_is(
     client: Client, draw: Draw, directly: Directly, items: int, step: int
 ) -> None:
     payloads = draw(items, seed=items)
-    _, results, summary = results_of(client.submit("fruit", batches(payloads, step), size=items))
+    _, results, summary = results_of(client.submit_job("fruit", batches(payloads, step), size=items))
     check(results, payloads, directly)
     prediction = client.predict("fruit", payloads)
     output = np.empty_like(prediction.output)
@@ -85,7 +85,7 @@ def test_a_job_in_batches_is_answered_as_a_prediction_is(
 
 
 def test_results_of_a_large_job_arrive_before_its_end(client: Client, draw: Draw) -> None:
-    _, results, _ = results_of(client.submit("fruit", draw(1024)))
+    _, results, _ = results_of(client.submit_job("fruit", draw(1024)))
     assert len(results) > 1
     assert results[0].items_done < 1024 == results[-1].items_done
 
@@ -95,7 +95,7 @@ def test_the_floor_holds_over_what_was_sent_at_any_moment(
     client: Client, fruit: ModelPackage, draw: Draw, directly: Directly, floor: float
 ) -> None:
     payloads = draw(200, seed=7)
-    _, results, summary = results_of(client.submit("fruit", payloads, min_accuracy=floor))
+    _, results, summary = results_of(client.submit_job("fruit", payloads, min_accuracy=floor))
     check(results, payloads, directly)
     accuracies: list[float] = []
     for part in results:
@@ -118,7 +118,7 @@ async def test_asynchronous_batches_and_a_subset_of_the_modalities(
             yield batch
 
     async with AsyncClient(services.address) as client:
-        events = [event async for event in client.submit("fruit", arriving(), size=20, modalities=["scent"])]
+        events = [event async for event in client.submit_job("fruit", arriving(), size=20, modalities=["scent"])]
         job_id, results, summary = results_of(events)
         check(results, payloads, directly)
         assert summary.strategy == {"scent": 20}
@@ -134,7 +134,7 @@ def waiting(payloads: Payloads, first: int, go_on: threading.Event) -> Iterator[
 
 def test_a_job_tells_where_it_is(client: Client, draw: Draw, until: Until) -> None:
     go_on = threading.Event()
-    events = client.submit("fruit", waiting(draw(5), 2, go_on), size=5)
+    events = client.submit_job("fruit", waiting(draw(5), 2, go_on), size=5)
     accepted = next(events)
     assert isinstance(accepted, JobAccepted)
     until(lambda: client.job(accepted.job_id).items_received == 2, "two items have arrived")
@@ -151,7 +151,7 @@ def test_a_job_tells_where_it_is(client: Client, draw: Draw, until: Until) -> No
 
 def test_a_job_is_cancelled_by_another_client(client: Client, services: Launcher, draw: Draw) -> None:
     go_on = threading.Event()
-    events = client.submit("fruit", waiting(draw(5), 2, go_on), size=5)
+    events = client.submit_job("fruit", waiting(draw(5), 2, go_on), size=5)
     accepted = next(events)
     assert isinstance(accepted, JobAccepted)
     with Client(services.address) as other:
@@ -164,7 +164,7 @@ def test_a_job_is_cancelled_by_another_client(client: Client, services: Launcher
 
 def test_closing_the_iterator_cancels_the_job(client: Client, draw: Draw, until: Until) -> None:
     go_on = threading.Event()
-    events = client.submit("fruit", waiting(draw(5), 2, go_on), size=5)
+    events = client.submit_job("fruit", waiting(draw(5), 2, go_on), size=5)
     accepted = next(events)
     assert isinstance(accepted, JobAccepted)
     events.close()
@@ -197,7 +197,7 @@ def test_a_bad_job_is_refused_with_one_line(
 ) -> None:
     payloads = draw(5)
     with pytest.raises(kind) as refused:
-        list(client.submit(**({"model": "fruit", "items": payloads} | change(payloads))))
+        list(client.submit_job(**({"model": "fruit", "items": payloads} | change(payloads))))
     assert str(refused.value).startswith(message), refused.value
     assert "\n" not in str(refused.value)
 
@@ -247,6 +247,6 @@ def test_a_late_answer_is_had_if_it_is_wanted(client: Client, draw: Draw, direct
     np.testing.assert_allclose(late.output.astype(np.float32), directly(payloads, ["photo"]), atol=1e-5)
     assert late.deadline_slack_ms < 0
     assert not late.deadline_met
-    _, results, summary = results_of(client.submit("fruit", payloads, latency_slo_ms=1, late_ok=True))
+    _, results, summary = results_of(client.submit_job("fruit", payloads, latency_slo_ms=1, late_ok=True))
     check(results, payloads, directly)
     assert not summary.deadline_met

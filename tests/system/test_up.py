@@ -160,7 +160,7 @@ def test_a_taken_port(models_dir: Path, run_mosel: Run, private: dict[str, str])
 
 def test_a_host_that_is_not_here(models_dir: Path, run_mosel: Run, private: dict[str, str]) -> None:
     for port in ("0", "8765"):
-        arguments = ("--models", str(models_dir), "--host", "no.such.host.invalid", "--grpc-port", port)
+        arguments = ("--models", str(models_dir), "--host", "no.such.host.invalid", "--insecure", "--grpc-port", port)
         assert refusal(run_mosel("up", *arguments, env=private)).startswith(
             "--host no.such.host.invalid: cannot listen"
         )

@@ -1,0 +1,4 @@
+"""Who may call, and how much.
+
+`tenants`, `buckets` and `guard` are the logic; `interceptor` puts it in front of gRPC, `middleware` in front of HTTP.
+"""

@@ -1,0 +1,58 @@
+"""The Python modules of model packages, imported by path."""
+
+import sys
+from importlib import import_module as import_by_name
+from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES, ExtensionFileLoader, FileFinder, SourceFileLoader
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+from mosel.errors import PackageError
+
+_NAMESPACE = "mosel_models"
+
+
+def import_module(model: str, folder: Path, module: str) -> ModuleType:
+    """A module of a folder as `mosel_models.<model>.<module>`, imported once; relative imports work inside it.
+
+    Raises:
+        PackageError: there is no such file, or it cannot be imported.
+    """
+    qualified = f"{_NAMESPACE}.{model}.{module}"
+    _parent(_NAMESPACE, [])
+    _parent(f"{_NAMESPACE}.{model}", [str(folder)])
+    if not module.isidentifier() or find_spec(qualified) is None:
+        raise PackageError(f"{folder / module}.py: no such file, but model.toml of '{model}' names it")
+    try:
+        return import_by_name(qualified)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise PackageError(f"{folder / module}.py cannot be imported: {reason}") from error
+
+
+def forget_modules(model: str) -> None:
+    """Has the next import read a model's modules from disk again. Objects that use the old ones keep them."""
+    for name in [name for name in sys.modules if f"{name}.".startswith(f"{_NAMESPACE}.{model}.")]:
+        del sys.modules[name]
+
+
+class _AsItIs(SourceFileLoader):
+    """Never takes compiled code from a cache, which tells new source from old by whole seconds and its size only."""
+
+    def path_stats(self, path: str) -> NoReturn:
+        raise OSError(f"{path} is always compiled")
+
+
+def _parent(name: str, path: list[str]) -> None:
+    """A package without __init__.py, which has the folder as its search path."""
+    known = sys.modules.get(name)
+    if known is not None and list(known.__path__) == path:
+        return
+    for stale in [key for key in sys.modules if path and key.startswith(f"{name}.")]:
+        del sys.modules[stale]
+    parent = sys.modules[name] = ModuleType(name)
+    parent.__path__ = path
+    for folder in path:
+        loaders = (ExtensionFileLoader, EXTENSION_SUFFIXES), (_AsItIs, SOURCE_SUFFIXES)
+        sys.path_importer_cache[folder] = FileFinder(folder, *loaders)

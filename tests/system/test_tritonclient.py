@@ -1,0 +1,119 @@
+"""tritonclient as its users install it, in an environment of its own, against running services."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mosel.launcher import Launcher
+from mosel.model_package import ModelPackage
+
+ROOT = Path(__file__).parents[2]
+CALLS = Path(__file__).parent / "triton"
+# The last two are what the gateway's messages need beside it.
+NEEDED = ["tritonclient[grpc,http]==2.73.*", "grpcio-health-checking>=1.76", "grpcio-reflection>=1.76"]
+
+Payloads = dict[str, NDArray[Any]]
+Draw = Callable[..., Payloads]
+Directly = Callable[..., NDArray[Any]]
+Script = Callable[..., None]
+
+pytestmark = pytest.mark.network
+
+
+@pytest.fixture(scope="session")
+def python(pytestconfig: pytest.Config) -> Path:
+    """The Python of an environment with tritonclient, which is kept from one run to the next."""
+    assert pytestconfig.cache is not None
+    folder = pytestconfig.cache.mkdir("tritonclient") / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    python, installed = folder / "bin" / "python", folder / "installed.txt"
+    if installed.exists() and installed.read_text().splitlines() == NEEDED:
+        return python
+    subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(folder)], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--only-binary=:all:"]
+    command = [*pip, *NEEDED, "--timeout=10", "--retries=0", "--disable-pip-version-check"]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    if "Could not find a version" in result.stderr or "No matching distribution" in result.stderr:
+        pytest.skip(f"pip reaches no index that has tritonclient: {result.stderr.strip().splitlines()[-1]}")
+    assert result.returncode == 0, result.stderr
+    installed.write_text("\n".join(NEEDED))
+    return python
+
+
+@pytest.fixture
+def run(python: Path, tmp_path: Path) -> Script:
+    """Runs one of the scripts of tests/system/triton in that environment."""
+
+    def call(script: str, *arguments: object) -> None:
+        command = [str(python), str(CALLS / script), *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+
+    return call
+
+
+@pytest.fixture
+def payloads(tmp_path: Path, draw: Draw) -> Payloads:
+    """Four items, also in `payloads.npz`."""
+    payloads = draw(4, seed=3)
+    np.savez(tmp_path / "payloads.npz", **payloads)  # type: ignore[arg-type] # arrays, whatever their type
+    return payloads
+
+
+def close(actual: NDArray[Any], expected: NDArray[Any]) -> None:
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def check_classes(classes: NDArray[Any], expected: NDArray[Any], labels: tuple[str, ...]) -> None:
+    """The two largest of each row, as `value:index:label`."""
+    assert classes.shape == (len(expected), 2)
+    for texts, row in zip(classes, expected, strict=True):
+        for text, index in zip(texts, row.argsort()[::-1], strict=False):
+            value, *rest = text.split(":")
+            assert rest == [str(index), labels[index]]
+            assert float(value) == pytest.approx(row[index], abs=1e-5)
+
+
+def test_ordinary_calls_over_grpc(
+    services: Launcher, run: Script, tmp_path: Path, payloads: Payloads, directly: Directly, fruit: ModelPackage
+) -> None:
+    run("grpc_calls.py", services.address, tmp_path)
+    full, labels = directly(payloads, payloads), fruit.output.labels
+    with np.load(tmp_path / "grpc.npz") as answers:
+        for name in ("probabilities", "typed", "later", "stream"):
+            close(answers[name], full)
+        close(answers["subset"], directly(payloads, ["scent"]))
+        assert answers["labels"].tolist() == [labels[index] for index in full.argmax(-1)]
+        check_classes(answers["classes"], full, labels)
+
+
+@pytest.mark.xfail(reason="the gateway does not serve HTTP yet")
+def test_ordinary_calls_over_http(
+    services: Launcher, run: Script, tmp_path: Path, payloads: Payloads, directly: Directly, fruit: ModelPackage
+) -> None:
+    gateway = services.settings.gateway
+    run("http_calls.py", f"{gateway.host}:{gateway.http_port}", tmp_path)
+    full = directly(payloads, payloads)
+    with np.load(tmp_path / "http.npz") as answers:
+        for name in ("probabilities", "json", "mixed", "compressed", "later"):
+            close(answers[name], full)
+        close(answers["subset"], directly(payloads, ["scent"]))
+        check_classes(answers["classes"], full, fruit.output.labels)
+
+
+def test_names_numbers_and_types_are_tritonclient_s(run: Script) -> None:
+    run("fields.py", ROOT / "gateway" / "inference" / "open_inference.binpb")
+
+
+@pytest.mark.parametrize("first", ["theirs", "ours"])
+def test_the_messages_of_both_live_in_one_process(run: Script, first: str) -> None:
+    run("coexistence.py", first)
