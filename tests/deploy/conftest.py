@@ -70,7 +70,7 @@ def check_cell(settings_of: Callable[[Started], Settings]) -> Callable[[Sequence
 def _check_health(started: Started, settings: Settings, packages: Mapping[str, object]) -> None:
     match started.module:
         case "gateway":
-            address = f"127.0.0.1:{settings.gateway.grpc_port}"
+            address = settings.local_gateway_address
         case "encoders":
             address = settings.encoder_address(started.modality)
         case module:
