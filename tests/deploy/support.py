@@ -1,5 +1,7 @@
 """What every deployment is made of."""
 
+import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,3 +28,15 @@ class Started:
         """Of an encoder."""
         assert list(self.command[3:-1]) == ["--modality"]
         return self.command[-1]
+
+
+def compose_program() -> list[str] | None:
+    """Whichever generation of compose there is."""
+    if (
+        shutil.which("docker")
+        and not subprocess.run(
+            ["docker", "compose", "version"], capture_output=True, timeout=60, check=False
+        ).returncode
+    ):
+        return ["docker", "compose"]
+    return ["docker-compose"] if shutil.which("docker-compose") else None

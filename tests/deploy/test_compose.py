@@ -1,7 +1,6 @@
 """The compose files, without an engine: tests/compose starts them."""
 
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.support import ROOT, Started
+from tests.deploy.support import ROOT, Started, compose_program
 
 BASE = ROOT / "docker-compose.yml"
 GPU, MPS = ROOT / "deploy" / "compose.gpu.yml", ROOT / "deploy" / "compose.mps.yml"
@@ -170,15 +169,3 @@ def test_a_compose_program_takes_them(files: tuple[Path, ...]) -> None:
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert checked.returncode == 0, checked.stderr
-
-
-def compose_program() -> list[str] | None:
-    """Whichever generation of compose there is."""
-    if (
-        shutil.which("docker")
-        and not subprocess.run(
-            ["docker", "compose", "version"], capture_output=True, timeout=60, check=False
-        ).returncode
-    ):
-        return ["docker", "compose"]
-    return ["docker-compose"] if shutil.which("docker-compose") else None
