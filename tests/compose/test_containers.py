@@ -1,5 +1,6 @@
 """Everything in containers, called from outside. Slow: builds the image, unless its layers are there already."""
 
+import logging
 from collections.abc import Callable, Iterator
 
 import httpx
@@ -16,6 +17,8 @@ from mosel.model_package import load_package
 from tests.compose.stack import Stack
 
 pytestmark = pytest.mark.slow
+
+log = logging.getLogger(__name__)
 
 SERVICES = ["fusion", "encoder-audio", "encoder-image", "encoder-pen", "selector", "gateway"]
 Eventually = Callable[..., float]
@@ -51,7 +54,7 @@ def test_it_answers_as_the_networks_do(client: Client) -> None:
     inputs = payloads(64)
     answer = client.predict("digits", inputs, timeout_s=60)
     assert set(answer.modality_sets) == {"audio+image+pen"}
-    np.testing.assert_allclose(answer.output, directly(inputs), atol=1e-4)
+    assert np.abs(answer.output.astype(np.float32) - directly(inputs)).max() < 1e-4
 
 
 def test_floors_choose_what_is_run(client: Client) -> None:
@@ -86,7 +89,7 @@ def test_nobody_is_root_or_writes_anywhere(stack: Stack, client: Client, service
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_service_that_is_killed_comes_back(
-    stack: Stack, client: Client, eventually: Eventually, service: str, record_property: Callable[[str, object], None]
+    stack: Stack, client: Client, eventually: Eventually, service: str
 ) -> None:
     container, restarts = stack.container(service), int(stack.inspect(service, "{{.RestartCount}}"))
     stack.kill(service)
@@ -104,7 +107,7 @@ def test_a_service_that_is_killed_comes_back(
         return int(stack.inspect(service, "{{.RestartCount}}")) == restarts + 1
 
     seconds = eventually(answered_in_full, f"answers from all modalities after {service} was killed")
-    record_property("seconds", round(seconds, 1))
+    log.info("%s: answers in full %.1f s after it was killed", service, seconds)
     assert outcomes <= {ServiceUnavailable}
     assert stack.container(service) == container
     eventually(lambda: stack.is_healthy(service), f"{service} healthy")
