@@ -5,7 +5,7 @@ import asyncio
 import contextlib
 import itertools
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 
 import grpc
@@ -14,13 +14,16 @@ from grpc_reflection.v1alpha import reflection
 
 from gateway.access.guarding import guarding
 from gateway.access.interceptor import OnlyTenants
+from gateway.access.middleware import OnlyTenantsHttp
+from gateway.inference.http import InferenceHttp
 from gateway.inference.messages import POOL, SERVICE
 from gateway.inference.servicer import InferenceServicer, handlers
 from gateway.plane import DataPlane
 from gateway.selector_link import SelectorLink
 from gateway.servicer import GatewayServicer
 from mosel.config import Settings
-from mosel.exposure import check_public
+from mosel.exposure import check_public, public_tls
+from mosel.http import HttpServer
 from mosel.model_package import find_packages
 from mosel.service import RefuseGarbage, RefuseHugeAnswers, Service, run_service
 from mosel.tls import handshake_refused
@@ -66,6 +69,7 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
                 plane.guard = guard
                 first = checks if guard is None else (OnlyTenants(guard), *checks)
                 async with (
+                    _speaking_http(settings, plane, refused) as http,
                     Service(settings, address, "--grpc-port", register, first, public=True, refused=refused) as public,
                     # For this user alone, who needs no token there.
                     Service(settings, settings.local_gateway_address, "run_dir", register, checks) as local,
@@ -74,11 +78,25 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
                     await public.set_ready(True)
                     await local.set_ready(True)
                     await stop.wait()
+                    # At the same time as gRPC: each may need all of the grace.
+                    http.stop()
 
 
 def _handshake_refused(plane: DataPlane, reason: str) -> None:
     plane.counters["refused.handshake"] += 1
     handshake_refused(reason)
+
+
+@contextlib.asynccontextmanager
+async def _speaking_http(
+    settings: Settings, plane: DataPlane, refused: Callable[[str], None]
+) -> AsyncIterator[HttpServer]:
+    """Serves the Open Inference Protocol over HTTP."""
+    host, port, grace_s = settings.gateway.host, settings.gateway.http_port, settings.stop_grace_ms / 1000
+    with InferenceHttp(plane) as inference:
+        app = inference.app() if plane.guard is None else OnlyTenantsHttp(inference.app(), plane.guard)
+        async with HttpServer(app, host, port, "--http-port", grace_s, public_tls(settings), refused) as server:
+            yield server
 
 
 def _register(plane: DataPlane, server: grpc.aio.Server) -> None:

@@ -81,7 +81,6 @@ class Models:
             if known is not None and self._checking:
                 self._leaving[known.id] = set(self._checking)
             log.info("model", extra={"model": model})
-        self._tell()
 
     def _tell(self) -> None:
         self._link.name_models({package.id for package in self.packages.values()} | self._leaving.keys())

@@ -14,6 +14,7 @@ from gateway.selector_link import SelectorLink
 from gateway.upload import ArrivingBytes
 from mosel.config import Settings
 from mosel.deadline import Deadline
+from mosel.errors import MoselError
 from mosel.model_package import ModelPackage
 from mosel.transport import Publisher, SharedMemoryArena
 from mosel.v1 import selector_pb2, service_pb2
@@ -67,8 +68,15 @@ class DataPlane:
             Overloaded, ServiceUnavailable: no job can be taken now.
         """
         self.counters["requests"] += 1
-        self.registry.check_room()
-        self.link.check_connected()
+        self._check_room()
+
+    def check_early(self, model: str) -> None:
+        """Counts and refuses a request that has not been read yet if no job can be taken now; errors as of `admit`."""
+        try:
+            self._check_room()
+        except MoselError:
+            with self.inferences_of(model).request():
+                self.admit()
 
     async def predict(self, model: str, check: Check, elements: int, call: Deadline) -> Answer:
         """Predicts the items of one job; cancelling cancels the job.
@@ -99,6 +107,10 @@ class DataPlane:
             request.answer(job.size, answer.queue_ms, answer.compute_ms)
         self.counters.update(answered=1, items=job.size)
         return answer
+
+    def _check_room(self) -> None:
+        self.registry.check_room()
+        self.link.check_connected()
 
     def inferences_of(self, model: str) -> Inferences:
         """What became of the requests to a model; names of no model leave nothing behind."""

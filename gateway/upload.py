@@ -106,7 +106,7 @@ def _kind(message: gateway_pb2.SubmitJobRequest | None) -> str:
 
 
 class ArrivingBytes:
-    """What all jobs together may take while their items arrive.
+    """What all jobs, and the bodies of HTTP requests, together may take while they arrive.
 
     Args:
         largest: bytes that one payload may have.
@@ -138,13 +138,33 @@ class ArrivingBytes:
                 f"size is {job.size}: the payloads would have {total} bytes; expected at most {self._limit} bytes "
                 f"({self._setting}): send fewer items"
             )
-        if self._used + total > self._limit:
-            raise Overloaded(f"jobs that are arriving take {self._used} of {self._limit} bytes ({self._setting})")
-        self._used += total
-        try:
+        with self.growing() as take:
+            take(total)
             yield
+
+    @contextlib.contextmanager
+    def growing(self) -> Iterator[Callable[[int], None]]:
+        """Room for what has no known size yet; inside the block, the function takes so many bytes more.
+
+        The function raises as `reserve` does.
+        """
+        taken = 0
+
+        def take(nbytes: int) -> None:
+            nonlocal taken
+            if taken + nbytes > self._limit:
+                raise PayloadTooLarge(
+                    f"what arrives has {taken + nbytes} bytes or more; "
+                    f"expected at most {self._limit} bytes ({self._setting}): send fewer items"
+                )
+            if self._used + nbytes > self._limit:
+                raise Overloaded(f"jobs that are arriving take {self._used} of {self._limit} bytes ({self._setting})")
+            self._used, taken = self._used + nbytes, taken + nbytes
+
+        try:
+            yield take
         finally:
-            self._used -= total
+            self._used -= taken
 
     def statistics(self) -> dict[str, int]:
         """Bytes that are reserved now."""

@@ -248,7 +248,7 @@ class Client:
 
 
 class AsyncClient:
-    """As `Client`, for asyncio; an async context manager."""
+    """As `Client`, for asyncio; an async context manager, and with `tls` it is connected when it is entered."""
 
     def __init__(
         self,
@@ -259,12 +259,9 @@ class AsyncClient:
         max_message_mib: int = 64,
         retries: Retry | None = _RETRY,
     ) -> None:
-        self._connection = at = Connection(address, token, tls, max_message_mib, retries)
-        if (credentials := at.credentials) is None:
-            self._channel = grpc.aio.insecure_channel(address, at.options)
-        else:
-            self._channel = grpc.aio.secure_channel(address, credentials, at.options)
-        self._stub = gateway_pb2_grpc.GatewayStub(self._channel)
+        self._connection = Connection(address, token, tls, max_message_mib, retries)
+        if tls is None:
+            self._open(None)
 
     async def predict(
         self, model: str, payloads: Payloads, *, timeout_s: float = 30.0, **demand: Unpack[Demand]
@@ -330,10 +327,21 @@ class AsyncClient:
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
+        if self._connection.tls is not None:
+            # There are files to read.
+            self._open(await asyncio.to_thread(lambda: self._connection.credentials))
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
+
+    def _open(self, credentials: grpc.ChannelCredentials | None) -> None:
+        at = self._connection
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(at.address, at.options)
+        else:
+            self._channel = grpc.aio.secure_channel(at.address, credentials, at.options)
+        self._stub = gateway_pb2_grpc.GatewayStub(self._channel)
 
     async def _call(
         self, method: Callable[..., Awaitable[Reply]], request: Any, timeout_s: float, instead: Instead | None = None

@@ -80,6 +80,10 @@ class GatewaySettings(_Section):
     tokens_file: OptionalFile = None
     # Other machines may reach services that TLS and tokens do not protect.
     insecure: bool = False
+    # Of HTTP requests: JSON takes many times its size while it is read, binary data does not; and a body that is still
+    # not there after so long is waited for no more.
+    max_json_mib: int = Field(8, ge=1)
+    max_body_ms: float = Field(60_000, gt=0)
 
 
 class TlsSettings(_Section):
@@ -209,6 +213,11 @@ class Settings(BaseSettings):
         """Where the gateway listens for this user, who needs no token there: only this user can open the socket."""
         # Several gateways of one machine may share a folder, but never a port.
         return self._socket(f"gateway-{self.gateway.grpc_port}")
+
+    @property
+    def http_address(self) -> str:
+        """Where the gateway speaks HTTP."""
+        return f"{self.gateway.host}:{self.gateway.http_port}"
 
     @property
     def selector_address(self) -> str:

@@ -1,4 +1,4 @@
-"""The error tree. `mosel/status.py` has the one table from error to gRPC status.
+"""The error tree. `mosel/status.py` has the tables from error to gRPC and HTTP status.
 
     MoselError
     ├── RequestError            the caller's fault

@@ -1,17 +1,64 @@
 """An ASGI application on a TCP port, in the event loop of the service that it belongs to."""
 
 import asyncio
+import logging
+import math
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mosel.errors import ConfigError
 from mosel.tls import ServerTls, handshake_refused
 
 if TYPE_CHECKING:
-    from uvicorn._types import ASGIApplication
+    from starlette.types import ASGIApp
+
+_IDLE_S = 60.0
+
+
+class _Connection(H11Protocol):
+    """Ends when no whole request has come for so long, whatever dribbles in; uvicorn waits as long as it does."""
+
+    def __init__(self, idle_s: float, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._idle_s = idle_s
+        self._idle: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
+        """The caller is there, and has sent nothing."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Something of a request, or all of it."""
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        """The next request may come."""
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The caller is gone."""
+        self._stop_watching()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        # Before the first request there is none, whatever uvicorn's types say.
+        if self.cycle is not None and not self.cycle.response_complete:  # type: ignore[redundant-expr]
+            self._stop_watching()
+        elif self._idle is None and not self.transport.is_closing():
+            self._idle = self.loop.call_later(self._idle_s, self.transport.abort)
+
+    def _stop_watching(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
 
 
 class HttpServer:
@@ -25,6 +72,7 @@ class HttpServer:
         grace_s: how long calls may take to finish at the end.
         tls: how the port shows who it is; None: in plain text.
         refused: called with the reason when TLS does not let a caller in.
+        idle_s: how long a connection may bring no whole request.
 
     Attributes:
         port: where it listens, once it does.
@@ -35,25 +83,29 @@ class HttpServer:
 
     def __init__(
         self,
-        app: "ASGIApplication",
+        app: "ASGIApp",
         host: str,
         port: int,
         setting: str,
         grace_s: float,
         tls: ServerTls | None = None,
         refused: Callable[[str], None] = handshake_refused,
+        idle_s: float = _IDLE_S,
     ) -> None:
         self.port, self._host, self._setting = port, host, setting
         self._tls, self._refused = tls, refused
         # Loop, logs and signals are the service's.
         self._config = uvicorn.Config(
             app,
+            http=partial(_Connection, idle_s),  # type: ignore[arg-type] # it is called, and no more
             loop="none",
             log_config=None,
+            log_level=logging.WARNING,
             access_log=False,
             lifespan="off",
             ws="none",
             server_header=False,
+            timeout_keep_alive=math.ceil(idle_s),
             timeout_graceful_shutdown=max(round(grace_s), 1),
         )
         self._server = uvicorn.Server(self._config)
@@ -64,21 +116,28 @@ class HttpServer:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((self._host, self.port))
+            listener.listen()
         except OSError as error:
             listener.close()
             where = f"{self._host}:{self.port}"
             raise ConfigError(f"{self._setting}: cannot listen on {where}: {error.strerror}") from None
         self.port = listener.getsockname()[1]
-        self._listener = listener
         # As `uvicorn.Server.serve` does, without its signal handlers.
         self._config.load()
         self._config.ssl = context
         self._server.lifespan = self._config.lifespan_class(self._config)
         await self._server.startup([listener])
-        self._task = asyncio.create_task(self._server.main_loop(), name=f"http on {self.port}")
+        self._task = asyncio.create_task(self._serve(listener), name=f"http on {self.port}")
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self._server.should_exit = True
+        self.stop()
         await self._task
-        await self._server.shutdown([self._listener])
+
+    def stop(self) -> None:
+        """Takes no more calls from now on; the end of the block waits for those that were begun."""
+        self._server.should_exit = True
+
+    async def _serve(self, listener: socket.socket) -> None:
+        await self._server.main_loop()
+        await self._server.shutdown([listener])

@@ -86,6 +86,11 @@ class Launcher:
         """The gateway's socket for this user, who needs no token and no certificate there."""
         return self.settings.local_gateway_address
 
+    @property
+    def http_address(self) -> str:
+        """Where the gateway speaks HTTP."""
+        return self.settings.http_address
+
     def __enter__(self) -> "Launcher":
         try:
             self._start("fusion", "fusion")

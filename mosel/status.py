@@ -1,5 +1,6 @@
-"""Errors on the wire: the one table from error to gRPC status, and the way back."""
+"""Errors on the wire: the tables from error to gRPC status and to HTTP status, and the way back from gRPC."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import cast
@@ -53,6 +54,28 @@ STATUS: dict[type[MoselError], grpc.StatusCode] = {
 # What grpc itself says, where a setting or the reason would be hard to guess.
 _TOO_LARGE = "larger than max"
 _HANDSHAKE_FAILED = re.compile(r"[Hh]andshake failed.*?OPENSSL_internal:([A-Z_0-9]+(?:: [a-z ]+)?)")
+HTTP_STATUS: dict[type[MoselError], int] = {
+    InvalidRequest: 400,
+    PayloadTooLarge: 413,
+    Unauthenticated: 401,
+    PermissionDenied: 403,
+    ModelNotFound: 404,
+    JobNotFound: 404,
+    # Understood, and nothing that could be done: 412 is about conditions in headers.
+    Unreachable: 422,
+    FloorUnreachable: 422,
+    DeadlineUnreachable: 422,
+    Overloaded: 429,
+    DeadlineExceeded: 504,
+    # Those who get it are others than those who went away; nginx gave it its number.
+    JobCancelled: 499,
+    Cancelled: 499,
+    ServiceUnavailable: 503,
+    ReadNotProven: 503,
+    InternalError: 500,
+    # Of a model that is to be loaded.
+    PackageError: 422,
+}
 
 # Several errors share a status; the way back takes the first of them.
 _ERRORS = {status: error for error, status in reversed(STATUS.items())} | {
@@ -66,6 +89,17 @@ def status_of(error: BaseException) -> grpc.StatusCode:
     return (
         STATUS.get(type(error), grpc.StatusCode.INTERNAL) if isinstance(error, MoselError) else grpc.StatusCode.INTERNAL
     )
+
+
+def http_status_of(error: BaseException) -> int:
+    """The HTTP status of an error; 500 for anything that is not in the table."""
+    return HTTP_STATUS.get(type(error), 500) if isinstance(error, MoselError) else 500
+
+
+def http_headers_of(error: BaseException) -> dict[str, str]:
+    """When to try again, as HTTP says it in seconds and in milliseconds; nothing if trying again does not help."""
+    wait_ms = retry_after_ms(error)
+    return {"retry-after": str(math.ceil(wait_ms / 1000)), RETRY_AFTER: str(wait_ms)} if wait_ms else {}
 
 
 def status_number(error: BaseException) -> int:

@@ -2,13 +2,13 @@
 
 import contextlib
 import json
-import math
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from gateway.access.caller import calling
 from gateway.access.guard import Guard
-from mosel.errors import MoselError, Overloaded, PermissionDenied
-from mosel.status import RETRY_AFTER, retry_after_ms
+from mosel.errors import MoselError, Unauthenticated
+from mosel.status import http_headers_of, http_status_of
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -48,6 +48,7 @@ class OnlyTenantsHttp:
                 if needs_admin(scope["path"]):
                     self._guard.check_admin(tenant, scope["path"])
                 count = entered.enter_context(self._guard.enter(tenant))
+                entered.enter_context(calling(tenant))
             except MoselError as error:
                 self._guard.refused(error, _peer(scope), f"{scope['method']} {scope['path']}", tenant)
                 await _refuse(error, send)
@@ -73,15 +74,9 @@ def _peer(scope: Message) -> str:
 async def _refuse(error: MoselError, send: Send) -> None:
     """The answer in the form of the Open Inference Protocol."""
     body = json.dumps({"error": str(error)}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    status = 401
-    if isinstance(error, PermissionDenied):
-        status = 403
-    elif isinstance(error, Overloaded):
-        status, wait_ms = 429, retry_after_ms(error)
-        headers.append((b"retry-after", str(math.ceil(wait_ms / 1000)).encode()))
-        headers.append((RETRY_AFTER.encode(), str(wait_ms).encode()))
-    else:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    headers = {"content-type": "application/json", "content-length": str(len(body))} | http_headers_of(error)
+    if isinstance(error, Unauthenticated):
+        headers["www-authenticate"] = "Bearer"
+    encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": http_status_of(error), "headers": encoded})
     await send({"type": "http.response.body", "body": body})

@@ -148,7 +148,8 @@ def _read(tensor: InputTensor, field: str) -> NDArray[np.generic]:
 def _typed(tensor: InputTensor, field: str) -> NDArray[np.generic]:
     dtype = DTYPES[tensor.datatype]
     try:
-        values = np.asarray(list(tensor.values))
+        # An array already, or a protobuf's own kind of list.
+        values = np.asarray(tensor.values if isinstance(tensor.values, np.ndarray) else list(tensor.values))
     except (ValueError, OverflowError):
         values = np.empty((), object)
     if values.ndim != 1 or values.dtype.kind not in _KINDS[dtype.kind]:

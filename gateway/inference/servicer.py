@@ -112,11 +112,11 @@ class InferenceServicer:
             converted = request_from(request)
         return message_from(await infer(self._plane, converted, call))
 
-    async def _streamed(self, request: Any | DecodeError, call: Deadline) -> Message:
+    async def _streamed(self, request: Any | MoselError, call: Deadline) -> Message:
         """What a stream answers to one of its requests."""
         try:
-            if isinstance(request, DecodeError):
-                raise InvalidRequest("a request's bytes are no message that ModelStreamInfer knows")
+            if isinstance(request, MoselError):
+                raise request
             response = await self._infer(request, call)
         except MoselError as error:
             reason = str(error)
@@ -144,10 +144,13 @@ def handlers(servicer: InferenceServicer) -> grpc.GenericRpcHandler:
 
 
 async def _read(context: Context) -> Any:
-    """The next request of a stream, or the error that its bytes give, or the end."""
+    """The next request of a stream, or the error that it gives, or the end."""
     try:
         return await context.read()
-    except DecodeError as error:
+    except DecodeError:
+        return InvalidRequest("a request's bytes are no message that ModelStreamInfer knows")
+    except MoselError as error:
+        # It is beyond a limit of its tenant.
         return error
 
 

@@ -27,7 +27,7 @@ class InputTensor:
     datatype: str
     shape: tuple[int, ...]
     raw: bytes | memoryview | None = None
-    values: Sequence[object] = ()
+    values: Sequence[object] | NDArray[np.generic] = ()
     parameters: Parameters = field(default_factory=dict)
 
 

@@ -51,7 +51,8 @@ def up(
     with started(settings, ready_timeout_s) as launcher:
         _report_quick_profiles(set(settings.profiles_dir.glob("*.json")) - known)
         names = ", ".join(launcher.packages)
-        typer.echo(f"ready: gRPC on {launcher.address}, models: {names} (Ctrl-C stops)")
+        where = f"gRPC on {launcher.address}, HTTP on {launcher.http_address}"
+        typer.echo(f"ready: {where}, models: {names} (Ctrl-C stops)")
         if settings.tls.certificate or settings.gateway.tokens_file:
             typer.echo(f"for this user alone, without a token: {launcher.local_address}")
         reported: set[str] = set()

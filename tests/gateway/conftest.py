@@ -57,7 +57,7 @@ async def gateway(settings: Settings, fruit: ModelPackage, opened: Opened) -> As
         server.add_generic_rpc_handlers((handlers(InferenceServicer(plane)),))
         address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
-        gateway = Gateway(address, selector, rungs)
+        gateway = Gateway(address, selector, rungs, plane)
         await gateway.told(tensor_pb2.POSIX_SHM)
         async with gateway.client, gateway.channel:
             yield gateway

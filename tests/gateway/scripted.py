@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 import grpc
 import numpy as np
 
+from gateway.plane import DataPlane
 from mosel.client import AsyncClient, JobInfo
 from mosel.config import Settings
 from mosel.model_package import ModelPackage, load_package
@@ -99,8 +100,8 @@ async def serving(settings: Settings) -> AsyncIterator[ScriptedSelector]:
 class Gateway:
     """A gateway in this process, its selector, and clients."""
 
-    def __init__(self, address: str, selector: ScriptedSelector, rungs: "asyncio.Queue[int]") -> None:
-        self.address, self.selector, self.rungs = address, selector, rungs
+    def __init__(self, address: str, selector: ScriptedSelector, rungs: "asyncio.Queue[int]", plane: DataPlane) -> None:
+        self.address, self.selector, self.rungs, self.plane = address, selector, rungs, plane
         self.client = AsyncClient(address, retries=None)
         self.channel = grpc.aio.insecure_channel(address)
         self.stub = gateway_pb2_grpc.GatewayStub(self.channel)
@@ -115,6 +116,13 @@ class Gateway:
         assert message.HasField("cancel")
         return message.cancel.job_id
 
+    def answer(self, description: selector_pb2.JobDescription, **result: float) -> None:
+        """Lets the selector answer a job, and forget it."""
+        groups = [group("photo+scent", *range(description.size))]
+        fields = {"job_id": description.job_id, "groups": groups} | result
+        self.selector.say(result=selector_pb2.JobResult(**fields))  # type: ignore[arg-type]
+        self.selector.say(release=release_of(description))
+
     async def told(self, rung: tensor_pb2.Rung.ValueType) -> None:
         """Lets the selector say how payloads travel."""
         self.selector.say(transport=selector_pb2.PayloadTransport(rung=rung))
@@ -128,6 +136,11 @@ class Gateway:
         counters = reply.services[0].counters
         names = ("jobs_in_flight", "jobs_at_selector", "arriving_bytes", "slots_published", "slots_filling")
         return sum(counters[name] for name in names)
+
+    async def named(self) -> list[str]:
+        """The models that jobs of this gateway will name, as it said next."""
+        async with asyncio.timeout(30):
+            return await self.selector.named.get()
 
     async def idle(self) -> None:
         async with asyncio.timeout(30):

@@ -19,11 +19,14 @@ from mosel.errors import (
     Unreachable,
 )
 from mosel.status import (
+    HTTP_STATUS,
     RETRY_AFTER,
     STATUS,
     error_from,
     error_from_number,
     error_from_rpc,
+    http_headers_of,
+    http_status_of,
     retry_after_ms,
     status_number,
     status_of,
@@ -45,6 +48,21 @@ SERVED = [*leaves(RequestError), *leaves(ServiceError)]
 def test_the_table_holds_every_error_that_a_request_can_meet_and_no_other() -> None:
     # Unreachable is what its two kinds come back as; a package that is wrong is met when a model is loaded.
     assert set(STATUS) == {*SERVED, Unreachable, PackageError}
+
+
+def test_http_has_a_status_for_each_of_them() -> None:
+    # A model package is read on request, too.
+    assert set(HTTP_STATUS) == {*STATUS, errors.PackageError}
+    for kind, status in HTTP_STATUS.items():
+        assert http_status_of(kind("x")) == status
+        assert (status < 500) == (issubclass(kind, RequestError) or status in (422, 429, 499))
+    assert http_status_of(ValueError("x")) == http_status_of(errors.ConfigError("x")) == 500
+
+
+def test_http_says_when_to_try_again_in_seconds_and_in_milliseconds() -> None:
+    assert http_headers_of(Overloaded("full", 1001)) == {"retry-after": "2", RETRY_AFTER: "1001"}
+    assert http_headers_of(Overloaded("full", 1)) == {"retry-after": "1", RETRY_AFTER: "1"}
+    assert http_headers_of(Overloaded("full", 0)) == http_headers_of(InternalError("x")) == {}
 
 
 def test_the_tree_s_picture_names_every_error_with_its_status() -> None:

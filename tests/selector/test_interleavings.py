@@ -59,13 +59,18 @@ demands = st.fixed_dictionaries(
 budgets_ms = st.sampled_from([5.0, 30.0, 100.0, 1000.0, 10_000.0])
 
 
+def name_of(model: str) -> str:
+    """The name of one of the revisions of a model, which all have the same profile."""
+    return model.partition("@")[0]
+
+
 def floor_of(job: Job) -> float:
     """The accuracy that the caller may count on."""
-    accuracy = PROFILES[job.model].accuracy
+    accuracy = PROFILES[name_of(job.model)].accuracy
     if job.min_accuracy is not None:
         return job.min_accuracy
     sent = accuracy[job.modalities]
-    return min(sent, DEFAULT_FLOOR) if job.model == "three" else sent
+    return min(sent, DEFAULT_FLOOR) if name_of(job.model) == "three" else sent
 
 
 class Account:
@@ -109,7 +114,7 @@ class Account:
     def answered(self) -> None:
         self.end("answered")
         assert self.answered_with.keys() == set(range(self.job.size)), "each item is answered once"
-        accuracy = PROFILES[self.job.model].accuracy
+        accuracy = PROFILES[name_of(self.job.model)].accuracy
         mean = sum(accuracy[s] for s in self.answered_with.values()) / self.job.size
         assert mean >= floor_of(self.job) - 1e-9, "the floor was undercut"
         assert not self.job.exact or set(self.answered_with.values()) == {self.job.modalities}
@@ -127,7 +132,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.resources = dict.fromkeys(MODALITIES, "cpu") | {FUSION: fusion_on}
         self.up = set(LANES) - away
         self.scheduler = Scheduler(PROFILES, self.policy, MAX_QUEUED, TOKENS)
-        self.scheduler._planner._frontiers = FRONTIERS
+        self.scheduler._planner._frontiers = dict(FRONTIERS)
         for name in LANES:
             assert self.scheduler.lane(name, name in self.up, self.resources[name]) == []
         self.accounts: dict[bytes, Account] = {}
@@ -138,7 +143,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         return [account for account in self.accounts.values() if not account.how_ended]
 
     def new_job(self, model: str, pick: set[str], budget_ms: float, demand: dict[str, object]) -> Job:
-        sent = frozenset(pick if model == "three" else (pick - {"image"}) or {"pen"})
+        sent = frozenset(pick if name_of(model) == "three" else (pick - {"image"}) or {"pen"})
         deadline = self.now + budget_ms / 1000
         expires = deadline + 0.2 if demand["late_ok"] else None
         job_id = len(self.accounts).to_bytes(16, "big")
@@ -163,7 +168,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def check_refusal(self, job: Job, error: MoselError) -> None:
         candidates = [job.modalities] if job.exact or self.policy == "all" else subsets(job.modalities)
-        best = max(PROFILES[job.model].accuracy[s] for s in candidates)
+        best = max(PROFILES[name_of(job.model)].accuracy[s] for s in candidates)
         assert isinstance(error, FloorUnreachable) == (best < floor_of(job) - 1e-9)
         assert not isinstance(error, DeadlineUnreachable) or not job.late_ok
         assert not isinstance(error, Overloaded) or error.retry_after_ms >= 1
@@ -220,7 +225,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.check_order(accounts[0], {n for n in self.up if used[self.resources[n]] < TOKENS})
 
     def check_size(self, call: Call) -> None:
-        profile = PROFILES[call.model]
+        profile = PROFILES[name_of(call.model)]
         curve = profile.encoders[call.modality] if isinstance(call, EncodeCall) else profile.fusion[call.modality_set]
         assert sum(len(rows.items) for rows in call.rows) <= curve.best_batch
 

@@ -23,6 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from gateway.access.tenants import hash_of
+from gateway.inference.messages import ModelStreamInferResponse
 from mosel.client import Client
 from mosel.config import FREE_PORTS, Settings
 from mosel.errors import ConfigError
@@ -70,6 +71,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, run_mosel: Run) -> Files:
         "alice": [],
         "bob": ["--admin"],
         "carol": ["--requests-per-s", "0.01", "--burst", "1"],
+        "erin": ["--requests-per-s", "0.01", "--burst", "2"],
     }
     made = {
         name: run_mosel("token", name, *limits, "--file", str(folder / "tokens.toml")).stdout.strip()
@@ -303,6 +305,27 @@ def test_commands_take_a_token_and_certificates(secured: Launcher, files: Files,
         # Before it gRPC may have said something of its own.
         assert refused.stderr.splitlines()[-1].startswith(f"error: {says}")
     assert run_mosel("health", public_address(secured), *mutual[2:]).stdout == "SERVING\n"
+
+
+def test_an_admin_loads_models(secured: Launcher, files: Files) -> None:
+    load = gateway_pb2.LoadModelRequest(model="fruit")
+    with called(secured, files.tls()) as gateway:
+        code, _ = refusal(lambda: gateway.LoadModel(load, metadata=header(files.tokens["alice"]), timeout=60))
+        assert code is grpc.StatusCode.PERMISSION_DENIED
+        assert gateway.LoadModel(load, metadata=header(files.tokens["bob"]), timeout=60).name == "fruit"
+
+
+def test_each_request_of_an_inference_stream_counts(secured: Launcher, files: Files) -> None:
+    with grpc.secure_channel(public_address(secured), files.tls().channel_credentials()) as channel:
+        infer: Any = channel.stream_stream(
+            "/inference.GRPCInferenceService/ModelStreamInfer", None, ModelStreamInferResponse.FromString
+        )
+        # One for the call, one for the first of its requests; the stream itself goes on.
+        answers = list(infer(iter([b"\xff"] * 3), metadata=header(files.tokens["erin"]), timeout=30))
+    first, *others = [answer.error_message for answer in answers]
+    assert first.startswith("a request's bytes are no message")
+    assert len(others) == 2
+    assert all(other.startswith("tenant erin is beyond its requests_per_s of 0.01; try again in") for other in others)
 
 
 def test_services_on_tcp_let_nobody_in_but_each_other(secured: Launcher, files: Files, until: Until) -> None:

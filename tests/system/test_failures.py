@@ -255,7 +255,7 @@ def test_a_second_signal_ends_a_service_at_once(own: Launcher, draw: Draw, until
 
 def test_every_service_stops_on_a_signal_and_leaves_nothing(own: Launcher, shared_memory: Path) -> None:
     sockets = own.settings.run_dir
-    assert len(list(sockets.glob("*.sock"))) == 4
+    assert len(list(sockets.glob("*.sock"))) == 5
     assert list(shared_memory.iterdir()) != []
     for name, number in zip(SERVICES, [signal.SIGTERM, signal.SIGINT] * 3, strict=False):
         process = own.children[name].process

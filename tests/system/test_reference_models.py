@@ -1,5 +1,8 @@
 """The reference models through the services answer as the same networks called directly."""
 
+import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,15 +23,21 @@ from mosel.samples import Samples
 MODELS = ("digits", "har")
 JOB_ITEMS, ITEMS = 50, 300
 SETS = {name: subsets(load_package(reference_models() / name).modalities) for name in MODELS}
+PROTOCOLS = Path(__file__).parents[2] / "docs" / "protocols.md"
 CASES = [pytest.param(name, s, id=f"{name}-{format_set(s)}") for name in MODELS for s in SETS[name]]
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
+def services() -> Iterator[Launcher]:
     with Launcher(load_settings(models=MODELS, gateway=FREE_PORTS)) as launcher:
         launcher.wait_ready(120)
-        with Client(launcher.address) as client:
-            yield client
+        yield launcher
+
+
+@pytest.fixture(scope="module")
+def client(services: Launcher) -> Iterator[Client]:
+    with Client(services.address) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +89,16 @@ def test_services_answer_as_the_networks_called_directly(
     if labels is not None:
         accuracies = [(scores.argmax(-1) == labels).mean() for scores in (output, direct)]
         assert abs(accuracies[0] - accuracies[1]) <= 0.01
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+@pytest.mark.parametrize("command", re.findall(r"```sh\n(.*?)```", PROTOCOLS.read_text(), re.DOTALL))
+def test_what_docs_protocols_md_does_with_curl(services: Launcher, tmp_path: Path, command: str) -> None:
+    there = command.replace("127.0.0.1:8000", services.http_address)
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", there], cwd=tmp_path, capture_output=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stderr + result.stdout
+    answer = result.stdout or (tmp_path / "answer.bin").read_bytes()
+    assert b'"digits"' in answer
+    assert b'"error"' not in answer

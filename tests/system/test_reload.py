@@ -23,7 +23,7 @@ from mosel.errors import InvalidRequest, ModelNotFound, MoselError, PackageError
 from mosel.launcher import Child, Launcher
 from mosel.model_package import ModelPackage, file_sha256, load_package
 from mosel.training import save_weights
-from tests.system.fruit_on_disk import Fruit, Payloads, frozen, loaded_by, same, slots_held
+from tests.fruit_on_disk import Fruit, Payloads, frozen, loaded_by, same, slots_held
 
 Draw = Callable[..., Payloads]
 Until = Callable[..., None]

@@ -96,12 +96,10 @@ def test_ordinary_calls_over_grpc(
         check_classes(answers["classes"], full, labels)
 
 
-@pytest.mark.xfail(reason="the gateway does not serve HTTP yet")
 def test_ordinary_calls_over_http(
     services: Launcher, run: Script, tmp_path: Path, payloads: Payloads, directly: Directly, fruit: ModelPackage
 ) -> None:
-    gateway = services.settings.gateway
-    run("http_calls.py", f"{gateway.host}:{gateway.http_port}", tmp_path)
+    run("http_calls.py", services.http_address, tmp_path)
     full = directly(payloads, payloads)
     with np.load(tmp_path / "http.npz") as answers:
         for name in ("probabilities", "json", "mixed", "compressed", "later"):

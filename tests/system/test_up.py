@@ -59,7 +59,7 @@ def ready_address(process: Popen[str]) -> str:
     """Reads until the line that says where the gateway is."""
     assert process.stdout is not None
     for line in process.stdout:
-        found = re.fullmatch(r"ready: gRPC on (\S+), models: fruit \(Ctrl-C stops\)", line.strip())
+        found = re.fullmatch(r"ready: gRPC on (\S+), .*models: fruit \(Ctrl-C stops\)", line.strip())
         if found:
             return found[1]
     assert process.stderr is not None

@@ -54,7 +54,7 @@ async def serve(make_guard: MakeGuard) -> Callable[..., Any]:
     async def serving(**limits: float) -> AsyncIterator[tuple[httpx.AsyncClient, Guard, App]]:
         app, guard = App(), make_guard(**limits)
         async with (
-            HttpServer(OnlyTenantsHttp(app, guard), "127.0.0.1", 0, "--http-port", 1) as server,  # type: ignore[arg-type]
+            HttpServer(OnlyTenantsHttp(app, guard), "127.0.0.1", 0, "--http-port", 1) as server,
             httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", trust_env=False) as client,
         ):
             yield client, guard, app
@@ -219,7 +219,7 @@ async def test_tls_lets_in_who_speaks_it_and_says_who_does_not(certificates: Pat
         known.load_cert_chain(certificates / "client.pem", certificates / "client.key")
     without, others = ssl.create_default_context(cafile=ca), ssl.create_default_context()
     app, retries = App(), httpx.AsyncHTTPTransport
-    async with HttpServer(app, "127.0.0.1", 0, "--http-port", 1, tls, refused.append) as server:  # type: ignore[arg-type]
+    async with HttpServer(app, "127.0.0.1", 0, "--http-port", 1, tls, refused.append) as server:
 
         async def get(scheme: str, context: ssl.SSLContext) -> dict[str, Any]:
             async with httpx.AsyncClient(transport=retries(verify=context)) as client:
@@ -243,5 +243,5 @@ async def test_tls_lets_in_who_speaks_it_and_says_who_does_not(certificates: Pat
 async def test_a_wrong_file_is_an_error_at_the_start(certificates: Path) -> None:
     tls = ServerTls("tls", certificates / "server.pem", certificates / "client.key")
     with pytest.raises(ConfigError, match=r"^tls\.key: .*/client\.key belongs to another certificate"):
-        async with HttpServer(App(), "127.0.0.1", 0, "--http-port", 1, tls):  # type: ignore[arg-type]
+        async with HttpServer(App(), "127.0.0.1", 0, "--http-port", 1, tls):
             pass

@@ -117,9 +117,9 @@ def check_errors(client: Any, payloads: Payloads) -> None:
     wrong_dtype = triton.InferInput("scent", [1, 6], "FP64").set_data_from_numpy(np.zeros((1, 6)))
     refused("400", "'scent'.datatype is FP64; expected FP32", client.infer, MODEL, [wrong_dtype])
     floor = {"min_accuracy": 0.9}
-    refused("4", "with photo as well, photo+scent has", client.infer, MODEL, scents, parameters=floor)
+    refused("422", "with photo as well, photo+scent has", client.infer, MODEL, scents, parameters=floor)
     large = triton.InferInput("scent", [1025, 6], "FP32").set_data_from_numpy(np.zeros((1025, 6), np.float32))
-    refused("4", "1025 items; expected at most 1024 in one job", client.infer, MODEL, [large])
+    refused("413", "1025 items; expected at most 1024 in one job", client.infer, MODEL, [large])
     output = [triton.InferRequestedOutput("colour")]
     refused("400", "outputs[0] 'colour' is no output of 'fruit'", client.infer, MODEL, scents, outputs=output)
     unknown = {"min_acuracy": 1}
