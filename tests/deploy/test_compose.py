@@ -13,8 +13,8 @@ from tests.deploy.support import ROOT, Started, compose_program
 
 BASE = ROOT / "docker-compose.yml"
 GPU, MPS = ROOT / "deploy" / "compose.gpu.yml", ROOT / "deploy" / "compose.mps.yml"
-OBSERVABILITY = ROOT / "deploy" / "compose.observability.yml"
-STACKS = [(BASE,), (BASE, GPU), (BASE, GPU, MPS), (BASE, OBSERVABILITY), (BASE, GPU, OBSERVABILITY)]
+OBSERVABILITY, PROTECTED = ROOT / "deploy" / "compose.observability.yml", ROOT / "deploy" / "compose.protected.yml"
+STACKS = [(BASE,), (BASE, GPU), (BASE, GPU, MPS), (BASE, OBSERVABILITY), (BASE, GPU, OBSERVABILITY), (BASE, PROTECTED)]
 UNITS = {"m": 1024**2, "g": 1024**3}
 
 
@@ -137,11 +137,20 @@ def test_every_file_that_is_mounted_exists() -> None:
             assert not source.startswith(".") or (ROOT / source).is_file(), volume
 
 
-@pytest.mark.parametrize("file", [GPU, MPS, OBSERVABILITY], ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [GPU, MPS, OBSERVABILITY, PROTECTED], ids=lambda file: file.stem)
 def test_an_overlay_changes_services_that_exist_or_brings_whole_ones(file: Path) -> None:
     known = read(BASE)["services"]
     for name, service in read(file)["services"].items():
         assert name in known or "image" in service, f"{name} is no service of docker-compose.yml"
+
+
+def test_other_machines_come_in_with_tls_and_tokens_or_not_at_all(
+    files: tuple[Path, ...], settings_of: Callable[[Started], Any]
+) -> None:
+    settings = settings_of(product(stack(files)["services"])["gateway"])
+    protected = PROTECTED in files
+    assert settings.gateway.insecure != protected
+    assert (settings.gateway.tokens_file is not None, settings.tls.certificate is not None) == (protected, protected)
 
 
 def test_gpus_come_with_what_cuda_ipc_needs(settings_of: Callable[[Started], Any]) -> None:

@@ -17,7 +17,7 @@ Manifest = dict[str, Any]
 
 OVERLAYS = ROOT / "deploy" / "kubernetes" / "overlays"
 # The oldest Kubernetes that an overlay is for, as it says itself.
-OLDEST = {"cpu": "1.30", "gpu": "1.34"}
+OLDEST = {"cpu": "1.30", "gpu": "1.34", "protected": "1.30"}
 NEWEST = "1.37"
 GATEWAY = ("spec", "template", "spec", "containers", 0)
 UNITS = {"Mi": 1024**2, "Gi": 1024**3}
@@ -130,8 +130,10 @@ def test_a_pod_is_one_cell(
     assert memory["emptyDir"]["medium"] == "Memory"
     cell = []
     for container in containers(pod):
-        health = container["livenessProbe"].get("exec", {}).get("command", [])
-        assert container["startupProbe"].get("exec", {}).get("command", []) == health
+        alive = container["livenessProbe"].get("exec")
+        assert container["startupProbe"].get("exec") == alive
+        health = container.get("readinessProbe", {"exec": alive}).get("exec", {"command": []})["command"]
+        assert alive is None or health[:3] == alive["command"]
         cell.append(Started(container["command"], environment, health))
         assert container["envFrom"] == [{"configMapRef": {"name": one(manifests, "ConfigMap")["metadata"]["name"]}}]
         mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
@@ -156,19 +158,20 @@ def test_the_gateway_stops_first_and_everybody_has_time(
     assert pod["spec"]["terminationGracePeriodSeconds"] > needed_s
 
 
-def test_probes_ask_the_gateway_over_grpc(
-    manifests: list[Manifest], pod: Manifest, settings_of: Callable[[Started], Settings]
+def test_probes_reach_the_gateway(
+    overlay: str, manifests: list[Manifest], pod: Manifest, settings_of: Callable[[Started], Settings]
 ) -> None:
     (gateway,) = pod["spec"]["containers"]
     settings = settings_of(Started(gateway["command"], one(manifests, "ConfigMap")["data"], []))
     port, (model,) = settings.gateway.grpc_port, settings.models
-    assert gateway["startupProbe"]["grpc"] == gateway["livenessProbe"]["grpc"] == {"port": port}
-    assert gateway["readinessProbe"]["grpc"] == {"port": port, "service": model}
-    # They bring neither a certificate nor a token, and a gateway listens on a network for them.
-    assert settings.tls.certificate is None
-    assert settings.gateway.insecure
     ports = {"http": settings.gateway.http_port, "grpc": port, "metrics": settings.gateway.metrics_port}
     assert {place["name"]: place["containerPort"] for place in gateway["ports"]} == ports
+    # The kubelet's own bring neither a certificate nor a token. Other machines come in, with both or with neither.
+    assert ("grpc" in gateway["livenessProbe"]) == (settings.tls.certificate is None) == settings.gateway.insecure
+    assert (settings.gateway.tokens_file is None) == settings.gateway.insecure == (overlay != "protected")
+    if settings.gateway.insecure:
+        assert gateway["startupProbe"]["grpc"] == gateway["livenessProbe"]["grpc"] == {"port": port}
+        assert gateway["readinessProbe"]["grpc"] == {"port": port, "service": model}
 
 
 def test_nothing_may_do_more_than_it_must(manifests: list[Manifest], pod: Manifest) -> None:
