@@ -74,6 +74,8 @@ class GatewaySettings(_Section):
     max_items_per_job: int = Field(1024, ge=1)
     max_jobs_in_flight: int = Field(256, ge=1)
     default_deadline_ms: float = Field(30_000, gt=0)
+    # How old a caller's connection gets. Then it connects anew, and finds gateways that have come since.
+    max_connection_age_s: float = Field(300, gt=0)
     # The tenants and the hashes of their tokens (docs/security.md); without it everybody may call.
     tokens_file: OptionalFile = None
     # Other machines may reach services that TLS and tokens do not protect.

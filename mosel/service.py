@@ -105,7 +105,11 @@ class Service:
         self._settings, self._setting, self._refused, self._names = settings, setting, refused, names
         self._tls = public_tls(settings) if public else internal_server_tls(settings, address, setting)
         self._entered = contextlib.ExitStack()
-        self._server = grpc.aio.server(options=channel_options(settings), interceptors=interceptors)
+        options = channel_options(settings)
+        if public:
+            # What is under way on an old connection is finished, however long that takes.
+            options.append(("grpc.max_connection_age_ms", round(settings.gateway.max_connection_age_s * 1000)))
+        self._server = grpc.aio.server(options=options, interceptors=interceptors)
         self._health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         register(self._server)
