@@ -10,6 +10,7 @@ import contextlib
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ _LOADS = (0.6, 0.8, 0.9, 1.0, 1.2, 1.5)
 _READY_TIMEOUT_S = 120.0
 _WARM_UP_S, _SAMPLE_S = 1.0, 1.0
 _MIB = 1024 * 1024
+_ON_EDGE = ("gateway", "selector", "generator")
 
 console = Console(width=140, highlight=False)
 
@@ -78,6 +80,7 @@ class Result:
         memory: resident MiB of each process, each second of the overload.
         model_s: processor seconds that the model had meanwhile.
         busy_ms: of them, what it takes for a request.
+        others: share 0..1 of each core, `model` and `edge`, that other programs had meanwhile.
     """
 
     steps: Sequence[Step]
@@ -85,6 +88,7 @@ class Result:
     memory: Mapping[str, Sequence[float]]
     model_s: float
     busy_ms: float
+    others: Mapping[str, float]
 
     @property
     def peak(self) -> float:
@@ -144,7 +148,7 @@ def served(folder: Path, options: Options) -> Iterator[tuple[Launcher, ModelPack
         _pin(os.getpid(), {edge_core})  # what it starts inherits that
         with Launcher(_settings(folder)) as launcher:
             for name, child in launcher.children.items():
-                if name not in ("gateway", "selector"):
+                if name not in _ON_EDGE:
                     _pin(child.process.pid, {model_core})
             launcher.wait_ready(_READY_TIMEOUT_S)
             yield launcher, package
@@ -156,11 +160,12 @@ def measure(launcher: Launcher, package: ModelPackage, options: Options) -> Resu
     rates = [load * 1000 / options.busy_ms for load in options.loads]
     steps = [*run_steps(gateway, jobs, options.plan(rates, options.step_s, _WARM_UP_S))]
     peak = max(step.goodput for step in steps)
-    model = psutil.Process(launcher.children[f"encoder/{options.modality}"].process.pid)
-    before = sum(model.cpu_times()[:2])
+    before = _Processors.now(launcher)
     with _Memory(launcher) as memory:
         (overload,) = run_steps(gateway, jobs, options.plan([options.factor * peak], options.overload_s))
-    return Result(steps, overload, memory.mib, sum(model.cpu_times()[:2]) - before, options.busy_ms)
+    used = _Processors.now(launcher).since(before)
+    model_s = used.processes[f"encoder/{options.modality}"]
+    return Result(steps, overload, memory.mib, model_s, options.busy_ms, used.others())
 
 
 def _settings(folder: Path) -> Settings:
@@ -189,12 +194,48 @@ def _pin(pid: int, cores: set[int]) -> None:
             os.sched_setaffinity(thread.id, cores)
 
 
+@dataclass(frozen=True)
+class _Processors:
+    """Processor seconds: of each process, and of everything on its core."""
+
+    at: float
+    processes: dict[str, float]
+    cores: dict[str, float]
+
+    @classmethod
+    def now(cls, launcher: Launcher) -> "_Processors":
+        processes = _processes(launcher)
+        used = {name: sum(process.cpu_times()[:2]) for name, process in processes.items()}
+        (model,), (edge,) = (os.sched_getaffinity(processes[name].pid) for name in ("fusion", "gateway"))
+        times = psutil.cpu_times(percpu=True)
+        busy = {
+            name: sum(times[core]) - times[core].idle - times[core].iowait
+            for name, core in (("model", model), ("edge", edge))
+        }
+        return cls(time.monotonic(), used, busy)
+
+    def since(self, before: "_Processors") -> "_Processors":
+        processes = {name: seconds - before.processes[name] for name, seconds in self.processes.items()}
+        cores = {name: seconds - before.cores[name] for name, seconds in self.cores.items()}
+        return _Processors(self.at - before.at, processes, cores)
+
+    def others(self) -> dict[str, float]:
+        """The share of each core that went to other programs."""
+        own = {"edge": sum(self.processes[name] for name in _ON_EDGE)}
+        own["model"] = sum(self.processes.values()) - own["edge"]
+        return {name: max(busy - own[name], 0.0) / self.at for name, busy in self.cores.items()}
+
+
+def _processes(launcher: Launcher) -> dict[str, psutil.Process]:
+    processes = {name: psutil.Process(child.process.pid) for name, child in launcher.children.items()}
+    return processes | {"generator": psutil.Process()}
+
+
 class _Memory:
     """Notes the resident memory of all processes each second inside the block; `mib` by name."""
 
     def __init__(self, launcher: Launcher) -> None:
-        self._processes = {name: psutil.Process(child.process.pid) for name, child in launcher.children.items()}
-        self._processes["generator"] = psutil.Process()
+        self._processes = _processes(launcher)
         self.mib: dict[str, list[float]] = {name: [] for name in self._processes}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory")
@@ -230,6 +271,7 @@ def _overload_table(result: Result, options: Options) -> Table:
         f"expired {overload.count(Ending.EXPIRED)}",
         "p50, p99 of admitted": f"{p50:.1f} ms, {p99:.1f} ms; deadline {options.slo_ms:g} ms",
         "refused": f"{overload.count(Ending.REFUSED)}, p50 {refused_p50:.2f} ms, p99 {refused_p99:.2f} ms",
+        "other programs had": ", ".join(f"{share:.0%} of the {core}'s core" for core, share in result.others.items()),
         "failed otherwise": str(overload.count(Ending.FAILED)),
         "sent late by the generator": f"p50 {overload.lag_ms(50):.2f} ms, p99 {overload.lag_ms(99):.2f} ms",
     }

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from bench.outcomes import Ending
 from bench.overload import Options, measure, served
 from mosel import Client
@@ -16,13 +18,14 @@ def test_overload_costs_little_goodput_and_no_promises(tmp_path: Path) -> None:
         assert launcher.ended() == []
         with Client(launcher.address) as client:
             held = {service.name: service.counters for service in client.status()}["gateway"]
+    if max(result.others.values()) > 0.15:
+        pytest.skip(f"other programs had their share of the cores: {result.others}")
     overload = result.overload
-    # Whatever else the machine does meanwhile: what the model computes is not in vain.
-    assert result.useful > 0.6
-    assert overload.goodput > 0.5 * result.peak
+    assert overload.goodput > 0.75 * result.peak
+    assert result.useful > 0.7
     admitted = overload.count(Ending.ANSWERED) + overload.count(Ending.EXPIRED)
     in_time = sum(outcome.in_time for outcome in overload.outcomes)
-    assert in_time > 0.8 * admitted
+    assert in_time > 0.9 * admitted
     # Most are refused, and those who are hear it long before their deadline.
     assert overload.count(Ending.REFUSED) > 0.4 * len(overload.outcomes)
     assert overload.ms(50, Ending.REFUSED) < 0.5 * OPTIONS.slo_ms
