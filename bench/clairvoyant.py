@@ -44,7 +44,7 @@ class Cheapest:
     def __call__(self, arrival: Arrival) -> Strategy:
         """The one for a job; the most accurate one if none meets its floor."""
         strategies = self._frontiers.of(self._sets, arrival.size)
-        return next((s for s in strategies if s.accuracy >= arrival.min_accuracy - _TOLERANCE), strategies[-1])
+        return next((s for s in strategies if s.accuracy >= (arrival.min_accuracy or 0.0) - _TOLERANCE), strategies[-1])
 
 
 def capacity_ratio(profile: ModelProfile, arrivals: Sequence[Arrival]) -> float:

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.accuracy import Scored
+from mosel.answers import ModalityInfo
 from mosel.datasets import find
-from mosel.errors import DatasetError
-from mosel.model_package import ModelPackage
-from mosel.networks import example_payload
-from mosel.samples import Samples
+from mosel.errors import ConfigError, DatasetError
+from mosel.model_package import ModalitySpec, ModelPackage
+from mosel.samples import Samples, example_rows
 
 _RANDOM_ITEMS = 64
 
@@ -39,6 +39,17 @@ class Items:
         start = int(np.random.default_rng(seed).integers(max(len(self.recordings) - size, 0) + 1))
         return slice(start, start + size)
 
+    def check_size(self, size: int) -> None:
+        """Raises ConfigError if a job would have more items than there are."""
+        if size > len(self.recordings):
+            raise ConfigError(f"a job of {size} items is asked for; there are {len(self.recordings)} ({self.source})")
+
+    def spread(self, size: int, jobs: int) -> list[slice]:
+        """The items of at most so many jobs, each of other items if there are enough; errors as of `check_size`."""
+        self.check_size(size)
+        last = len(self.recordings) - size
+        return [slice(start, start + size) for start in np.unique(np.linspace(0, last, jobs).astype(int)).tolist()]
+
     def payloads_of(self, rows: slice) -> dict[str, NDArray[Any]]:
         """The arrays of a job's items."""
         return {modality: payload[rows] for modality, payload in self.payloads.items()}
@@ -51,12 +62,13 @@ class Items:
         return tuple(zip(self.recordings[rows].tolist(), right, strict=True))
 
 
-def items_of(package: ModelPackage, data: Path | None = None) -> Items:
+def items_of(package: ModelPackage, data: Path | None = None, at_least: int = _RANDOM_ITEMS) -> Items:
     """The test split in random order if it is on this machine, else random items.
 
     Args:
         package: the model.
         data: folder that has the recordings; None: wherever they are found.
+        at_least: so many random items.
     """
     try:
         if package.samples is None:
@@ -68,8 +80,14 @@ def items_of(package: ModelPackage, data: Path | None = None) -> Items:
             module.recordings(found.folder, "test") if hasattr(module, "recordings") else np.arange(len(samples))
         )
     except DatasetError as error:
-        payloads = {m: example_payload(package, m, _RANDOM_ITEMS) for m in package.modalities}
-        return Items(payloads, None, np.arange(_RANDOM_ITEMS), f"random payloads ({error})")
+        return random_items(package.modalities, str(error), at_least)
     order = np.random.default_rng(0).permutation(len(samples))
     mixed = samples.take(order)
     return Items(mixed.payloads, mixed.labels, recordings[order], f"{len(samples)} labelled test items")
+
+
+def random_items(modalities: Mapping[str, ModalitySpec | ModalityInfo], why: str, count: int = _RANDOM_ITEMS) -> Items:
+    """So many random items of a model's modalities; `why` says why no real ones."""
+    count = max(count, _RANDOM_ITEMS)
+    payloads = {name: example_rows(spec.dtype, (count, *spec.shape)) for name, spec in modalities.items()}
+    return Items(payloads, None, np.arange(count), f"random payloads ({why})")

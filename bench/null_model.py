@@ -1,4 +1,4 @@
-"""A model with the inputs and outputs of another, whose networks do nothing: what is left is the services."""
+"""A model with the inputs and outputs of another, whose networks do nothing, or just take their time."""
 
 from pathlib import Path
 
@@ -11,9 +11,18 @@ from mosel.samples import Samples
 from mosel.training import save_weights, write_accuracy
 
 NAME = "nothing"
+_BUSY = """
+def compute(seconds):
+    # Matrix products, which hold the core but not Python's lock, until this thread has had so much processor time.
+    until, matrix = time.thread_time() + seconds, torch.ones(64, 64)
+    while time.thread_time() < until:
+        torch.mm(matrix, matrix)
+
+"""
 _ENCODER = """
 class {name}(torch.nn.Module):
     def forward(self, payload: torch.Tensor) -> torch.Tensor:
+        compute({busy_s} * len(payload))
         return torch.zeros(len(payload), {embedding})
 """
 _FUSION = """
@@ -25,19 +34,27 @@ class Fusion(torch.nn.Module):
 _ROWS = 8
 
 
-def write_null_model(models: Path, like: ModelPackage) -> ModelPackage:
+def write_null_model(
+    models: Path, like: ModelPackage, only: tuple[str, ...] = (), busy_ms: float = 0.0
+) -> ModelPackage:
     """Writes the package into a folder of model folders.
 
     Args:
         models: the folder of folders.
         like: the model whose shapes it takes.
+        only: some of its modalities; empty: all.
+        busy_ms: milliseconds of processor time that each encoder takes for each item.
     """
     folder = models / NAME
     folder.mkdir(parents=True)
-    code, toml = ["import torch\n"], [f'name = "{NAME}"\nversion = "1"\ndefault_min_accuracy = 0.0\n']
-    for modality, spec in like.modalities.items():
+    code, toml = (
+        ["import time\n\nimport torch\n", _BUSY],
+        [f'name = "{NAME}"\nversion = "1"\ndefault_min_accuracy = 0.0\n'],
+    )
+    for modality in only or like.modalities:
+        spec = like.modalities[modality]
         name = f"{modality.title()}Encoder"
-        code.append(_ENCODER.format(name=name, embedding=", ".join(map(str, spec.embedding))))
+        code.append(_ENCODER.format(name=name, busy_s=busy_ms / 1000, embedding=", ".join(map(str, spec.embedding))))
         toml.append(
             f'[modalities.{modality}]\ndtype = "{spec.dtype}"\nshape = {list(spec.shape)}\n'
             f'encoder = "networks:{name}"\nembedding = {list(spec.embedding)}\n'

@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from bench.accuracy import Scored, standard_error
 from bench.workload import Arrival
+from mosel.errors import MoselError
 
 # Sums of floats: a floor equal to a strategy's accuracy is met by it.
 _TOLERANCE = 1e-6
@@ -36,6 +37,8 @@ class Outcome:
         counts: items by modality set, if it was answered.
         expected_accuracy: over its items, 0..1, if it was answered.
         scored: its labelled items, if it has such and was answered.
+        error: what its caller got instead of an answer, from real services.
+        lag_s: how long after its time it was sent, because whoever sends was busy.
     """
 
     arrival: Arrival
@@ -44,6 +47,8 @@ class Outcome:
     counts: tuple[tuple[str, int], ...] = ()
     expected_accuracy: float = 0.0
     scored: Scored = ()
+    error: MoselError | None = None
+    lag_s: float = 0.0
 
     @property
     def ms(self) -> float:
@@ -54,6 +59,12 @@ class Outcome:
     def in_time(self) -> bool:
         """It was answered before its deadline."""
         return self.ending is Ending.ANSWERED and self.ms <= self.arrival.deadline_ms
+
+    @property
+    def meets_floor(self) -> bool:
+        """It was answered, as accurately as asked."""
+        floor = self.arrival.min_accuracy or 0.0
+        return self.ending is Ending.ANSWERED and self.expected_accuracy >= floor - _TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -123,7 +134,7 @@ class Tally:
         self._ms += outcome.ms
         self._times[math.ceil(math.log(max(outcome.ms, 1e-3)) / _CLASS)] += 1
         self._accuracy += outcome.expected_accuracy * outcome.arrival.size
-        self._below_floor += outcome.expected_accuracy < outcome.arrival.min_accuracy - _TOLERANCE
+        self._below_floor += not outcome.meets_floor
         self._sets.update(dict(outcome.counts))
         self._scored.extend(outcome.scored)
 

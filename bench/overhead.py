@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from bench.closed_loop import Load, closed_loop
 from bench.direct import Direct
 from bench.hops import measure_hops
-from bench.load import Load, closed_loop
 from bench.null_model import NAME as NOTHING
 from bench.null_model import write_null_model
 from mosel.config import FREE_PORTS, Settings, load_settings

@@ -35,14 +35,14 @@ class Arrival:
     Attributes:
         at_s: seconds from the start of the run.
         size: items.
-        deadline_ms: milliseconds from then on.
-        min_accuracy: its floor, 0..1.
+        deadline_ms: milliseconds from then on; infinite without one.
+        min_accuracy: its floor, 0..1, or None.
     """
 
     at_s: float
     size: int
     deadline_ms: float
-    min_accuracy: float
+    min_accuracy: float | None
 
 
 @dataclass(frozen=True)

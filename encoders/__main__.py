@@ -15,6 +15,7 @@ from mosel.config import Settings
 from mosel.errors import ConfigError
 from mosel.model_package import find_packages
 from mosel.service import Service, run_service
+from mosel.tracing import open_tracing
 from mosel.transport import Reader, open_arena
 from mosel.transport.cupy_ipc import device_ipc_for
 from mosel.transport.device_arena import DeviceArena
@@ -55,6 +56,7 @@ async def serve(modality: str, listen: str, settings: Settings, stop: asyncio.Ev
     setting = "transport.encoder_arena_mib"
     arena_bytes = transport.encoder_arena_mib * MIB
     with (
+        open_tracing(settings, f"encoder/{modality}") as tracing,
         open_arena(transport, transport.encoder_arena_mib, setting) as (_, host_publisher),
         DeviceArena(transport.shm_dir, arena_bytes, setting, ipc) if ipc else nullcontext() as device_arena,
         Reader(transport.shm_dir) as reader,
@@ -62,12 +64,12 @@ async def serve(modality: str, listen: str, settings: Settings, stop: asyncio.Ev
     ):
         publisher = TensorPublisher(host_publisher, device_arena)
         encoder = ModalityEncoder(modality, device, reader, publisher)
-        servicer = EncoderServicer(encoder, workers, reader, publisher, address, settings)
+        servicer = EncoderServicer(encoder, workers, reader, publisher, address, settings, tracing)
         register = partial(encoder_pb2_grpc.add_EncoderServicer_to_server, servicer)
-        async with Service(settings, address, "encoders.addresses", register) as service:
+        async with Service(settings, address, "encoders.addresses", register, names=["mosel.v1.Encoder"]) as service:
             for package in packages:
                 await workers.run_aside(partial(encoder.networks.load, package))
-            await service.set_ready(True)
+            service.set_ready(True)
             await stop.wait()
 
 

@@ -7,9 +7,12 @@ from functools import partial
 from encoders.encoder import ModalityEncoder
 from mosel.compute import Workers
 from mosel.config import Settings
+from mosel.metrics import Metrics, show_arenas, single
 from mosel.model_package import find_package
 from mosel.service import Context, answers_with_status, deadline_of
+from mosel.steps import Steps
 from mosel.timing import latency_points
+from mosel.tracing import OFF, Tracing
 from mosel.transport import Reader
 from mosel.transport.preflight import preflight
 from mosel.transport.torch_exchange import TensorPublisher
@@ -26,6 +29,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         publisher: keeps embeddings, and gives slots back.
         address: where this service listens.
         settings: where models are, how long embeddings are kept, and how long to wait for room.
+        tracing: records the steps of calls.
     """
 
     def __init__(
@@ -36,11 +40,18 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         publisher: TensorPublisher,
         address: str,
         settings: Settings,
+        tracing: Tracing = OFF,
     ) -> None:
         self._encoder, self._workers, self._reader, self._publisher = encoder, workers, reader, publisher
         self._address, self._models_dir = address, settings.models_dir
         transport = settings.transport
         self._lease_grace_s, self._full_wait_s = transport.lease_grace_ms / 1000, transport.full_wait_ms / 1000
+        self._metrics = Metrics(f"encoder/{encoder.modality}")
+        self._steps = Steps(self._metrics, tracing, "encode", "modality", workers.statistics)
+        text = "Payload bytes that were read: those of the chosen modalities alone."
+        read = encoder.counters
+        self._metrics.counter("mosel_payload_read_bytes_total", text, (), lambda: single(read, "payload_bytes_read"))
+        show_arenas(self._metrics, publisher.statistics)
 
     @answers_with_status
     async def Announce(self, request: arena_pb2.AnnounceRequest, context: Context) -> arena_pb2.Announcement:
@@ -59,12 +70,15 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
     async def Encode(self, request: encoder_pb2.EncodeRequest, context: Context) -> encoder_pb2.EncodeReply:
         deadline = deadline_of(context)
         lease_s = deadline.remaining + self._lease_grace_s
-        ref, seconds = await self._workers.run(
-            lambda: self._encoder.encode(request.model, request.rows, request.rung, lease_s, self._full_wait_s),
-            deadline,
-            "encoding",
-        )
-        return encoder_pb2.EncodeReply(embeddings=ref, compute_us=round(seconds * 1e6))
+        modality = self._encoder.modality
+        with self._steps.follow(f"encode {modality}", request, modality) as step:
+            ref, step.seconds = await self._workers.run(
+                lambda: self._encoder.encode(request.model, request.rows, request.rung, lease_s, self._full_wait_s),
+                deadline,
+                "encoding",
+            )
+            step.items = ref.shape[0]
+        return encoder_pb2.EncodeReply(embeddings=ref, compute_us=round(step.seconds * 1e6))
 
     @answers_with_status
     async def Load(self, request: service_pb2.LoadRequest, context: Context) -> service_pb2.LoadReply:
@@ -93,9 +107,8 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
     async def Status(self, request: service_pb2.StatusRequest, context: Context) -> service_pb2.ServiceStatus:
         counters = dict(self._encoder.counters) | self._workers.statistics() | self._publisher.statistics()
         counters["arenas_open"] = self._reader.arenas_open()
-        name = f"encoder/{self._encoder.modality}"
         return service_pb2.ServiceStatus(
-            name=name,
+            name=self._metrics.service,
             address=self._address,
             ready=True,
             pid=os.getpid(),
@@ -103,3 +116,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
             resource=self._encoder.resource,
             models=self._encoder.networks.models,
         )
+
+    @answers_with_status
+    async def Metrics(self, request: service_pb2.MetricsRequest, context: Context) -> service_pb2.ServiceMetrics:
+        return service_pb2.ServiceMetrics(service=self._metrics.service, text=await self._metrics.page())

@@ -13,6 +13,7 @@ from mosel.compute import Workers
 from mosel.config import Settings
 from mosel.model_package import find_packages
 from mosel.service import Service, run_service
+from mosel.tracing import open_tracing
 from mosel.transport import Reader
 from mosel.transport.cupy_ipc import device_ipc_for
 from mosel.transport.torch_exchange import TensorReader
@@ -43,17 +44,18 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
     log.info("device", extra={"device": str(device), "no_cuda_ipc": no_ipc})
     shm_dir = settings.transport.shm_dir
     with (
+        open_tracing(settings, "fusion") as tracing,
         Reader(shm_dir) as host_reader,
         TensorReader(host_reader, shm_dir, device, ipc, no_ipc) as reader,
         Workers(settings.workers, settings.fusion.torch_threads) as workers,
     ):
         predictor = Predictor(device, reader)
-        servicer = FusionServicer(predictor, workers, reader, address, settings.models_dir)
+        servicer = FusionServicer(predictor, workers, reader, address, settings.models_dir, tracing)
         register = partial(fusion_pb2_grpc.add_FusionServicer_to_server, servicer)
-        async with Service(settings, address, "fusion.address", register) as service:
+        async with Service(settings, address, "fusion.address", register, names=["mosel.v1.Fusion"]) as service:
             for package in packages.values():
                 await workers.run_aside(partial(predictor.networks.load, package))
-            await service.set_ready(True)
+            service.set_ready(True)
             await stop.wait()
 
 

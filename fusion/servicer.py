@@ -7,9 +7,13 @@ from pathlib import Path
 
 from fusion.predictor import Predictor
 from mosel.compute import Workers
+from mosel.metrics import MIXED, Metrics
+from mosel.modality import format_set
 from mosel.model_package import find_package
 from mosel.service import Context, answers_with_status, deadline_of
+from mosel.steps import Steps
 from mosel.timing import latency_points
+from mosel.tracing import OFF, Tracing
 from mosel.transport.preflight import preflight
 from mosel.transport.torch_exchange import TensorReader
 from mosel.v1 import arena_pb2, fusion_pb2, fusion_pb2_grpc, service_pb2
@@ -24,21 +28,35 @@ class FusionServicer(fusion_pb2_grpc.FusionServicer):
         reader: opens the arenas of encoders.
         address: where this service listens.
         models_dir: where models are.
+        tracing: records the steps of calls.
     """
 
     def __init__(
-        self, predictor: Predictor, workers: Workers, reader: TensorReader, address: str, models_dir: Path
+        self,
+        predictor: Predictor,
+        workers: Workers,
+        reader: TensorReader,
+        address: str,
+        models_dir: Path,
+        tracing: Tracing = OFF,
     ) -> None:
         self._predictor, self._workers, self._reader = predictor, workers, reader
         self._address, self._models_dir = address, models_dir
+        self._metrics = Metrics("fusion")
+        self._steps = Steps(self._metrics, tracing, "fuse", "modality_set", workers.statistics)
+        text = "Embedding bytes that were read."
+        self._metrics.counter("mosel_embedding_read_bytes_total", text, (), lambda: {(): reader.bytes_read})
 
     @answers_with_status
     async def Fuse(self, request: fusion_pb2.FuseRequest, context: Context) -> fusion_pb2.FuseReply:
         groups = [{name: rows.rows for name, rows in group.embeddings.items()} for group in request.groups]
-        outputs, seconds = await self._workers.run(
-            lambda: self._predictor.fuse(request.model, groups), deadline_of(context), "fusing"
-        )
-        return fusion_pb2.FuseReply(outputs=outputs, compute_us=round(seconds * 1e6))
+        sets = {format_set(group) for group in groups}
+        with self._steps.follow("fuse", request, sets.pop() if len(sets) == 1 else MIXED) as step:
+            outputs, step.seconds = await self._workers.run(
+                lambda: self._predictor.fuse(request.model, groups), deadline_of(context), "fusing"
+            )
+            step.items = sum(output.shape[0] for output in outputs)
+        return fusion_pb2.FuseReply(outputs=outputs, compute_us=round(step.seconds * 1e6))
 
     @answers_with_status
     async def OpenArena(self, request: arena_pb2.OpenArenaRequest, context: Context) -> arena_pb2.PreflightReport:
@@ -80,3 +98,7 @@ class FusionServicer(fusion_pb2_grpc.FusionServicer):
             resource=self._predictor.resource,
             models=self._predictor.networks.models,
         )
+
+    @answers_with_status
+    async def Metrics(self, request: service_pb2.MetricsRequest, context: Context) -> service_pb2.ServiceMetrics:
+        return service_pb2.ServiceMetrics(service=self._metrics.service, text=await self._metrics.page())

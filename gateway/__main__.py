@@ -18,6 +18,7 @@ from gateway.access.middleware import OnlyTenantsHttp
 from gateway.inference.http import InferenceHttp
 from gateway.inference.messages import POOL, SERVICE
 from gateway.inference.servicer import InferenceServicer, handlers
+from gateway.metrics_page import MetricsPage
 from gateway.plane import DataPlane
 from gateway.selector_link import SelectorLink
 from gateway.servicer import GatewayServicer
@@ -27,8 +28,12 @@ from mosel.http import HttpServer
 from mosel.model_package import find_packages
 from mosel.service import RefuseGarbage, RefuseHugeAnswers, Service, run_service
 from mosel.tls import handshake_refused
+from mosel.tracing import open_tracing
 from mosel.transport import open_arena
 from mosel.v1 import arena_pb2, gateway_pb2, gateway_pb2_grpc, tensor_pb2
+
+# For health.
+_NAMES = ("mosel.v1.Gateway", SERVICE.full_name)
 
 
 def main() -> int:
@@ -51,7 +56,10 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
     packages = find_packages(settings.models_dir, settings.models)
     models_changed = asyncio.Event()
     transport = settings.transport
-    with open_arena(transport, transport.gateway_arena_mib, "transport.gateway_arena_mib") as (arena, publisher):
+    with (
+        open_tracing(settings, "gateway") as tracing,
+        open_arena(transport, transport.gateway_arena_mib, "transport.gateway_arena_mib") as (arena, publisher),
+    ):
         announcement = arena_pb2.Announcement(arenas=[arena.announcement()])
 
         def transport_changed(rung: tensor_pb2.Rung.ValueType) -> None:
@@ -61,7 +69,7 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
         async with SelectorLink(
             settings, announcement, publisher.release, transport_changed, models_changed.set
         ) as link:
-            plane = DataPlane(settings, packages, arena, publisher, link)
+            plane = DataPlane(settings, packages, arena, publisher, link, tracing)
             register = partial(_register, plane)
             checks = (RefuseGarbage(), RefuseHugeAnswers(settings))
             refused = partial(_handshake_refused, plane)
@@ -69,14 +77,17 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
                 plane.guard = guard
                 first = checks if guard is None else (OnlyTenants(guard), *checks)
                 async with (
+                    _showing_metrics(settings, plane, refused),
                     _speaking_http(settings, plane, refused) as http,
-                    Service(settings, address, "--grpc-port", register, first, public=True, refused=refused) as public,
+                    Service(
+                        settings, address, "--grpc-port", register, first, _NAMES, public=True, refused=refused
+                    ) as public,
                     # For this user alone, who needs no token there.
-                    Service(settings, settings.local_gateway_address, "run_dir", register, checks) as local,
+                    Service(settings, settings.local_gateway_address, "run_dir", register, checks, _NAMES) as local,
                     _following_models((public, local), plane, models_changed),
                 ):
-                    await public.set_ready(True)
-                    await local.set_ready(True)
+                    public.set_ready(True)
+                    local.set_ready(True)
                     await stop.wait()
                     # At the same time as gRPC: each may need all of the grace.
                     http.stop()
@@ -85,6 +96,16 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
 def _handshake_refused(plane: DataPlane, reason: str) -> None:
     plane.counters["refused.handshake"] += 1
     handshake_refused(reason)
+
+
+@contextlib.asynccontextmanager
+async def _showing_metrics(settings: Settings, plane: DataPlane, refused: Callable[[str], None]) -> AsyncIterator[None]:
+    """Serves the metrics of all services."""
+    host, port, grace_s = settings.gateway.host, settings.gateway.metrics_port, settings.stop_grace_ms / 1000
+    page = MetricsPage(plane.metrics, plane.link).app()
+    app = page if plane.guard is None else OnlyTenantsHttp(page, plane.guard)
+    async with HttpServer(app, host, port, "--metrics-port", grace_s, public_tls(settings), refused):
+        yield
 
 
 @contextlib.asynccontextmanager
@@ -121,7 +142,7 @@ async def _following_models(
         while True:
             await plane.models.follow()
             for model, service in itertools.product(list(plane.packages), services):
-                await service.set_ready(plane.is_ready(model), model)
+                service.set_ready(plane.is_ready(model), model)
             await changed.wait()
             changed.clear()
 

@@ -5,14 +5,15 @@ import functools
 import json
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, cast
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from mosel.errors import MoselError
-from mosel.status import http_headers_of, http_status_of
+from mosel.incoming import note_incoming
+from mosel.status import http_headers_of, http_status_of, message_of, one_line
 
 P = ParamSpec("P")
 
@@ -31,7 +32,7 @@ class JsonReply(Response):
 
 def error_reply(error: MoselError) -> JsonReply:
     """An error with its status, and when to try again."""
-    return JsonReply({"error": str(error)}, http_status_of(error), http_headers_of(error))
+    return JsonReply({"error": message_of(error)}, http_status_of(error), http_headers_of(error))
 
 
 def answers_with_error(
@@ -41,6 +42,8 @@ def answers_with_error(
 
     @functools.wraps(endpoint)
     async def guarded(*args: P.args, **kwargs: P.kwargs) -> Response:
+        request = cast(Request, args[-1])
+        note_incoming(f"{request.method} {request.url.path}", request.headers.items)
         try:
             return await endpoint(*args, **kwargs)
         except MoselError as error:
@@ -62,4 +65,4 @@ async def not_routed(request: Request, error: Exception) -> Response:
         message = f"method of {path} is {method}; expected {headers.get('Allow', 'another')}"
     else:
         message = f"path is {path}; expected one of those that /openapi.json lists"
-    return JsonReply({"error": message}, error.status_code, headers)
+    return JsonReply({"error": one_line(message)}, error.status_code, headers)

@@ -1,8 +1,6 @@
-"""What became of the requests to each model since the start. Knows no protocol."""
+"""What became of the requests to a model since the start. Knows no protocol."""
 
-import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 
@@ -19,29 +17,13 @@ class Total:
         self.ns += max(ns, 0)
 
 
-class Request:
-    """One request under way; whoever serves it says when it was sent on, and what it was answered with."""
-
-    def __init__(self) -> None:
-        self.started_ns = self.sent_ns = time.monotonic_ns()
-        self.answered: tuple[int, int, int] | None = None
-
-    def sent(self) -> None:
-        """Its payloads are there, and the selector gets the job."""
-        self.sent_ns = time.monotonic_ns()
-
-    def answer(self, items: int, queue_ms: float, compute_ms: float) -> None:
-        """It was answered in full; times in milliseconds as the selector measured them."""
-        self.answered = items, round(queue_ms * 1e6), round(compute_ms * 1e6)
-
-
 @dataclass
 class Inferences:
     """The requests to one model.
 
     Attributes:
         items: of the requests that were answered.
-        last_ms: when the last request came, in milliseconds since 1970; 0 if none did.
+        last_ms: when the last request that is over came, in milliseconds since 1970; 0 if none did.
         success, fail: requests from their arrival until the answer, or the error, was there.
         intake: of the answered ones, from arrival until the selector got the job.
         queue: from admission until the first encoder call.
@@ -58,26 +40,20 @@ class Inferences:
     compute: Total = field(default_factory=Total)
     delivery: Total = field(default_factory=Total)
 
-    @contextlib.contextmanager
-    def request(self) -> Iterator[Request]:
-        """Counts the request that is served inside the block; it has failed unless it was answered."""
-        request = Request()
-        self.last_ms = time.time_ns() // 1_000_000
-        try:
-            yield request
-        finally:
-            self._count(request, time.monotonic_ns())
-
-    def _count(self, request: Request, now_ns: int) -> None:
-        total = now_ns - request.started_ns
-        if request.answered is None:
-            self.fail.add(total)
-            return
-        items, queue, compute = request.answered
-        intake = request.sent_ns - request.started_ns
+    def answered(self, items: int, total_ns: int, intake_ns: int, queue_ns: int, compute_ns: int) -> None:
+        """A request was answered in full; the attributes say what the times are."""
+        self._came_before(total_ns)
         self.items += items
-        self.success.add(total)
-        self.intake.add(intake)
-        self.queue.add(queue)
-        self.compute.add(compute)
-        self.delivery.add(total - intake - queue - compute)
+        self.success.add(total_ns)
+        self.intake.add(intake_ns)
+        self.queue.add(queue_ns)
+        self.compute.add(compute_ns)
+        self.delivery.add(total_ns - intake_ns - queue_ns - compute_ns)
+
+    def failed(self, total_ns: int) -> None:
+        """A request ended with an error."""
+        self._came_before(total_ns)
+        self.fail.add(total_ns)
+
+    def _came_before(self, ns: int) -> None:
+        self.last_ms = (time.time_ns() - ns) // 1_000_000

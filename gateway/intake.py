@@ -2,9 +2,9 @@
 
 import asyncio
 import math
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from gateway.jobs import CheckedJob, Payloads, Times, times_of
 from gateway.selector_link import slots_of
@@ -19,6 +19,8 @@ from mosel.v1 import selector_pb2, tensor_pb2
 OFF_LOOP_ELEMENTS = 256 * 1024
 
 Check = Callable[[], tuple[CheckedJob, Payloads]]
+# Raises an error for a job that need not be tried.
+Admit = Callable[[CheckedJob, Times], None]
 
 
 @dataclass(frozen=True)
@@ -36,58 +38,58 @@ class Intake:
     Args:
         settings: limits.
         publisher: puts payloads there.
+        admit: asked before they are put there.
     """
 
-    def __init__(self, settings: Settings, publisher: Publisher) -> None:
-        self._settings, self._publisher = settings, publisher
+    def __init__(self, settings: Settings, publisher: Publisher, admit: Admit) -> None:
+        self._settings, self._publisher, self._admit = settings, publisher, admit
 
-    async def request(self, check: Check, elements: int, call: Deadline) -> Prepared:
+    async def request(self, job_id: bytes, check: Check, elements: int, call: Deadline) -> Prepared:
         """Checks a request and publishes its payloads; cancelling leaves no slot behind.
 
         Args:
+            job_id: 16 bytes, of no other job.
             check: what the caller sent, as a function that checks it; runs in a thread if there is much of it.
             elements: of all payloads together, as the caller says.
             call: when the caller's own call ends.
 
         Raises:
-            MoselError: whatever `check` raises, and as `Publisher.publish`.
+            MoselError: whatever `check` and `admit` raise, and as `Publisher.publish`.
         """
-
-        def prepare(wait_s: float) -> Prepared:
-            job, payloads = check()
-            times = times_of(job, call, self._settings.gateway.default_deadline_ms / 1000)
-            return self._published(secrets.token_bytes(16), job, payloads, times, wait_s)
-
-        return await self._prepared(prepare, elements > OFF_LOOP_ELEMENTS)
+        large = elements > OFF_LOOP_ELEMENTS
+        job, payloads = await asyncio.to_thread(check) if large else check()
+        times = times_of(job, call, self._settings.gateway.default_deadline_ms / 1000)
+        self._admit(job, times)
+        return await self._prepared(job_id, job, payloads, times, large)
 
     async def upload(self, job_id: bytes, job: CheckedJob, payloads: Payloads, times: Times) -> Prepared:
         """Publishes payloads that were checked as they came, for results as they finish; as `request` otherwise."""
+        large = sum(array.size for array in payloads.values()) > OFF_LOOP_ELEMENTS
+        prepared = await self._prepared(job_id, job, payloads, times, large)
+        prepared.description.stream = True
+        return prepared
 
-        def prepare(wait_s: float) -> Prepared:
-            prepared = self._published(job_id, job, payloads, times, wait_s)
-            prepared.description.stream = True
-            return prepared
-
-        return await self._prepared(prepare, sum(array.size for array in payloads.values()) > OFF_LOOP_ELEMENTS)
-
-    async def _prepared(self, prepare: Callable[[float], Prepared], large: bool) -> Prepared:
+    async def _prepared(
+        self, job_id: bytes, job: CheckedJob, payloads: Payloads, times: Times, large: bool
+    ) -> Prepared:
+        publish = partial(self._published, job_id, job, payloads, times)
         if not large:
             try:
-                return prepare(0.0)
+                return publish(0.0)
             except Overloaded:
                 # The arena is full: wait for a slot where it holds up nobody.
                 pass
-        preparing = asyncio.ensure_future(asyncio.to_thread(prepare, self._settings.transport.full_wait_ms / 1000))
+        publishing = asyncio.ensure_future(asyncio.to_thread(publish, self._settings.transport.full_wait_ms / 1000))
         try:
-            return await asyncio.shield(preparing)
+            return await asyncio.shield(publishing)
         except asyncio.CancelledError:
             # The thread goes on, and fills slots that no job will release.
-            preparing.add_done_callback(self._give_back)
+            publishing.add_done_callback(self._give_back)
             raise
 
-    def _give_back(self, preparing: "asyncio.Future[Prepared]") -> None:
-        if not preparing.cancelled() and preparing.exception() is None:
-            self._publisher.release(slots_of(preparing.result().description))
+    def _give_back(self, publishing: "asyncio.Future[Prepared]") -> None:
+        if not publishing.cancelled() and publishing.exception() is None:
+            self._publisher.release(slots_of(publishing.result().description))
 
     def _published(self, job_id: bytes, job: CheckedJob, payloads: Payloads, times: Times, wait_s: float) -> Prepared:
         description = description_of(job_id, job, times)

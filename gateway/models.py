@@ -32,6 +32,8 @@ class Models:
         self._checking: set[object] = set()
         # Packages that were replaced, and the requests that began before: they may have been checked against them.
         self._leaving: dict[str, set[object]] = {}
+        # What this selector has said that it loaded; it stays loaded for as long as jobs may name it.
+        self._loaded: set[str] = set()
         self._one_at_a_time = asyncio.Lock()
 
     @contextlib.contextmanager
@@ -57,8 +59,18 @@ class Models:
         finally:
             sent()
 
+    def is_loaded(self, name: str) -> bool:
+        """Whether the selector takes jobs that were checked against a model's package."""
+        state, package = self._link.models.get(name), self.packages.get(name)
+        if state is None or package is None:
+            return False
+        return package.revision == state.revision or package.id in self._loaded
+
     async def follow(self) -> None:
         """Takes over what the selector has loaded, as far as it can be read here, and says so to the selector."""
+        said = {f"{name}@{state.revision}" for name, state in self._link.models.items()}
+        known = {package.id for package in self.packages.values()}
+        self._loaded = said | (self._loaded & known if self._link.connected else set())
         for name in list(self._link.models):
             try:
                 await self.take_over(name)

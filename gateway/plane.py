@@ -1,21 +1,28 @@
 """The data plane: the one way in for every protocol. Checked jobs go in, answers come out. Knows no protocol."""
 
+import contextlib
 import os
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
 from gateway.access.guard import Guard
 from gateway.answers import Answer, answer_from
+from gateway.gauges import show_as_triton, show_jobs, show_models
 from gateway.inferences import Inferences
 from gateway.intake import Check, Intake
+from gateway.jobs import CheckedJob, Times
 from gateway.models import Models
+from gateway.observer import Observer
+from gateway.refusals import Refusals
 from gateway.registry import JobRegistry
-from gateway.selector_link import SelectorLink
+from gateway.selector_link import Answers, SelectorLink
 from gateway.upload import ArrivingBytes
 from mosel.config import Settings
 from mosel.deadline import Deadline
-from mosel.errors import MoselError
+from mosel.errors import MoselError, Overloaded
+from mosel.metrics import Metrics
 from mosel.model_package import ModelPackage
+from mosel.tracing import OFF, Tracing
 from mosel.transport import Publisher, SharedMemoryArena
 from mosel.v1 import selector_pb2, service_pb2
 
@@ -29,16 +36,20 @@ class DataPlane:
         arena: where payloads are kept.
         publisher: puts them there.
         link: the stream to the selector.
+        tracing: records requests.
 
     Attributes:
         settings, link: as given.
         models: keeps the packages in step with the selector.
         packages: the models by name, those that were unloaded included; always the same mapping.
         intake: puts payloads into the arena.
+        refusals: what the selector refused a moment ago.
         registry: the jobs under way.
         arriving: what jobs take whose items are still arriving.
         counters: requests, answers and items since the start.
         guard: who may call; None: everybody.
+        metrics: of this process.
+        observer: follows requests.
     """
 
     def __init__(
@@ -48,18 +59,24 @@ class DataPlane:
         arena: SharedMemoryArena,
         publisher: Publisher,
         link: SelectorLink,
+        tracing: Tracing = OFF,
     ) -> None:
         self.settings, self.link = settings, link
         self.models = Models(settings.models_dir, packages, link)
         self.packages: Mapping[str, ModelPackage] = self.models.packages
-        self.intake = Intake(settings, publisher)
+        self.refusals = Refusals()
+        self.intake = Intake(settings, publisher, self.refusals.check)
         self.registry = JobRegistry(settings.gateway.max_jobs_in_flight)
         limit = settings.transport.gateway_arena_mib * 1024 * 1024
         self.arriving = ArrivingBytes(arena.largest_slot, limit, "transport.gateway_arena_mib")
         self.counters: Counter[str] = Counter()
         self.guard: Guard | None = None
-        self._arena = arena
-        self._inferences: defaultdict[str, Inferences] = defaultdict(Inferences)
+        self._publisher = publisher
+        self.metrics = Metrics("gateway")
+        self.observer = Observer(self.metrics, self.packages, settings.gateway.access_log, tracing)
+        show_jobs(self.metrics, self.registry, link, self.arriving)
+        show_as_triton(self.metrics, self.packages, self.observer.served)
+        show_models(self.metrics, publisher, lambda: {name: self.is_ready(name) for name in self.packages})
 
     def admit(self) -> None:
         """Counts a request.
@@ -75,7 +92,7 @@ class DataPlane:
         try:
             self._check_room()
         except MoselError:
-            with self.inferences_of(model).request():
+            with self.observer.following(model):
                 self.admit()
 
     async def predict(self, model: str, check: Check, elements: int, call: Deadline) -> Answer:
@@ -90,21 +107,22 @@ class DataPlane:
         Raises:
             MoselError: whatever `check` raises, and whatever the job ends with.
         """
-        with self.inferences_of(model).request() as request, self.models.checking() as sent:
+        with self.observer.following(model) as request, self.models.checking() as sent:
             self.admit()
-            prepared = await self.intake.request(check, elements, call)
+            prepared = await self.intake.request(request.job_id, check, elements, call)
             job, times = prepared.job, prepared.times
+            request.checked(job, times)
+            request.sent(prepared.description)
             with (
-                self.registry.open(prepared.description.job_id, job.package.name, job.size, times.ends) as entry,
-                self.link.submit(prepared.description) as answers,
+                self.registry.open(request.job_id, job.package.name, job.size, times.ends) as entry,
+                self.submit(job, times, prepared.description) as answers,
             ):
                 sent()
-                request.sent()
                 entry.under_way()
                 groups = [group async for finished in answers for group in finished]
                 answer = answer_from(job, groups, answers.result, times.deadline.remaining * 1000)
                 entry.status.items_done = job.size
-            request.answer(job.size, answer.queue_ms, answer.compute_ms)
+            request.answered(Counter(answer.modality_sets), answers.result, answer.deadline_slack_ms)
         self.counters.update(answered=1, items=job.size)
         return answer
 
@@ -114,7 +132,17 @@ class DataPlane:
 
     def inferences_of(self, model: str) -> Inferences:
         """What became of the requests to a model; names of no model leave nothing behind."""
-        return self._inferences[model] if model in self.packages else Inferences()
+        return self.observer.served[model] if model in self.packages else Inferences()
+
+    @contextlib.contextmanager
+    def submit(self, job: CheckedJob, times: Times, description: selector_pb2.JobDescription) -> Iterator[Answers]:
+        """As `SelectorLink.submit`; remembers for others that the selector refused a job for want of time."""
+        try:
+            with self.link.submit(description) as answers:
+                yield answers
+        except Overloaded as error:
+            self.refusals.note(job, times, error)
+            raise
 
     async def load(self, model: str) -> None:
         """Loads a model from the models folder, or loads it anew; later requests are checked against what was loaded.
@@ -145,13 +173,12 @@ class DataPlane:
 
     def is_ready(self, model: str) -> bool:
         """Whether jobs for a model would be run."""
-        state, package = self.state_of(model), self.packages.get(model)
-        return state.ready and package is not None and package.revision == state.revision and not self.link.refused
+        return self.state_of(model).ready and self.models.is_loaded(model) and not self.link.refused
 
     def statistics(self) -> dict[str, int]:
         """Counts since the start, and what is held now."""
-        counts = dict(self.counters) | self._arena.statistics().as_counters() | self.registry.statistics()
-        counts |= self.arriving.statistics() | self.link.statistics()
+        counts = dict(self.counters) | self._publisher.statistics() | self.registry.statistics()
+        counts |= self.arriving.statistics() | self.link.statistics() | self.refusals.statistics()
         return counts | (self.guard.statistics() if self.guard is not None else {})
 
     async def statuses(self) -> list[service_pb2.ServiceStatus]:

@@ -209,6 +209,13 @@ class SelectorLink:
             address = self._settings.selector_address
             return [service_pb2.ServiceStatus(name="selector", address=address, detail=detail)]
 
+    async def metrics(self) -> list[service_pb2.ServiceMetrics]:
+        """The metrics of the selector and of the services behind it; those of one that does not answer have no text."""
+        try:
+            return list((await self._stub.Metrics(service_pb2.MetricsRequest(), timeout=_STATUS_TIMEOUT_S)).services)
+        except grpc.RpcError:
+            return [service_pb2.ServiceMetrics(service="selector")]
+
     def _send(self, message: selector_pb2.GatewayMessage) -> None:
         if self._outbox is not None:
             self._outbox.put_nowait(message)

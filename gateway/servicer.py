@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 from gateway.answers import accepted_event, predict_reply, results_event, summary_event
 from gateway.intake import OFF_LOOP_ELEMENTS, description_of, elements_of
 from gateway.jobs import CheckedJob, Times, check_request, check_spec, times_of
+from gateway.observer import Request
 from gateway.plane import DataPlane
 from gateway.registry import OpenJob
 from gateway.upload import Read, Upload, read_batch, read_end, read_spec
@@ -40,19 +41,27 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     async def SubmitJob(  # type: ignore[override] # a coroutine that writes, so that cancelling it always reaches it
         self, request_iterator: object, context: Context
     ) -> None:
-        plane, limits, read = self._plane, self._limits, partial(_read, context)
+        with self._plane.observer.following("") as request:
+            summary = await self._run(request, partial(_read, context), context)
+        await context.write(summary)
+
+    async def _run(self, request: Request, read: Read, context: Context) -> gateway_pb2.JobEvent:
+        """Reads a job, writes what becomes of its items, and returns how it ended."""
+        plane, limits, job_id = self._plane, self._limits, request.job_id
         spec = await read_spec(read, limits.default_deadline_ms / 1000)
+        request.model = spec.model
         plane.admit()
-        job_id = secrets.token_bytes(16)
-        with plane.inferences_of(spec.model).request() as request, plane.models.checking() as sent:
+        with plane.models.checking() as sent:
             job = check_spec(spec, plane.packages, limits.max_items_per_job)
             times = times_of(job, deadline_of(context), limits.default_deadline_ms / 1000)
+            request.checked(job, times)
+            plane.refusals.check(job, times)
             with plane.registry.open(job_id, job.package.name, job.size, times.ends) as entry:
                 await context.write(accepted_event(job_id))
                 description = await self._receive(job_id, job, times, read, entry)
-                with plane.link.submit(description) as answers, _no_more(read, entry):
+                request.sent(description)
+                with plane.submit(job, times, description) as answers, _no_more(read, entry):
                     sent()
-                    request.sent()
                     entry.under_way()
                     groups = []
                     async for finished in answers:
@@ -60,11 +69,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
                             groups.append(group)
                             entry.status.items_done += len(group.items)
                             await context.write(results_event(job, group, entry.status.items_done))
-                result = answers.result
-                summary = summary_event(job, groups, result, times.deadline.remaining * 1000)
-            request.answer(job.size, result.queue_us / 1000, result.compute_us / 1000)
+                summary = summary_event(job, groups, answers.result, times.deadline.remaining * 1000)
+                request.answered(summary.summary.strategy, answers.result, summary.summary.deadline_slack_ms)
         plane.counters.update(answered=1, items=job.size)
-        await context.write(summary)
+        return summary
 
     @answers_with_status
     async def Plan(self, request: gateway_pb2.PlanRequest, context: Context) -> gateway_pb2.PlanReply:

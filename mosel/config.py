@@ -80,6 +80,8 @@ class GatewaySettings(_Section):
     tokens_file: OptionalFile = None
     # Other machines may reach services that TLS and tokens do not protect.
     insecure: bool = False
+    # One line in the log for each request.
+    access_log: bool = True
     # Of HTTP requests: JSON takes many times its size while it is read, binary data does not; and a body that is still
     # not there after so long is waited for no more.
     max_json_mib: int = Field(8, ge=1)
@@ -159,6 +161,15 @@ class TransportSettings(_Section):
     max_message_mib: int = Field(64, ge=1)
 
 
+class TracingSettings(_Section):
+    """OpenTelemetry; off while no endpoint is named."""
+
+    # Of a collector that takes OTLP over gRPC: http://host:4317, or https:// for TLS.
+    otlp_endpoint: str = Field("", pattern=r"^(https?://[^/\s]+)?$")
+    # Of the requests whose callers bring no trace; a caller's trace is recorded if it says so.
+    sample_ratio: float = Field(1.0, ge=0, le=1)
+
+
 class Settings(BaseSettings):
     """Everything that can be set."""
 
@@ -183,6 +194,7 @@ class Settings(BaseSettings):
     encoders: EncoderSettings = EncoderSettings()
     fusion: FusionSettings = FusionSettings()
     transport: TransportSettings = TransportSettings()
+    tracing: TracingSettings = TracingSettings()
 
     @classmethod
     def settings_customise_sources(

@@ -20,6 +20,7 @@ from mosel.model_package import find_packages
 from mosel.transport.control import remove_orphans
 
 _POLL_S = 0.1
+_MOST_LOG_BYTES = 64 * 1024 * 1024
 # Called with the names of the services that are ready and of those that are not.
 Progress = Callable[[list[str], list[str]], None]
 
@@ -91,6 +92,11 @@ class Launcher:
         """Where the gateway speaks HTTP."""
         return self.settings.http_address
 
+    @property
+    def metrics_address(self) -> str:
+        """Where all services' metrics are."""
+        return f"http://{self.settings.gateway.host}:{self.settings.gateway.metrics_port}/metrics"
+
     def __enter__(self) -> "Launcher":
         try:
             self._start("fusion", "fusion")
@@ -143,6 +149,12 @@ class Launcher:
         """Services that are no longer running."""
         return [child for child in self.children.values() if child.process.poll() is not None]
 
+    def trim_logs(self) -> None:
+        """Forgets logs that have grown large: where they are kept, they take memory."""
+        for child in self.children.values():
+            if child.log.stat().st_size > _MOST_LOG_BYTES:
+                os.truncate(child.log, 0)
+
     def _check_alive(self) -> None:
         for child in self.ended():
             raise ServiceUnavailable(
@@ -151,7 +163,8 @@ class Launcher:
 
     def _start(self, name: str, module: str, *arguments: str) -> None:
         log = self._folder / f"{name.replace('/', '-')}.log"
-        with log.open("wb") as stream:
+        # Appended to, so that it can be cut while it is written.
+        with log.open("ab") as stream:
             process = subprocess.Popen(  # noqa: S603
                 # -P: a file fusion.py in the folder that the user happens to be in must not be run.
                 [sys.executable, "-P", "-m", module, *arguments],

@@ -60,6 +60,11 @@ class Accuracy:
     source: str = ""
 
 
+def name_of(model: str) -> str:
+    """The name in a model's id; a name is its own."""
+    return model.partition("@")[0]
+
+
 @dataclass(frozen=True)
 class ModelPackage:
     """A parsed and checked `model.toml`. `samples`, `sources` and `train` name modules of the folder, or are None.

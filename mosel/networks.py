@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mosel.errors import ConfigError, PackageError
 from mosel.model_modules import forget_modules
 from mosel.model_package import ModelPackage
-from mosel.tensors import DTYPES
+from mosel.samples import example_rows
 
 
 def load_encoder(package: ModelPackage, modality: str, device: torch.device) -> torch.nn.Module:
@@ -116,15 +116,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def example_payload(package: ModelPackage, modality: str, rows: int) -> NDArray[np.generic]:
-    """Ordinary-looking rows [rows, *shape] for warming up and timing: 0..1, bytes 0..255, other integers 0 and 1."""
+    """Ordinary-looking rows [rows, *shape] for warming up and timing."""
     spec = package.modalities[modality]
-    random, dtype, shape = np.random.default_rng(0), DTYPES[spec.dtype], (rows, *spec.shape)
-    if spec.dtype == "BF16":  # the upper half of a float32's bits
-        return (random.random(shape, np.float32).view(np.uint32) >> 16).astype(dtype)
-    if np.issubdtype(dtype, np.floating):
-        return random.uniform(0, 1, shape).astype(dtype)
-    # Wider integers may be looked up in a table, of which only the first rows are sure to be there.
-    return random.integers(0, 256 if spec.dtype == "UINT8" else 2, shape).astype(dtype)
+    return example_rows(spec.dtype, (rows, *spec.shape))
 
 
 def check_shape(package: ModelPackage, what: str, got: torch.Tensor, rows: int, expected: Iterable[int]) -> None:

@@ -1,4 +1,4 @@
-"""Labelled samples of a model: what its `samples` module hands to the demo, to training and to profiling."""
+"""Samples of a model: labelled ones, as its `samples` module hands them out, and made-up ones."""
 
 import zipfile
 import zlib
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mosel.errors import DatasetError
+from mosel.tensors import DTYPES
 
 
 @dataclass(frozen=True)
@@ -55,3 +56,14 @@ def load_arrays(file: Path) -> dict[str, NDArray[Any]]:
             return {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, AttributeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DatasetError(f"{file}: not a readable .npz file: {error}") from None
+
+
+def example_rows(dtype: str, shape: tuple[int, ...]) -> NDArray[np.generic]:
+    """Ordinary-looking numbers, the same ones each time: 0..1, bytes 0..255, other integers 0 and 1."""
+    random, numpy_dtype = np.random.default_rng(0), DTYPES[dtype]
+    if dtype == "BF16":  # the upper half of a float32's bits
+        return (random.random(shape, np.float32).view(np.uint32) >> 16).astype(numpy_dtype)
+    if np.issubdtype(numpy_dtype, np.floating):
+        return random.uniform(0, 1, shape).astype(numpy_dtype)
+    # Wider integers may be looked up in a table, of which only the first rows are sure to be there.
+    return random.integers(0, 256 if dtype == "UINT8" else 2, shape).astype(numpy_dtype)

@@ -17,16 +17,18 @@ from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 import grpc
 import uvloop
 from google.protobuf.message import DecodeError
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 
 from mosel.config import Settings, load_settings
 from mosel.deadline import Deadline
 from mosel.errors import ConfigError, MoselError, PayloadTooLarge, ServiceUnavailable
 from mosel.exposure import internal_client_tls, internal_server_tls, public_tls
+from mosel.health import Health
+from mosel.incoming import note_incoming
 from mosel.logs import configure_logs
 from mosel.messages import check_message, limit_bytes
 from mosel.native_log import native_lines
-from mosel.status import RETRY_AFTER, retry_after_ms, status_of
+from mosel.status import RETRY_AFTER, message_of, retry_after_ms, status_of
 from mosel.tls import handshake_refused
 
 P = ParamSpec("P")
@@ -79,6 +81,7 @@ class Service:
         setting: the setting or flag that states the address, for messages.
         register: adds the servicer.
         interceptors: what sees each call first; each costs time in every call.
+        names: of the gRPC services that it adds, `mosel.v1.Gateway`, for health.
         public: whether strangers may call it, with `tls`; otherwise only other services do, with `internal_tls`.
         refused: called when TLS does not let a caller in.
 
@@ -93,12 +96,13 @@ class Service:
         setting: str,
         register: Register,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        names: Sequence[str] = (),
         *,
         public: bool = False,
         refused: Refused = handshake_refused,
     ) -> None:
         self.address = address
-        self._settings, self._setting, self._refused = settings, setting, refused
+        self._settings, self._setting, self._refused, self._names = settings, setting, refused, names
         self._tls = public_tls(settings) if public else internal_server_tls(settings, address, setting)
         self._entered = contextlib.ExitStack()
         options = channel_options(settings)
@@ -106,7 +110,7 @@ class Service:
             # What is under way on an old connection is finished, however long that takes.
             options.append(("grpc.max_connection_age_ms", round(settings.gateway.max_connection_age_s * 1000)))
         self._server = grpc.aio.server(options=options, interceptors=interceptors)
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         register(self._server)
 
@@ -119,12 +123,14 @@ class Service:
             self.address = f"{self.address.rpartition(':')[0]}:{port}"
         if self._tls is not None:
             self._entered.enter_context(native_lines(self._heard))
+        self._health.set("", True)
+        self.set_ready(False)
         await self._server.start()
         log.info("listening", extra={"address": self.address, "pid": os.getpid(), "tls": self._tls is not None})
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._health.enter_graceful_shutdown()
+        self._health.stop()
         await self._server.stop(self._settings.stop_grace_ms / 1000)
         path = socket_path(self.address)
         if path is not None:
@@ -148,10 +154,10 @@ class Service:
         else:
             log.info("grpc", extra={"line": line})
 
-    async def set_ready(self, ready: bool, service: str = "") -> None:
-        """Sets what `grpc.health.v1` answers for a service name; the empty name is the process itself."""
-        state = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-        await self._health.set(service, state)
+    def set_ready(self, ready: bool, *names: str) -> None:
+        """Sets what `grpc.health.v1` answers for some names, or for its gRPC services; the process lives anyway."""
+        for name in names or self._names:
+            self._health.set(name, ready)
 
 
 def socket_path(address: str) -> Path | None:
@@ -198,6 +204,7 @@ def answers_with_status(
     @functools.wraps(method)
     async def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         context = cast(Context, args[-1])
+        note_incoming(method.__name__, context.invocation_metadata)  # type: ignore[arg-type]
         try:
             return await method(*args, **kwargs)
         except MoselError as error:
@@ -215,7 +222,7 @@ async def abort_with(context: Context, error: MoselError) -> NoReturn:
     """Ends a call with the status of an error."""
     retry = retry_after_ms(error)
     trailers = ((RETRY_AFTER, str(retry)),) if retry else ()
-    await context.abort(status_of(error), str(error), trailers)
+    await context.abort(status_of(error), message_of(error), trailers)
 
 
 def deadline_of(context: Context) -> Deadline:

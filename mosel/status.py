@@ -29,6 +29,9 @@ from mosel.errors import (
 )
 
 RETRY_AFTER = "retry-after-ms"
+# Of the beginning and of the end of a message, which says what was expected. Each character may take 12 bytes of the
+# trailer, which callers read up to 8 KiB of.
+_SHOWN_FIRST, _SHOWN_LAST = 300, 300
 
 STATUS: dict[type[MoselError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
@@ -97,7 +100,9 @@ def http_status_of(error: BaseException) -> int:
 
 
 def http_headers_of(error: BaseException) -> dict[str, str]:
-    """When to try again, as HTTP says it in seconds and in milliseconds; nothing if trying again does not help."""
+    """When to try again, as HTTP says it in seconds and in milliseconds, or that a token is wanted; or nothing."""
+    if isinstance(error, Unauthenticated):
+        return {"www-authenticate": "Bearer"}
     wait_ms = retry_after_ms(error)
     return {"retry-after": str(math.ceil(wait_ms / 1000)), RETRY_AFTER: str(wait_ms)} if wait_ms else {}
 
@@ -105,6 +110,18 @@ def http_headers_of(error: BaseException) -> dict[str, str]:
 def status_number(error: BaseException) -> int:
     """The status as the integer that travels inside a stream's message."""
     return int(status_of(error).value[0])
+
+
+def message_of(error: BaseException) -> str:
+    """What a caller is told of an error."""
+    return one_line(str(error))
+
+
+def one_line(message: str) -> str:
+    """A message as one line that can be shown anywhere, whatever a caller had put into it."""
+    if len(message) > _SHOWN_FIRST + _SHOWN_LAST:
+        message = f"{message[:_SHOWN_FIRST]}...{message[-_SHOWN_LAST:]}"
+    return message if message.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
 
 
 def retry_after_ms(error: BaseException) -> int:

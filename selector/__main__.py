@@ -9,9 +9,11 @@ from mosel.config import Settings
 from mosel.messages import ENVELOPE_BYTES, limit_bytes
 from mosel.model_package import find_packages
 from mosel.service import Service, run_service
+from mosel.tracing import open_tracing
 from mosel.v1 import selector_pb2_grpc
 from selector.director import Director
 from selector.models import Models
+from selector.observer import Observer
 from selector.peers import Peers
 from selector.scheduler import Scheduler
 from selector.servicer import SelectorServicer
@@ -36,18 +38,22 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
     limits = settings.selector
     scheduler = Scheduler({}, limits.policy, limits.max_queued_items, settings.workers, limits.reply_ms)
     models = Models(settings, packages.values(), scheduler)
-    director = Director(scheduler, models, limit_bytes(settings.transport.max_message_mib) - ENVELOPE_BYTES)
     address = listen or settings.selector_address
-    async with Peers(settings, models.modalities, models.prepare, director.lane_changed) as peers:
-        director.use(peers)
-        models.use(peers, director.models_changed)
-        servicer = SelectorServicer(director, models, peers, address)
-        register = partial(selector_pb2_grpc.add_SelectorServicer_to_server, servicer)
-        async with Service(settings, address, "selector.address", register) as service:
-            await service.set_ready(True)
-            await stop.wait()
-            await service.set_ready(False)
-            await director.drain(settings.stop_grace_ms / 1000)
+    with open_tracing(settings, "selector") as tracing:
+        observer = Observer(models.versions, tracing)
+        most = limit_bytes(settings.transport.max_message_mib) - ENVELOPE_BYTES
+        director = Director(scheduler, models, most, observer)
+        async with Peers(settings, models.modalities, models.prepare, director.lane_changed) as peers:
+            director.use(peers)
+            models.use(peers, director.models_changed)
+            servicer = SelectorServicer(director, models, peers, address, observer.metrics)
+            register = partial(selector_pb2_grpc.add_SelectorServicer_to_server, servicer)
+            names = ["mosel.v1.Selector"]
+            async with Service(settings, address, "selector.address", register, names=names) as service:
+                service.set_ready(True)
+                await stop.wait()
+                service.set_ready(False)
+                await director.drain(settings.stop_grace_ms / 1000)
 
 
 if __name__ == "__main__":

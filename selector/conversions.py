@@ -9,6 +9,7 @@ from mosel.transport import slice_rows
 from mosel.v1 import gateway_pb2, selector_pb2, tensor_pb2
 from selector.frontier import Strategy
 from selector.jobs import NORMAL_PRIORITY, Effort, Job
+from selector.profile import ModelProfile
 from selector.refusals import Plan
 
 _EFFORTS = {gateway_pb2.CHEAPEST: Effort.CHEAPEST, gateway_pb2.BEST: Effort.BEST}
@@ -76,6 +77,24 @@ def plan_reply(plan: Plan) -> gateway_pb2.PlanReply:
     if plan.chosen is not None:
         reply.chosen.CopyFrom(_strategy(plan.chosen, plan.latency_ms))
     return reply
+
+
+def set_profile(profile: ModelProfile, modality_set: frozenset[str], is_up: bool) -> gateway_pb2.SetProfile:
+    """What gateways are told of a modality set.
+
+    Args:
+        profile: of the model.
+        modality_set: which one.
+        is_up: whether its services are there.
+    """
+    measured = profile.is_measured(modality_set)
+    return gateway_pb2.SetProfile(
+        modality_set=format_set(modality_set),
+        accuracy=profile.accuracy[modality_set],
+        samples=profile.samples,
+        latency_ms=profile.idle_latency_ms(modality_set, 1) if measured else 0.0,
+        available=measured and is_up,
+    )
 
 
 def slices(places: Iterable[Place]) -> list[tensor_pb2.RowSlice]:

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 
@@ -16,11 +16,13 @@ import grpc
 from mosel.errors import (
     InternalError,
     InvalidRequest,
+    JobCancelled,
     MoselError,
     PayloadTooLarge,
     ServiceUnavailable,
     Unreachable,
 )
+from mosel.logs import job_field
 from mosel.messages import check_message
 from mosel.status import error_from_rpc
 from mosel.v1 import encoder_pb2, fusion_pb2, gateway_pb2, selector_pb2, tensor_pb2
@@ -35,11 +37,14 @@ from selector.conversions import (
     slots_in,
 )
 from selector.emission import Emission
+from selector.gauges import show_jobs, show_tensors
 from selector.jobs import Call, EncodeCall, Ended, FuseCall, Wait
 from selector.ledger import Ledger
 from selector.models import Models
+from selector.observer import Observer, SeenCall
 from selector.peers import Peers
 from selector.scheduler import Scheduler
+from selector.session import Session
 from selector.stages import FUSION, service_name
 from selector.work import Work
 
@@ -49,30 +54,22 @@ _RELEASE_EVERY_S = 0.005
 log = logging.getLogger(__name__)
 
 
-class Session:
-    """One connected gateway: its name, and what is to be sent to it; None ends the stream."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.outbox: asyncio.Queue[selector_pb2.SelectorMessage | None] = asyncio.Queue()
-
-    def send(self, **message: object) -> None:
-        """Queues a message for the gateway."""
-        self.outbox.put_nowait(selector_pb2.SelectorMessage(**message))  # type: ignore[arg-type]
-
-
 # The producer of a slot, a gateway or the encoder of a modality, and the slot's numbers.
 SlotKey = tuple[Session | str, int, int, int, int]
 
 
 @dataclass(eq=False)
 class _JobInFlight:
-    """A job's tensors. `embeddings` are by modality and item; `done` waits for the end unless results are streamed."""
+    """A job's tensors. `embeddings` are by modality and item; `done` waits for the end unless results are streamed.
+
+    `traceparent` is that of its request, empty if it is not traced.
+    """
 
     session: Session
     work: Work
     payloads: Mapping[str, tensor_pb2.TensorRef]
     emission: Emission[selector_pb2.ItemGroup] | None
+    traceparent: str
     embeddings: dict[str, dict[int, Place]] = field(default_factory=lambda: defaultdict(dict))
     done: list[selector_pb2.ItemGroup] = field(default_factory=list)
 
@@ -84,11 +81,12 @@ class Director:
         scheduler: the core.
         models: those that are loaded.
         max_answer_bytes: what the outputs of one job may have in a message.
+        observer: is told what happens.
     """
 
-    def __init__(self, scheduler: Scheduler, models: Models, max_answer_bytes: int) -> None:
-        self.counters: Counter[str] = Counter()
-        self._scheduler, self._models, self._max_answer_bytes = scheduler, models, max_answer_bytes
+    def __init__(self, scheduler: Scheduler, models: Models, max_answer_bytes: int, observer: Observer) -> None:
+        self._scheduler, self._models, self._observer = scheduler, models, observer
+        self._max_answer_bytes = max_answer_bytes
         self._ledger: Ledger[SlotKey] = Ledger()
         self._jobs: dict[bytes, _JobInFlight] = {}
         self._sessions: set[Session] = set()
@@ -103,6 +101,8 @@ class Director:
     def use(self, peers: Peers) -> None:
         """Sets the services that compute; before that, every job is refused."""
         self._peers = peers
+        show_jobs(self._observer, self._scheduler)
+        show_tensors(self._observer, self._ledger, peers.attachments)
 
     # Events from gateways
 
@@ -121,7 +121,7 @@ class Director:
 
     def submit(self, session: Session, description: selector_pb2.JobDescription) -> None:
         """A job arrived; its answer or failure is sent to the session."""
-        job_id = description.job_id
+        job_id, now = description.job_id, time.monotonic()
         try:
             if self._stopping:
                 raise ServiceUnavailable("service selector is stopping")
@@ -129,18 +129,18 @@ class Director:
             self._models.check_loaded(description.model)
             if job_id in self._jobs:
                 raise InvalidRequest("job_id is already under way")
-            now = time.monotonic()
             work = self._scheduler.submit(job_from(description, now), now)
         except MoselError as error:
-            self.counters["jobs_refused"] += 1
+            self._observer.refused(description, error, now)
             session.send(failure=failure_from(job_id, error))
             session.send(release=tensor_pb2.ReleaseSlots(slots=slots_in(description.payloads.values())))
             return
-        self.counters["jobs_admitted"] += 1
+        self._observer.admitted(work, description.traceparent)
         self._idle.clear()
         emission = Emission[selector_pb2.ItemGroup](work.floor) if description.stream else None
-        self._jobs[job_id] = _JobInFlight(session, work, dict(description.payloads), emission)
-        self._ledger.open(job_id, (_key(session, slot) for slot in slots_in(description.payloads.values())))
+        payloads = dict(description.payloads)
+        self._jobs[job_id] = _JobInFlight(session, work, payloads, emission, description.traceparent)
+        self._ledger.open(job_id, (_key(session, slot) for slot in slots_in(payloads.values())))
         self._advance()
 
     def plan(self, description: selector_pb2.JobDescription) -> gateway_pb2.PlanReply:
@@ -155,8 +155,9 @@ class Director:
 
     def cancel(self, job_id: bytes) -> None:
         """Nobody waits for a job any more."""
-        if self._forget(job_id):
-            self.counters["jobs_cancelled"] += 1
+        self._scheduler.unwanted(job_id, time.monotonic())
+        if job := self._forget(job_id):
+            self._observer.failed(job.work, JobCancelled("nobody waits for it any more"), job.traceparent)
             self._scheduler.cancelled(job_id)
             self._advance()
 
@@ -176,7 +177,7 @@ class Director:
 
     def statistics(self) -> dict[str, int]:
         """Counts since the start, what is held now, and how calls differ from their profiles."""
-        counts = dict(self.counters) | self._scheduler.statistics() | self._ledger.statistics()
+        counts = self._observer.statistics() | self._scheduler.statistics() | self._ledger.statistics()
         for (model, lane), (overhead_ms, factor) in self._scheduler.corrections(time.monotonic()).items():
             if name := self._models.current_name(model):
                 counts[f"correction.{name}.{lane}.overhead_us"] = max(round(overhead_ms * 1000), 0)
@@ -218,23 +219,27 @@ class Director:
             self._flush = asyncio.get_running_loop().call_later(_RELEASE_EVERY_S, self._send_releases)
 
     async def _encode(self, call: EncodeCall, request: encoder_pb2.EncodeRequest, timeout: float) -> None:
+        seen = self._observer.began(call, request, self._traceparents(call))
         try:
             reply = await self._peer().encoders[call.modality].Encode(request, timeout=timeout)
         except Exception as error:  # noqa: BLE001 (whatever it is, the call must leave its lane)
-            self._lose(call, error)
+            self._lose(seen, error)
         else:
+            self._observer.returned(seen, reply.compute_us)
             self._keep(call, reply.embeddings)
             self._scheduler.completed(call, time.monotonic())
         finally:
             self._end(call)
 
     async def _fuse(self, call: FuseCall, request: fusion_pb2.FuseRequest, timeout: float) -> None:
+        seen = self._observer.began(call, request, self._traceparents(call))
         try:
             reply = await self._peer().fusion.Fuse(request, timeout=timeout)
             outputs = list(zip(call.rows, reply.outputs, strict=True))
         except Exception as error:  # noqa: BLE001 (whatever it is, the call must leave its lane)
-            self._lose(call, error)
+            self._lose(seen, error)
         else:
+            self._observer.returned(seen, reply.compute_us)
             for rows, output in outputs:
                 self._done(rows.job_id, item_group(call.modality_set, rows.items, output), call)
             for job_id in self._scheduler.completed(call, time.monotonic()):
@@ -259,6 +264,9 @@ class Director:
                 group.embeddings[modality].rows.extend(slices(places[item] for item in rows.items))
         return request
 
+    def _traceparents(self, call: Call) -> list[str]:
+        return [self._jobs[rows.job_id].traceparent for rows in call.rows if rows.job_id in self._jobs]
+
     def _begin(self, call: Call) -> float:
         """Marks a call as reading for its jobs; returns the seconds until nobody waits for any of them."""
         for rows in call.rows:
@@ -282,14 +290,16 @@ class Director:
                 places.update((item, (embeddings, row + i)) for i, item in enumerate(rows.items))
             row += len(rows.items)
 
-    def _lose(self, call: Call, error: Exception) -> None:
-        peer = service_name(call.lane)
+    def _lose(self, seen: SeenCall, error: Exception) -> None:
+        call = seen.call
+        peer, jobs = service_name(call.lane), job_field(rows.job_id for rows in call.rows)
         if isinstance(error, grpc.RpcError):
             reason = error_from_rpc(error, peer, {Unreachable: InternalError})
-            log.warning("call failed", extra={"peer": peer, "reason": str(reason)})
+            log.warning("call failed", extra={"peer": peer, "reason": str(reason)} | jobs)
         else:
             reason = InternalError(f"service selector could not use the answer of {peer}")
-            log.error("unexpected error", exc_info=error, extra={"peer": peer})
+            log.error("unexpected error", exc_info=error, extra={"peer": peer} | jobs)
+        self._observer.lost(seen, reason)
         for job_id in self._scheduler.failed(call, time.monotonic()):
             self._fail(job_id, reason)
 
@@ -300,7 +310,7 @@ class Director:
         job = self._jobs.get(job_id)
         if job is None:
             return
-        self.counters[f"items.{group.modality_set}"] += len(group.items)
+        self._observer.predicted(call, len(group.items))
         if job.emission is None:
             job.done.append(group)
             return
@@ -313,7 +323,7 @@ class Director:
         job, now = self._jobs.get(job_id), time.monotonic()
         if job is None:
             return
-        work = job.work
+        work, strategy = job.work, job.work.strategy
         started_at = now if work.started_at is None else work.started_at
         groups = job.done if job.emission is None else job.emission.rest()
         try:
@@ -324,23 +334,23 @@ class Director:
         result = selector_pb2.JobResult(
             job_id=job_id,
             groups=groups,
-            expected_accuracy=work.strategy.accuracy,
+            expected_accuracy=strategy.accuracy,
             queue_us=round((started_at - work.submitted_at) * 1e6),
             compute_us=round((now - started_at) * 1e6),
         )
         job.session.send(result=result)
-        self.counters["jobs_answered"] += 1
+        self._observer.answered(work, strategy, job.traceparent, now)
         self._forget(job_id)
 
     def _fail(self, job_id: bytes, error: MoselError) -> None:
         job = self._jobs.get(job_id)
         if job is not None:
-            self.counters["jobs_failed"] += 1
+            self._observer.failed(job.work, error, job.traceparent)
             job.session.send(failure=failure_from(job_id, error))
             self._forget(job_id)
 
-    def _forget(self, job_id: bytes) -> bool:
-        known = self._jobs.pop(job_id, None) is not None
+    def _forget(self, job_id: bytes) -> _JobInFlight | None:
+        known = self._jobs.pop(job_id, None)
         self._ledger.close(job_id)
         if not self._jobs:
             self._idle.set()

@@ -62,7 +62,7 @@ class Forecast:
 
         Jobs behind do not count: they join a call only as far as the slack of its first job allows.
         """
-        queued: dict[Stage, int] = {}
+        queued: dict[Stage, _Queued] = {}
         tokens = {resource: sorted(times) for resource, times in self._free_at.items()}
         answered = []
         for left in queue:
@@ -96,7 +96,9 @@ class Forecast:
             longest.append(path)
         return Load(seconds, max(sum(longest), *seconds.values(), 0.0) + self._reply_s)
 
-    def _run(self, steps: Steps, queued: dict[Stage, int], tokens: Mapping[str, list[float]], earliest: float) -> float:
+    def _run(
+        self, steps: Steps, queued: dict[Stage, "_Queued"], tokens: Mapping[str, list[float]], earliest: float
+    ) -> float:
         """Puts what some steps add to the calls of jobs in front on the tokens that are free first; returns the end."""
         end = earliest
         waiting: dict[str, list[float]] = {}
@@ -106,11 +108,12 @@ class Forecast:
             if resource not in waiting:
                 # Until these steps may begin, jobs behind use the tokens: those lose only the time that the calls take.
                 waiting[resource] = [max(at, earliest) for at in free] if free[0] < earliest else free
-            own, before = waiting[resource], queued.get(stage, 0)
-            queued[stage] = before + rows
+            own, last = waiting[resource], queued.setdefault(stage, _Queued())
+            # What is ready only after the last call has begun does not join it.
+            joined = last.joined if earliest <= last.begins else 0
             while rows:
-                joined = before % best_batch
                 count = min(rows, best_batch - joined)
+                last.begins = last.begins if joined else own[0]
                 call = self._expected_s(stage, joined + count)
                 added = max(call - self._expected_s(stage, joined), 0.0) if joined else call
                 ends = own[0] + added
@@ -118,7 +121,7 @@ class Forecast:
                 if own is not free:
                     heapq.heapreplace(free, free[0] + added)
                 end = max(end, ends, earliest + call)
-                before += count
+                joined = last.joined = (joined + count) % best_batch
                 rows -= count
         return end
 
@@ -128,6 +131,14 @@ class Forecast:
             taken = self._reserve.get(self._resources[stage.lane], 0.0) if self._cautious else 0.0
             self._call_s[key] = stage.expected_ms(items, self.now) / 1000 / (1 - taken)
         return self._call_s[key]
+
+
+@dataclass
+class _Queued:
+    """The last call of a stage that is not full: its rows, and when it begins."""
+
+    joined: int = 0
+    begins: float = -math.inf
 
 
 def _rows(queue: Sequence[Remaining]) -> dict[Stage, int]:

@@ -7,16 +7,16 @@ gateway names it any more, and its networks are freed when its last job is over.
 
 import asyncio
 import logging
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import grpc
 
 from mosel.config import Settings
 from mosel.errors import ModelNotFound, MoselError, ServiceUnavailable
 from mosel.modality import ModalitySet, format_set
-from mosel.model_package import ModelPackage, find_package
+from mosel.model_package import ModelPackage, find_package, name_of
 from mosel.status import error_from_rpc
 from mosel.v1 import gateway_pb2, selector_pb2
 from selector.measuring import Latencies, Model, lanes_of
@@ -54,7 +54,8 @@ class Models:
         self._named: dict[str, set[str]] = {}
         self._loading: set[str] = set()
         self._freeing: dict[str, asyncio.Task[None]] = {}
-        self._one_at_a_time: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        # By name, as long as somebody loads or unloads it.
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Task[Any]] = set()
         for package in packages:
             model = self._models[package.id] = self._model_of(package)
@@ -65,6 +66,10 @@ class Models:
     def modalities(self) -> set[str]:
         """All that models have."""
         return {modality for model in self._models.values() for modality in model.package.modalities}
+
+    def versions(self) -> dict[str, str]:
+        """What packages call their versions, by name, of those that new jobs get."""
+        return {name: self._models[model].package.version for name, model in self._current.items()}
 
     def use(self, peers: Peers, changed: Callable[[], None]) -> None:
         """Sets the services that compute, and what is called when a model came or went."""
@@ -82,17 +87,18 @@ class Models:
         Raises:
             ModelNotFound: there is no such package.
             PackageError: it is wrong; the model stays as it was.
-            ServiceUnavailable: a service that it needs is away.
+            ServiceUnavailable: a service that it needs is away, or the selector stops.
         """
-        return await asyncio.shield(self._start(self._load(name)))
+        return await self._result(self._load(name))
 
     async def unload(self, name: str) -> None:
         """Admits no more jobs of a model, and returns when its networks are freed; goes on if the caller goes away.
 
         Raises:
             ModelNotFound: it is not loaded.
+            ServiceUnavailable: the selector stops.
         """
-        await asyncio.shield(self._start(self._unload(name)))
+        await self._result(self._unload(name))
 
     # What the gateways name
 
@@ -105,7 +111,7 @@ class Models:
         named = self._named[gateway] = set(models)
         for model in named - self._models.keys():
             # It started after the files had changed, and has not what they were before.
-            if (name := _name_of(model)) in self._current:
+            if (name := name_of(model)) in self._current:
                 self._load_later(name)
         self._retire_unnamed()
 
@@ -121,7 +127,7 @@ class Models:
             ModelNotFound: it is not loaded.
             ServiceUnavailable: it was replaced.
         """
-        name = _name_of(model)
+        name = name_of(model)
         if name not in self._current:
             raise ModelNotFound(f"model '{name}' is not loaded (any more); `mosel reload {name}` loads it")
         if not self._scheduler.serves(model):
@@ -133,7 +139,7 @@ class Models:
 
     def current_name(self, model: str) -> str | None:
         """The name of a model; None if new jobs get another revision."""
-        name = _name_of(model)
+        name = name_of(model)
         return name if self._current.get(name) == model else None
 
     # What the services have
@@ -150,7 +156,7 @@ class Models:
         """
         for unknown in set(has) - self._models.keys():
             await self._peers.unload(lane, unknown)
-        models = [model for model in self._models.values() if lane in model.lanes]
+        models = [m for m in self._models.values() if lane in m.lanes and m.package.id not in self._freeing]
         for model in models:
             try:
                 await self._peers.load(lane, model.package.id)
@@ -177,7 +183,7 @@ class Models:
         _ = self._start(self._load(name))
 
     async def _load(self, name: str) -> selector_pb2.ModelState:
-        async with self._one_at_a_time[name]:
+        async with self._locks.setdefault(name, asyncio.Lock()):
             package = await asyncio.to_thread(_read, self._settings, name)
             before = self._models.get(self._current.get(name, ""))
             if before is None or before.package.id != package.id or before.lacking:
@@ -236,7 +242,7 @@ class Models:
             await self._latencies.of_encoder(lane, peers.encoders[lane], models, peers.resources, idle=idle)
 
     async def _unload(self, name: str) -> None:
-        async with self._one_at_a_time[name]:
+        async with self._locks.setdefault(name, asyncio.Lock()):
             if self._current.pop(name, None) is None:
                 loaded = ", ".join(sorted(self._current)) or "none"
                 raise ModelNotFound(f"model '{name}' is not loaded; expected one of: {loaded}")
@@ -277,6 +283,15 @@ class Models:
             reason="; ".join(f"service {service_name(lane)}: {why}" for lane, why in model.lacking.items()),
         )
 
+    async def _result(self, work: Coroutine[Any, Any, R]) -> R:
+        task = self._start(work)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise ServiceUnavailable("service selector is stopping") from None
+            raise
+
     def _model_of(self, package: ModelPackage) -> Model:
         stated, confidence = package.accuracy, self._settings.selector.floor_confidence
         accuracy = {s: believed_accuracy(value, stated.samples, confidence) for s, value in stated.sets.items()}
@@ -299,10 +314,6 @@ def _read(settings: Settings, name: str) -> ModelPackage:
     package = find_package(settings.models_dir, name)
     package.check_unchanged()
     return package
-
-
-def _name_of(model: str) -> str:
-    return model.partition("@")[0]
 
 
 async def _all(calls: Iterable[Awaitable[None]]) -> None:

@@ -162,6 +162,10 @@ class Peers:
         """The state of every service that computes; one that does not answer is not ready."""
         return list(await asyncio.gather(*(self._status(name) for name in self._addresses)))
 
+    async def metrics(self) -> list[service_pb2.ServiceMetrics]:
+        """The metrics of every service that computes; those of one that does not answer have no text."""
+        return list(await asyncio.gather(*(self._metrics(name) for name in self._addresses)))
+
     def edges(self) -> list[service_pb2.EdgeStatus]:
         """How tensors travel, from every producer to every consumer."""
         edges = self.attachments.statuses()
@@ -190,11 +194,18 @@ class Peers:
         self._up[name] = asyncio.Event()
         self._tasks[name] = asyncio.create_task(self._watch(name), name=f"watch {name}")
 
+    async def _metrics(self, name: str) -> service_pb2.ServiceMetrics:
+        try:
+            return await self._stub(name).Metrics(service_pb2.MetricsRequest(), timeout=_STATUS_TIMEOUT_S)
+        except grpc.RpcError:
+            return service_pb2.ServiceMetrics(service=service_name(name))
+
     async def _watch(self, name: str) -> None:
         """Follows a service's health for as long as this object lives."""
         stub = health_pb2_grpc.HealthStub(self._channels[name])
         while True:
-            watch = stub.Watch(health_pb2.HealthCheckRequest())  # type: ignore[attr-defined]
+            service = "mosel.v1.Fusion" if name == FUSION else "mosel.v1.Encoder"
+            watch = stub.Watch(health_pb2.HealthCheckRequest(service=service))  # type: ignore[attr-defined]
             try:
                 async for reply in watch:
                     if reply.status != health_pb2.HealthCheckResponse.SERVING:

@@ -1,6 +1,7 @@
 """Plans: who is admitted, and which strategy each queued job has."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from mosel.errors import MoselError
@@ -11,6 +12,7 @@ from selector.jobs import Job, Option
 from selector.options import Frontiers, allowed_options, floor_of, strategy_of
 from selector.policies import PLANNED_JOBS, POLICIES, Choices, Queued, finish_times, placed
 from selector.profile import ModelProfile
+from selector.promises import Promises
 from selector.refusals import refusal
 from selector.resources import Resources
 from selector.stages import FUSION, Remaining, Stages
@@ -39,6 +41,7 @@ class Planner:
         self._arriving = Arriving()
         self._next_plan_at = 0.0
         self.stages = Stages(profiles)
+        self._promises = Promises()
 
     def add(self, model: str, frontiers: Frontiers) -> None:
         """Jobs may name one more model."""
@@ -82,6 +85,10 @@ class Planner:
             newcomer.predicted = newcomer.job.deadline
             return [*[None] * at, newcomer.queued.cheapest]
         queue, forecast = [self._as_queued(work) for work in works], self._forecast(now)
+        spare_s = self._spare_s(works, at, now)
+        queue[at] = replace(queue[at], deadline=newcomer.job.deadline - spare_s)
+        if self._resources.is_one and (hopeless := _hopeless(queue, forecast, at)):
+            raise self._refusal(newcomer, queue, forecast, hopeless, at, spare_s)
         if self.is_due(now):
             choices = self._reassigned(queue, forecast)
         else:
@@ -89,8 +96,8 @@ class Planner:
         times = finish_times(queue, forecast, choices)
         kept = None not in choices and not _broken(queue, forecast, choices, times, at)
         newcomer.predicted = times[at] or now
-        if not kept or (newcomer.predicted > newcomer.job.deadline and not newcomer.job.late_ok):
-            raise self._refusal(newcomer, queue, forecast, choices, at)
+        if not kept or (newcomer.predicted > queue[at].deadline and not newcomer.job.late_ok):
+            raise self._refusal(newcomer, queue, forecast, choices, at, spare_s)
         return choices
 
     def apply(self, works: Sequence[Work], choices: Choices) -> None:
@@ -106,6 +113,18 @@ class Planner:
         choices = self._reassigned(queue, self._forecast(now))
         self.apply(works, choices)
         return [work for work, choice in zip(works, choices, strict=True) if choice is None]
+
+    def answered(self, work: Work, now: float) -> None:
+        """A job was answered, in time or not."""
+        if now + self._resources.reply_s > work.job.deadline:
+            self.missed(work, now)
+        else:
+            self._promises.note(kept=True, now=now)
+
+    def missed(self, work: Work | None, now: float) -> None:
+        """A job that was admitted got no answer in time; None if it is not known any more."""
+        if work is None or not work.job.late_ok:
+            self._promises.note(kept=False, now=now)
 
     def is_due(self, now: float) -> bool:
         """Whether the last exact plan is long enough ago."""
@@ -150,8 +169,20 @@ class Planner:
     def _idle_s(self, left: Remaining, now: float) -> float:
         return self._resources.idle_forecast(now).finish([left])[0] - now
 
+    def _spare_s(self, works: Sequence[Work], at: int, now: float) -> float:
+        """Seconds that the newcomer at a place in the queue must have to spare."""
+        job = works[at].job
+        ahead_s = max(works[at - 1].predicted - now, 0.0) if at else 0.0
+        return 0.0 if job.late_ok else self._promises.spare_s(job.deadline - now, ahead_s, now)
+
     def _refusal(
-        self, work: Work, queue: Sequence[Queued], forecast: Forecast, choices: Choices, at: int
+        self,
+        work: Work,
+        queue: Sequence[Queued],
+        forecast: Forecast,
+        choices: Choices,
+        at: int,
+        spare_s: float,
     ) -> MoselError:
         now, profile, job = forecast.now, work.profile, work.job
         idle_s = [self._idle_s(left, now) for left in work.queued.options]
@@ -161,7 +192,7 @@ class Planner:
         sets = [s for s in profile.accuracy if s <= job.modalities and profile.can_run(s)]
         lefts = {s: self.stages.remaining(job.model, strategy_of(profile, {s: job.size})) for s in sets}
         fitting = [s for s, left in lefts.items() if self._idle_s(left, now) <= job.deadline - now]
-        return refusal(work, now, fastest, idle_s[fastest], behind - now, fitting)
+        return refusal(work, now, fastest, idle_s[fastest], behind + spare_s - now, fitting)
 
     def _options(self, job: Job, items: int, floor: float) -> list[Option]:
         profile, frontiers = self._profiles[job.model], self._frontiers[job.model]
@@ -195,6 +226,16 @@ class Planner:
         rest = self._queued(job, work.options)
         lefts = [committed + left for left in rest.options]
         return Queued(lefts, rest.values, rest.cheapest, work.uncommitted, job.deadline, True, job.late_ok)
+
+
+def _hopeless(queue: Sequence[Queued], forecast: Forecast, at: int) -> Choices:
+    """Everyone's cheapest options if the newcomer at a place is late even so, which no plan can help; else nothing.
+
+    Plans take time, and under overload most are refused. On one resource the cheapest options are the fastest.
+    """
+    choices: Choices = [job.cheapest for job in queue]
+    answered = finish_times(queue[: at + 1], forecast, choices[: at + 1])[at] or 0.0
+    return choices if answered > queue[at].deadline and not queue[at].late_ok else []
 
 
 def _broken(

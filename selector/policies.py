@@ -99,7 +99,8 @@ def mosel(queue: Sequence[Queued], forecast: Forecast) -> Choices:
         return choices
     if not _late(queue, finish_times(queue, cautious, choices)):
         return choices
-    choices = _planned(queue, cautious, may_drop=False)
+    if any(len(job.options) > 1 for job in queue):
+        choices = _planned(queue, cautious, may_drop=False)
     late = _late(queue, finish_times(queue, forecast, choices))
     if all(queue[i].late_ok for i in late):
         return choices

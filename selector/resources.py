@@ -51,11 +51,14 @@ class Resources:
         lanes: their names.
         tokens: calls at the same time on each resource.
         reply_ms: what an answer takes from here to the caller.
+
+    Attributes:
+        reply_s: the same in seconds.
     """
 
     def __init__(self, lanes: Iterable[str], tokens: int, reply_ms: float) -> None:
         self._lanes = {name: _Lane() for name in lanes}
-        self._tokens, self._reply_s = tokens, reply_ms / 1000
+        self._tokens, self.reply_s = tokens, reply_ms / 1000
         self._calls: dict[int, UnderWay] = {}
 
     def add_lanes(self, names: Iterable[str]) -> None:
@@ -65,6 +68,11 @@ class Resources:
     def set_lane(self, name: str, up: bool, resource: str) -> None:
         """A service came or went."""
         self._lanes[name] = _Lane(up, resource)
+
+    @property
+    def is_one(self) -> bool:
+        """Whether all services that are there compute on the same resource."""
+        return len({lane.resource for lane in self._lanes.values() if lane.up}) == 1
 
     def is_up(self, modality_set: ModalitySet) -> bool:
         """Whether fusion and all encoders of a set are there."""
@@ -103,13 +111,13 @@ class Resources:
             free = free_at[resources[under_way.call.lane]]
             # Where a lane came back on another resource, there may be more calls than tokens for a moment.
             free[free.index(min(free))] = max(under_way.ends(now), min(free))
-        return Forecast(now, free_at, resources, self._reply_s, reserve)
+        return Forecast(now, free_at, resources, self.reply_s, reserve)
 
     def idle_forecast(self, now: float) -> Forecast:
         """As if nothing were under way."""
         resources = {name: lane.resource for name, lane in self._lanes.items()}
         free_at = {resource: [now] * self._tokens for resource in resources.values()}
-        return Forecast(now, free_at, resources, self._reply_s)
+        return Forecast(now, free_at, resources, self.reply_s)
 
     def statistics(self) -> dict[str, int]:
         """Calls under way by lane."""

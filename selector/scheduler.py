@@ -93,12 +93,12 @@ class Scheduler:
             _, job_id = heapq.heappop(self._expiry)
             work = self._works.get(job_id)
             if work is not None and work.job.ends <= now:
-                self._end(work, DeadlineExceeded("the deadline passed before the answer was there"))
+                self._end(work, DeadlineExceeded("the deadline passed before the answer was there"), now)
         if self._stale and self._planner.is_due(now):
             self._stale = False
             for work in self._planner.replan(self._queue, now):
                 self.counters["jobs_dropped"] += 1
-                self._end(work, DeadlineExceeded("dropped: the deadline can no longer be met with any strategy"))
+                self._end(work, DeadlineExceeded("dropped: the deadline can no longer be met with any strategy"), now)
         if self._ended:
             return self._ended.pop()
         return self._dispatch(now) or Wait(self._expiry[0][0] if self._expiry else None)
@@ -118,6 +118,7 @@ class Scheduler:
                 continue
             work.left -= len(rows.items)
             if not work.left:
+                self._planner.answered(work, now)
                 self.cancelled(rows.job_id)
                 answered.append(rows.job_id)
         return answered
@@ -160,6 +161,12 @@ class Scheduler:
             self._expiry = [(w.job.ends, w.job.id) for w in self._works.values()]
             heapq.heapify(self._expiry)
         return True
+
+    def unwanted(self, job_id: bytes, now: float) -> None:
+        """A caller stopped waiting: if no time was left for an answer, or one is on its way, a promise was broken."""
+        work = self._works.get(job_id)
+        if work is None or work.job.deadline - self._resources.reply_s <= now:
+            self._planner.missed(work, now)
 
     def load(self, model: str, profile: ModelProfile, frontiers: Frontiers | None = None) -> None:
         """Jobs may name a model from now on, again if it was retired.
@@ -224,9 +231,17 @@ class Scheduler:
         """What was learned of each (model, lane): a call takes (overhead in ms) + (factor) * its profile."""
         return self._planner.stages.corrections(now)
 
+    def waiting(self) -> Counter[str]:
+        """Jobs that have not started, by model."""
+        return Counter(work.job.model for work in self._queue if work.started_at is None)
+
     def statistics(self) -> dict[str, int]:
         """Counts of what is queued and under way."""
-        counts = {"jobs": len(self._works), "queued_items": self._queued_items}
+        counts = {
+            "jobs": len(self._works),
+            "jobs_waiting": self.waiting().total(),
+            "queued_items": self._queued_items,
+        }
         return counts | self._resources.statistics() | self.counters
 
     def _check(self, job: Job) -> None:
@@ -324,6 +339,7 @@ class Scheduler:
         self._stale = True
         return self._resources.over(call)
 
-    def _end(self, work: Work, error: MoselError) -> None:
+    def _end(self, work: Work, error: MoselError, now: float) -> None:
+        self._planner.missed(work, now)
         self.cancelled(work.job.id)
         self._ended.append(Ended(work.job.id, error))

@@ -5,11 +5,13 @@ import itertools
 import os
 from collections.abc import AsyncIterator
 
+from mosel.metrics import Metrics
 from mosel.service import Context, answers_with_status
 from mosel.v1 import gateway_pb2, selector_pb2, selector_pb2_grpc, service_pb2
-from selector.director import Director, Session
+from selector.director import Director
 from selector.models import Models
 from selector.peers import Peers
+from selector.session import Session
 
 
 class SelectorServicer(selector_pb2_grpc.SelectorServicer):
@@ -20,10 +22,12 @@ class SelectorServicer(selector_pb2_grpc.SelectorServicer):
         models: those that are loaded.
         peers: the services that compute.
         address: where this service listens.
+        metrics: of this process.
     """
 
-    def __init__(self, director: Director, models: Models, peers: Peers, address: str) -> None:
-        self._director, self._models, self._peers, self._address = director, models, peers, address
+    def __init__(self, director: Director, models: Models, peers: Peers, address: str, metrics: Metrics) -> None:
+        self._director, self._models, self._peers = director, models, peers
+        self._address, self._metrics = address, metrics
         self._numbers = itertools.count(1)
 
     async def Connect(
@@ -82,3 +86,10 @@ class SelectorServicer(selector_pb2_grpc.SelectorServicer):
             edges=self._peers.edges(),
         )
         return service_pb2.StatusReply(services=[own, *await self._peers.statuses()])
+
+    @answers_with_status
+    async def Metrics(self, request: service_pb2.MetricsRequest, context: Context) -> service_pb2.MetricsReply:
+        own, others = await asyncio.gather(self._metrics.page(), self._peers.metrics())
+        return service_pb2.MetricsReply(
+            services=[service_pb2.ServiceMetrics(service=self._metrics.service, text=own), *others]
+        )

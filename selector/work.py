@@ -12,6 +12,9 @@ from selector.options import strategy_of
 from selector.policies import Queued
 from selector.profile import ModelProfile
 
+# Sums of floats.
+_TOLERANCE = 1e-9
+
 
 @dataclass(eq=False)
 class Work:
@@ -27,6 +30,8 @@ class Work:
         queued: the same as a policy sees them, with what is left to do for committed items.
         chosen: index of the option that is planned, or of the nearest to it.
         planned: items that are not committed, by the modality set that they will run.
+        preferred: the accuracy of the option that it would have on an idle system.
+        least: that of the cheapest plan that it had before it started.
         predicted: when it was expected to be answered when it was admitted.
         started_at: when the first call was handed out, None before.
         unsent: committed items whose rows wait for an encoder, by modality.
@@ -44,6 +49,8 @@ class Work:
     queued: Queued
     chosen: int = 0
     planned: Counter[ModalitySet] = field(default_factory=Counter)
+    preferred: float = 0.0
+    least: float = 0.0
     predicted: float = 0.0
     started_at: float | None = None
     unsent: dict[str, list[int]] = field(default_factory=dict)
@@ -59,6 +66,7 @@ class Work:
         self.left = self.job.size
         self._order = list(range(self.job.size))
         random.Random(self.job.id).shuffle(self._order)  # noqa: S311 (fair, not secret)
+        self.preferred = self.least = self.options[0].strategy.accuracy if self.options else 0.0
         self.choose(0)
 
     @property
@@ -77,10 +85,20 @@ class Work:
         """What is committed and planned together."""
         return strategy_of(self.profile, Counter(self._set_of.values()) + self.planned)
 
+    def degraded(self, accuracy: float) -> bool:
+        """Whether it gave up accuracy that it would have had on an idle system, now that it ended with so much."""
+        return accuracy < self.preferred - _TOLERANCE
+
+    def upgraded(self, accuracy: float) -> bool:
+        """Whether it ended with more accuracy than a plan gave it while it waited."""
+        return accuracy > self.least + _TOLERANCE
+
     def choose(self, option: int) -> None:
         """Plans an option for the items that are not committed."""
         self.chosen = option
         self.planned = Counter(dict(self.options[option].strategy.counts)) if self.options else Counter()
+        if self.started_at is None and self.options:
+            self.least = min(self.least, self.options[option].strategy.accuracy)
 
     def replace_options(self, options: Sequence[Option]) -> None:
         """Other options, now that fewer items can be planned; the plan stays."""

@@ -12,9 +12,9 @@ from starlette.requests import ClientDisconnect, Request
 
 from gateway.upload import ArrivingBytes
 from mosel.config import Settings
-from mosel.errors import Cancelled, DeadlineExceeded, InvalidRequest, PayloadTooLarge
+from mosel.errors import Cancelled, DeadlineExceeded, InvalidRequest
+from mosel.messages import check_message, limit_bytes
 
-_MIB = 1024 * 1024
 # The most that is decompressed at once, so that a little of a bomb shows what it is.
 _STEP = 256 * 1024
 # Window bits of zlib, by content encoding.
@@ -33,7 +33,7 @@ class Bodies:
     """
 
     def __init__(self, settings: Settings, arriving: ArrivingBytes) -> None:
-        self._limit, self._arriving = settings.transport.max_message_mib * _MIB, arriving
+        self._limit, self._arriving = limit_bytes(settings.transport.max_message_mib), arriving
         self._seconds = settings.gateway.max_body_ms / 1000
 
     @contextlib.asynccontextmanager
@@ -48,14 +48,14 @@ class Bodies:
             InvalidRequest: it is not compressed as its header says.
         """
         pieces = _pieces(request)
-        self._check_announced(request.headers.get("content-length", "0"))
+        # Before it is read; a server lets no length pass that is no number.
+        check_message("the body has", int(request.headers.get("content-length", 0)), self._limit)
         body = bytearray()
         with self._arriving.growing() as take:
             try:
                 async with asyncio.timeout(self._seconds), contextlib.aclosing(pieces):
                     async for piece in pieces:
-                        if len(body) + len(piece) > self._limit:
-                            raise self._too_large(f"more than {self._limit}")
+                        check_message("the body has at least", len(body) + len(piece), self._limit)
                         take(len(piece))
                         body += piece
             except TimeoutError:
@@ -66,16 +66,6 @@ class Bodies:
             except ClientDisconnect:
                 raise Cancelled("the caller went away") from None
             yield memoryview(body).toreadonly()
-
-    def _check_announced(self, content_length: str) -> None:
-        """Refuses a body before it is read; a server lets no header pass that is no number."""
-        if int(content_length) > self._limit:
-            raise self._too_large(content_length)
-
-    def _too_large(self, found: str) -> PayloadTooLarge:
-        return PayloadTooLarge(
-            f"the body has {found} bytes; expected at most {self._limit} (setting transport.max_message_mib)"
-        )
 
 
 def compressed(body: bytes, accepted: str) -> tuple[bytes, dict[str, str]]:

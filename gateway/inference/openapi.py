@@ -39,7 +39,13 @@ def document() -> Json:
         "openapi": "3.1.0",
         "info": {"title": "MOSEL", "version": VERSION, "description": _DESCRIPTION},
         "paths": dict(_paths()),
-        "components": {"schemas": _sent() | _answered(), "responses": {"Error": _reply("An error.", "Error")}},
+        "components": {
+            "schemas": _sent() | _answered(),
+            "responses": {"Error": _reply("An error.", "Error")},
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
+        # Not every gateway asks for tokens.
+        "security": [{}, {"token": []}],
     }
 
 
@@ -95,7 +101,7 @@ def _infer_headers() -> list[Json]:
 
 
 def _get(summary: str, reply: Json, others: Json | None = None, path: str = "") -> Json:
-    responses = {"200": reply} | (others or {}) | _errors("500")
+    responses = {"200": reply} | (others or {}) | _errors("401", "429", "500")
     return {"get": {"summary": summary, "parameters": _parameters(path), "responses": responses}}
 
 

@@ -19,6 +19,7 @@ from mosel.deadline import Deadline
 from mosel.errors import InvalidRequest, MoselError
 from mosel.model_package import ModelPackage
 from mosel.service import Context, answers_with_status, deadline_of
+from mosel.status import message_of
 
 # Requests of one stream that wait for their answers; no more is read until the first has it.
 _IN_FLIGHT = 16
@@ -119,7 +120,7 @@ class InferenceServicer:
                 raise request
             response = await self._infer(request, call)
         except MoselError as error:
-            reason = str(error)
+            reason = message_of(error)
         except Exception:
             log.exception("unexpected error", extra={"method": "ModelStreamInfer"})
             reason = "internal error in ModelStreamInfer; the log has more"

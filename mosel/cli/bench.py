@@ -1,26 +1,77 @@
-"""`mosel bench`: comparisons on real services."""
+"""`mosel bench`: load on real services, and comparisons."""
 
-from collections.abc import Callable
+import contextlib
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from mosel.cli.options import DataFolder, Device, ModelsFolder
+from mosel.cli.options import Ca, Certificate, DataFolder, Device, Key, ModelsFolder, Token
 
 if TYPE_CHECKING:
-    pass
+    from mosel.config import Settings
 
-bench_app = typer.Typer(help="Compare on real services.", no_args_is_help=True)
+bench_app = typer.Typer(help="Put load on real services.", no_args_is_help=True)
 
 _QUICK_S = 8.0
+_READY_TIMEOUT_S = 300.0
 _ALL, _SLACKS, _TS = "all,aggressive,greedy,mosel", "1,3.3,20", "3,6,9,12"
 Value = TypeVar("Value")
 
 
-@bench_app.callback()
-def bench() -> None:
-    """Keeps `policies` a command of its own while it is the only one."""
+@bench_app.command("load")
+def load_command(
+    address: Annotated[str, typer.Option(help="A running gateway. [default: services are started]")] = "",
+    model: Annotated[str, typer.Option(help="Name of the model. [default: digits, or the first one served]")] = "",
+    rates: Annotated[str, typer.Option(help="Jobs per second, a step each.")] = "10,20,40,80",
+    seconds: Annotated[float, typer.Option(min=1, help="Length of a step.")] = 10,
+    warm_up_s: Annotated[float, typer.Option(min=0, help="At the first rate, before the first step.")] = 2,
+    items: Annotated[int, typer.Option(min=1, help="Items of each job.")] = 1,
+    min_accuracy: Annotated[float | None, typer.Option(min=0, max=1, help="Accuracy floor. [default: none]")] = None,
+    latency_slo_ms: Annotated[
+        float | None, typer.Option(min=0.001, help="Deadline of each job. [default: none]")
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="CSV file second,requests. [default: Poisson arrivals]")] = None,
+    seed: Annotated[int, typer.Option(help="Of all chance.")] = 0,
+    token: Token = None,
+    ca: Ca = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for a report in the shape of ghz's.")] = None,
+    data: DataFolder = None,
+    models: ModelsFolder = None,
+    device: Device = None,
+) -> None:
+    """Send jobs when they are due, whatever became of those before, and print latencies and goodput of each rate.
+
+    Latencies count from the time at which a job was due. Goodput counts jobs answered within their deadline and as
+    accurately as asked.
+    """
+    from bench.load.run import load
+    from bench.load.steps import Plan
+    from bench.serving import Gateway
+    from mosel.cli.options import settings_from, tls_from
+    from mosel.config import FREE_PORTS
+    from mosel.errors import ConfigError
+
+    plan = Plan(
+        rates=_listed("--rates", rates, float),
+        seconds=seconds,
+        warm_up_s=warm_up_s,
+        items=items,
+        min_accuracy=min_accuracy,
+        latency_slo_ms=math.inf if latency_slo_ms is None else latency_slo_ms,
+        trace=trace,
+        seed=seed,
+    )
+    if not plan.rates or not all(0 < rate < math.inf for rate in plan.rates):
+        raise ConfigError(f"--rates is '{rates}'; expected jobs per second above 0, separated by commas")
+    settings = settings_from(models, None if address else [model or "digits"], device, **FREE_PORTS)
+    with _address(address, settings) as where:
+        gateway = Gateway(where, token, tls_from(ca, certificate, key))
+        load(gateway, model or None, plan, settings.models_dir, data, json_file)
 
 
 @bench_app.command("policies")
@@ -64,6 +115,18 @@ def policies_command(
     settings = settings_from(models, [model], device, **FREE_PORTS)
     package = find_packages(settings.models_dir, (model,))[model]
     compare(settings, package, needed_profile(package, settings, profile), options, out)
+
+
+@contextlib.contextmanager
+def _address(address: str, settings: "Settings") -> Iterator[str]:
+    """The address of a running gateway: the one given, or one that is started."""
+    from mosel.cli.starting import started
+
+    if address:
+        yield address
+        return
+    with started(settings, _READY_TIMEOUT_S) as launcher:
+        yield launcher.address
 
 
 def _policies(names: str) -> tuple[str, ...]:

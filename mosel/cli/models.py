@@ -19,7 +19,8 @@ def models(
     console = Console()
     for model in served:
         inputs = ", ".join(f"{name} {info.dtype} {list(info.shape)}" for name, info in model.modalities.items())
-        console.print(f"{model.name} {model.version} ({'ready' if model.ready else 'not ready'}): {model.description}")
+        state = "ready" if model.ready else f"not ready: {model.reason}" if model.reason else "not ready"
+        console.print(f"{model.name} {model.version} ({state}): {model.description}")
         console.print(f"  inputs per item: {inputs}", markup=False)
         table = Table("modality set", "accuracy", "ms for one item", "available")
         for name, info in sorted(model.sets.items(), key=lambda entry: entry[1].accuracy):

@@ -51,7 +51,7 @@ def up(
     with started(settings, ready_timeout_s) as launcher:
         _report_quick_profiles(set(settings.profiles_dir.glob("*.json")) - known)
         names = ", ".join(launcher.packages)
-        where = f"gRPC on {launcher.address}, HTTP on {launcher.http_address}"
+        where = f"gRPC on {launcher.address}, HTTP on {launcher.http_address}, metrics on {launcher.metrics_address}"
         typer.echo(f"ready: {where}, models: {names} (Ctrl-C stops)")
         if settings.tls.certificate or settings.gateway.tokens_file:
             typer.echo(f"for this user alone, without a token: {launcher.local_address}")
@@ -61,6 +61,7 @@ def up(
                 if child.name not in reported:
                     typer.echo(f"{child.name} ended with exit code {child.process.returncode}: {child.last_line()}")
                     reported.add(child.name)
+            launcher.trim_logs()
             time.sleep(0.2)
     # Without one of these three nothing can be answered.
     raise typer.Exit(1)

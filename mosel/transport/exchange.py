@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from mosel.transport.shared_memory import SharedMemoryArena, SharedMemoryView
 from mosel.transport.slots import Slot
 from mosel.v1 import arena_pb2, tensor_pb2
 
+_RUNGS = {number: name.lower() for name, number in tensor_pb2.Rung.items()}
+
 
 class Publisher:
     """Turns tensors into refs: inline up to a limit, in a slot of the arena above it.
@@ -38,6 +41,8 @@ class Publisher:
     def __init__(self, arena: SharedMemoryArena, settings: TransportSettings) -> None:
         self.rung: tensor_pb2.Rung.ValueType = tensor_pb2.INLINE
         self.arena, self.settings = arena, settings
+        self._published: Counter[str] = Counter()
+        self._lock = threading.Lock()
 
     def publish(
         self,
@@ -65,22 +70,37 @@ class Publisher:
         ref = tensor_pb2.TensorRef(dtype=dtype_value(dtype), shape=shape, nbytes=data.nbytes)
         rung = self.rung if rung is None else rung
         if rung == tensor_pb2.INLINE or data.nbytes <= self.settings.inline_max_kib * KIB:
-            ref.inline = bytes(data)
-            return ref
+            return self._inline(ref, data)
         expires_at = time.monotonic() + lease_s
         try:
             slot = self.arena.write(data, expires_at, wait_s)
         except Overloaded:
             if data.nbytes > self.settings.inline_when_full_max_kib * KIB:
                 raise
-            ref.inline = bytes(data)
-            return ref
+            return self._inline(ref, data)
         set_slot(ref, self.arena, slot, expires_at)
+        self.count(self.arena.rung, data.nbytes)
         return ref
 
     def release(self, slots: Iterable[tensor_pb2.ArenaSlot]) -> None:
         """Takes slots back that nobody reads any more; stale ones and those of other arenas are passed over."""
         release_slots(self.arena, slots)
+
+    def count(self, rung: tensor_pb2.Rung.ValueType, nbytes: int) -> None:
+        """Counts a tensor that was published."""
+        name = _RUNGS[rung]
+        with self._lock:
+            self._published[f"tensors.{name}"] += 1
+            self._published[f"tensor_bytes.{name}"] += nbytes
+
+    def statistics(self) -> dict[str, int]:
+        """Slots of the arena, `slots_free` and so on, and what was published by rung, `tensors.inline` and so on."""
+        return self.arena.statistics().as_counters() | dict(self._published)
+
+    def _inline(self, ref: tensor_pb2.TensorRef, data: memoryview) -> tensor_pb2.TensorRef:
+        ref.inline = bytes(data)
+        self.count(tensor_pb2.INLINE, data.nbytes)
+        return ref
 
 
 class Reader:

@@ -74,6 +74,7 @@ class TensorPublisher:
         dtype = dtype_value(_NAMES[tensor.dtype])
         ref = tensor_pb2.TensorRef(dtype=dtype, shape=tensor.shape, nbytes=tensor.nbytes)
         set_slot(ref, arena, slot, expires_at)
+        self._publisher.count(tensor_pb2.CUDA_IPC, tensor.nbytes)
         return ref
 
     def announcement(self) -> arena_pb2.Announcement:
@@ -89,8 +90,8 @@ class TensorPublisher:
             release_slots(self._device_arena, slots)
 
     def statistics(self) -> dict[str, int]:
-        """Counters of the arena in shared memory, `slots_free` and so on, and of the other, `device_slots_free`."""
-        counters = self._publisher.arena.statistics().as_counters()
+        """As of `Publisher`, and the slots of the arena in device memory, `device_slots_free` and so on."""
+        counters = self._publisher.statistics()
         if self._device_arena:
             device = self._device_arena.statistics().as_counters()
             counters |= {f"device_{name}": count for name, count in device.items()}

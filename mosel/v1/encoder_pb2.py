@@ -27,19 +27,19 @@ from mosel.v1 import service_pb2 as mosel_dot_v1_dot_service__pb2
 from mosel.v1 import tensor_pb2 as mosel_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16mosel/v1/encoder.proto\x12\x08mosel.v1\x1a\x14mosel/v1/arena.proto\x1a\x16mosel/v1/service.proto\x1a\x15mosel/v1/tensor.proto\"^\n\rEncodeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12 \n\x04rows\x18\x02 \x03(\x0b\x32\x12.mosel.v1.RowSlice\x12\x1c\n\x04rung\x18\x03 \x01(\x0e\x32\x0e.mosel.v1.Rung\"J\n\x0b\x45ncodeReply\x12\'\n\nembeddings\x18\x01 \x01(\x0b\x32\x13.mosel.v1.TensorRef\x12\x12\n\ncompute_us\x18\x02 \x01(\x04\"a\n\x15ProfileEncoderRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x62\x61tch_sizes\x18\x02 \x03(\r\x12\x0f\n\x07repeats\x18\x03 \x01(\r\x12\x13\n\x0b\x63oncurrency\x18\x04 \x01(\r2\xb5\x04\n\x07\x45ncoder\x12\x38\n\x06\x45ncode\x12\x17.mosel.v1.EncodeRequest\x1a\x15.mosel.v1.EncodeReply\x12=\n\x08\x41nnounce\x12\x19.mosel.v1.AnnounceRequest\x1a\x16.mosel.v1.Announcement\x12\x42\n\tOpenArena\x12\x1a.mosel.v1.OpenArenaRequest\x1a\x19.mosel.v1.PreflightReport\x12\x44\n\nCloseArena\x12\x1b.mosel.v1.CloseArenaRequest\x1a\x19.mosel.v1.CloseArenaReply\x12\x32\n\x04Load\x12\x15.mosel.v1.LoadRequest\x1a\x13.mosel.v1.LoadReply\x12\x38\n\x06Unload\x12\x17.mosel.v1.UnloadRequest\x1a\x15.mosel.v1.UnloadReply\x12\x42\n\x07Profile\x12\x1f.mosel.v1.ProfileEncoderRequest\x1a\x16.mosel.v1.ProfileReply\x12\x39\n\x07Release\x12\x16.mosel.v1.ReleaseSlots\x1a\x16.mosel.v1.ReleaseReply\x12:\n\x06Status\x12\x17.mosel.v1.StatusRequest\x1a\x17.mosel.v1.ServiceStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16mosel/v1/encoder.proto\x12\x08mosel.v1\x1a\x14mosel/v1/arena.proto\x1a\x16mosel/v1/service.proto\x1a\x15mosel/v1/tensor.proto\"\x85\x01\n\rEncodeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12 \n\x04rows\x18\x02 \x03(\x0b\x32\x12.mosel.v1.RowSlice\x12\x1c\n\x04rung\x18\x03 \x01(\x0e\x32\x0e.mosel.v1.Rung\x12\x0f\n\x07job_ids\x18\x04 \x03(\x0c\x12\x14\n\x0ctraceparents\x18\x05 \x03(\t\"J\n\x0b\x45ncodeReply\x12\'\n\nembeddings\x18\x01 \x01(\x0b\x32\x13.mosel.v1.TensorRef\x12\x12\n\ncompute_us\x18\x02 \x01(\x04\"a\n\x15ProfileEncoderRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x62\x61tch_sizes\x18\x02 \x03(\r\x12\x0f\n\x07repeats\x18\x03 \x01(\r\x12\x13\n\x0b\x63oncurrency\x18\x04 \x01(\r2\xf4\x04\n\x07\x45ncoder\x12\x38\n\x06\x45ncode\x12\x17.mosel.v1.EncodeRequest\x1a\x15.mosel.v1.EncodeReply\x12=\n\x08\x41nnounce\x12\x19.mosel.v1.AnnounceRequest\x1a\x16.mosel.v1.Announcement\x12\x42\n\tOpenArena\x12\x1a.mosel.v1.OpenArenaRequest\x1a\x19.mosel.v1.PreflightReport\x12\x44\n\nCloseArena\x12\x1b.mosel.v1.CloseArenaRequest\x1a\x19.mosel.v1.CloseArenaReply\x12\x32\n\x04Load\x12\x15.mosel.v1.LoadRequest\x1a\x13.mosel.v1.LoadReply\x12\x38\n\x06Unload\x12\x17.mosel.v1.UnloadRequest\x1a\x15.mosel.v1.UnloadReply\x12\x42\n\x07Profile\x12\x1f.mosel.v1.ProfileEncoderRequest\x1a\x16.mosel.v1.ProfileReply\x12\x39\n\x07Release\x12\x16.mosel.v1.ReleaseSlots\x1a\x16.mosel.v1.ReleaseReply\x12:\n\x06Status\x12\x17.mosel.v1.StatusRequest\x1a\x17.mosel.v1.ServiceStatus\x12=\n\x07Metrics\x12\x18.mosel.v1.MetricsRequest\x1a\x18.mosel.v1.ServiceMetricsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mosel.v1.encoder_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENCODEREQUEST']._serialized_start=105
-  _globals['_ENCODEREQUEST']._serialized_end=199
-  _globals['_ENCODEREPLY']._serialized_start=201
-  _globals['_ENCODEREPLY']._serialized_end=275
-  _globals['_PROFILEENCODERREQUEST']._serialized_start=277
-  _globals['_PROFILEENCODERREQUEST']._serialized_end=374
-  _globals['_ENCODER']._serialized_start=377
-  _globals['_ENCODER']._serialized_end=942
+  _globals['_ENCODEREQUEST']._serialized_start=106
+  _globals['_ENCODEREQUEST']._serialized_end=239
+  _globals['_ENCODEREPLY']._serialized_start=241
+  _globals['_ENCODEREPLY']._serialized_end=315
+  _globals['_PROFILEENCODERREQUEST']._serialized_start=317
+  _globals['_PROFILEENCODERREQUEST']._serialized_end=414
+  _globals['_ENCODER']._serialized_start=417
+  _globals['_ENCODER']._serialized_end=1045
 # @@protoc_insertion_point(module_scope)

@@ -26,6 +26,8 @@ class EncodeRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     RUNG_FIELD_NUMBER: _builtins.int
+    JOB_IDS_FIELD_NUMBER: _builtins.int
+    TRACEPARENTS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """name@revision, as it was when the jobs inside were admitted."""
     rung: _tensor_pb2.Rung.ValueType
@@ -34,16 +36,26 @@ class EncodeRequest(_message.Message):
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.RowSlice]:
         """Payload rows in the order of the batch."""
 
+    @_builtins.property
+    def job_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """The jobs whose rows these are, for log lines about them."""
+
+    @_builtins.property
+    def traceparents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """W3C trace contexts of those of the jobs that are traced: the call is a step of each."""
+
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         rows: _abc.Iterable[_tensor_pb2.RowSlice] | None = ...,
         rung: _tensor_pb2.Rung.ValueType = ...,
+        job_ids: _abc.Iterable[_builtins.bytes] | None = ...,
+        traceparents: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "rows", b"rows", "rung", b"rung"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_ids", b"job_ids", "model", b"model", "rows", b"rows", "rung", b"rung", "traceparents", b"traceparents"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -82,6 +82,11 @@ class EncoderStub(object):
                 request_serializer=mosel_dot_v1_dot_service__pb2.StatusRequest.SerializeToString,
                 response_deserializer=mosel_dot_v1_dot_service__pb2.ServiceStatus.FromString,
                 _registered_method=True)
+        self.Metrics = channel.unary_unary(
+                '/mosel.v1.Encoder/Metrics',
+                request_serializer=mosel_dot_v1_dot_service__pb2.MetricsRequest.SerializeToString,
+                response_deserializer=mosel_dot_v1_dot_service__pb2.ServiceMetrics.FromString,
+                _registered_method=True)
 
 
 class EncoderServicer(object):
@@ -161,6 +166,13 @@ class EncoderServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Metrics(self, request, context):
+        """Called by the selector for the gateway's metrics page. Deadline: 1 s. Errors: none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EncoderServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -208,6 +220,11 @@ def add_EncoderServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=mosel_dot_v1_dot_service__pb2.StatusRequest.FromString,
                     response_serializer=mosel_dot_v1_dot_service__pb2.ServiceStatus.SerializeToString,
+            ),
+            'Metrics': grpc.unary_unary_rpc_method_handler(
+                    servicer.Metrics,
+                    request_deserializer=mosel_dot_v1_dot_service__pb2.MetricsRequest.FromString,
+                    response_serializer=mosel_dot_v1_dot_service__pb2.ServiceMetrics.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -453,6 +470,33 @@ class Encoder(object):
             '/mosel.v1.Encoder/Status',
             mosel_dot_v1_dot_service__pb2.StatusRequest.SerializeToString,
             mosel_dot_v1_dot_service__pb2.ServiceStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Metrics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mosel.v1.Encoder/Metrics',
+            mosel_dot_v1_dot_service__pb2.MetricsRequest.SerializeToString,
+            mosel_dot_v1_dot_service__pb2.ServiceMetrics.FromString,
             options,
             channel_credentials,
             insecure,

@@ -69,6 +69,8 @@ class EncoderStub:
     """
     Status: _grpc.UnaryUnaryMultiCallable[_service_pb2.StatusRequest, _service_pb2.ServiceStatus]
     """Called by the selector for `mosel status`."""
+    Metrics: _grpc.UnaryUnaryMultiCallable[_service_pb2.MetricsRequest, _service_pb2.ServiceMetrics]
+    """Called by the selector for the gateway's metrics page. Deadline: 1 s. Errors: none."""
 
 @_typing.type_check_only
 class EncoderAsyncStub(EncoderStub):
@@ -108,6 +110,8 @@ class EncoderAsyncStub(EncoderStub):
     """
     Status: _aio.UnaryUnaryMultiCallable[_service_pb2.StatusRequest, _service_pb2.ServiceStatus]  # type: ignore[assignment]
     """Called by the selector for `mosel status`."""
+    Metrics: _aio.UnaryUnaryMultiCallable[_service_pb2.MetricsRequest, _service_pb2.ServiceMetrics]  # type: ignore[assignment]
+    """Called by the selector for the gateway's metrics page. Deadline: 1 s. Errors: none."""
 
 class EncoderServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -198,5 +202,13 @@ class EncoderServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.ServiceStatus, _abc.Awaitable[_service_pb2.ServiceStatus]]:
         """Called by the selector for `mosel status`."""
+
+    @_abc_1.abstractmethod
+    def Metrics(
+        self,
+        request: _service_pb2.MetricsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.ServiceMetrics, _abc.Awaitable[_service_pb2.ServiceMetrics]]:
+        """Called by the selector for the gateway's metrics page. Deadline: 1 s. Errors: none."""
 
 def add_EncoderServicer_to_server(servicer: EncoderServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

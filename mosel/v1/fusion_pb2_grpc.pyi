@@ -59,6 +59,8 @@ class FusionStub:
     """Called by the selector when it first meets this process. Deadline: the caller's. Errors: NOT_FOUND."""
     Status: _grpc.UnaryUnaryMultiCallable[_service_pb2.StatusRequest, _service_pb2.ServiceStatus]
     """Called by the selector for `mosel status`."""
+    Metrics: _grpc.UnaryUnaryMultiCallable[_service_pb2.MetricsRequest, _service_pb2.ServiceMetrics]
+    """Called by the selector for the gateway's metrics page. Deadline: 1 s. Errors: none."""
 
 @_typing.type_check_only
 class FusionAsyncStub(FusionStub):
@@ -89,6 +91,8 @@ class FusionAsyncStub(FusionStub):
     """Called by the selector when it first meets this process. Deadline: the caller's. Errors: NOT_FOUND."""
     Status: _aio.UnaryUnaryMultiCallable[_service_pb2.StatusRequest, _service_pb2.ServiceStatus]  # type: ignore[assignment]
     """Called by the selector for `mosel status`."""
+    Metrics: _aio.UnaryUnaryMultiCallable[_service_pb2.MetricsRequest, _service_pb2.ServiceMetrics]  # type: ignore[assignment]
+    """Called by the selector for the gateway's metrics page. Deadline: 1 s. Errors: none."""
 
 class FusionServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -158,5 +162,13 @@ class FusionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.ServiceStatus, _abc.Awaitable[_service_pb2.ServiceStatus]]:
         """Called by the selector for `mosel status`."""
+
+    @_abc_1.abstractmethod
+    def Metrics(
+        self,
+        request: _service_pb2.MetricsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.ServiceMetrics, _abc.Awaitable[_service_pb2.ServiceMetrics]]:
+        """Called by the selector for the gateway's metrics page. Deadline: 1 s. Errors: none."""
 
 def add_FusionServicer_to_server(servicer: FusionServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -97,6 +97,7 @@ class JobDescription(_message.Message):
     EXPIRY_US_FIELD_NUMBER: _builtins.int
     STREAM_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     job_id: _builtins.bytes
     """16 random bytes, made by the gateway."""
     model: _builtins.str
@@ -117,6 +118,8 @@ class JobDescription(_message.Message):
     """Results are sent as they finish (`part`), not all at the end."""
     priority: _builtins.int
     """1 goes first, 9 last; 0: 5."""
+    traceparent: _builtins.str
+    """W3C trace context of the request; empty if it is not traced."""
     @_builtins.property
     def payloads(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.TensorRef]:
         """Payload refs [B, ...] by modality."""
@@ -141,10 +144,11 @@ class JobDescription(_message.Message):
         expiry_us: _builtins.int = ...,
         stream: _builtins.bool = ...,
         priority: _builtins.int = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy", "min_accuracy", b"min_accuracy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy", "budget_us", b"budget_us", "effort", b"effort", "exact", b"exact", "expiry_us", b"expiry_us", "job_id", b"job_id", "late_ok", b"late_ok", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "payloads", b"payloads", "priority", b"priority", "size", b"size", "stream", b"stream"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy", "budget_us", b"budget_us", "effort", b"effort", "exact", b"exact", "expiry_us", b"expiry_us", "job_id", b"job_id", "late_ok", b"late_ok", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "payloads", b"payloads", "priority", b"priority", "size", b"size", "stream", b"stream", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_accuracy: _TypeAlias = _typing.Literal["min_accuracy"]  # noqa: Y015
     _WhichOneofArgType__min_accuracy: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy"]  # noqa: Y015

@@ -56,6 +56,10 @@ class SelectorStub:
     """
     Status: _grpc.UnaryUnaryMultiCallable[_service_pb2.StatusRequest, _service_pb2.StatusReply]
     """Called by gateways for `mosel status`. Asks every encoder and the fusion service. Deadline: the caller's."""
+    Metrics: _grpc.UnaryUnaryMultiCallable[_service_pb2.MetricsRequest, _service_pb2.MetricsReply]
+    """Called by gateways for their metrics page. Asks every encoder and the fusion service, 1 s each at the same time; one
+    that does not answer has no text. Deadline: 2 s. Errors: none.
+    """
 
 @_typing.type_check_only
 class SelectorAsyncStub(SelectorStub):
@@ -83,6 +87,10 @@ class SelectorAsyncStub(SelectorStub):
     """
     Status: _aio.UnaryUnaryMultiCallable[_service_pb2.StatusRequest, _service_pb2.StatusReply]  # type: ignore[assignment]
     """Called by gateways for `mosel status`. Asks every encoder and the fusion service. Deadline: the caller's."""
+    Metrics: _aio.UnaryUnaryMultiCallable[_service_pb2.MetricsRequest, _service_pb2.MetricsReply]  # type: ignore[assignment]
+    """Called by gateways for their metrics page. Asks every encoder and the fusion service, 1 s each at the same time; one
+    that does not answer has no text. Deadline: 2 s. Errors: none.
+    """
 
 class SelectorServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -137,5 +145,15 @@ class SelectorServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.StatusReply, _abc.Awaitable[_service_pb2.StatusReply]]:
         """Called by gateways for `mosel status`. Asks every encoder and the fusion service. Deadline: the caller's."""
+
+    @_abc_1.abstractmethod
+    def Metrics(
+        self,
+        request: _service_pb2.MetricsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.MetricsReply, _abc.Awaitable[_service_pb2.MetricsReply]]:
+        """Called by gateways for their metrics page. Asks every encoder and the fusion service, 1 s each at the same time; one
+        that does not answer has no text. Deadline: 2 s. Errors: none.
+        """
 
 def add_SelectorServicer_to_server(servicer: SelectorServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -39,14 +39,14 @@ def test_sizes_are_those_of_a_normal_distribution_cut_at_one() -> None:
 
 
 def test_floors_are_uniform_between_full_accuracy_minus_t_and_full_accuracy() -> None:
-    floors = [arrival.min_accuracy for arrival in draw(DEMANDS, 5_000)]
+    floors = [arrival.min_accuracy or 0.0 for arrival in draw(DEMANDS, 5_000)]
     assert 0.71 <= min(floors) < 0.7105
     assert 0.7395 < max(floors) <= 0.74
     assert statistics.mean(floors) == pytest.approx(0.725, abs=0.001)
 
 
 def test_no_floor_is_below_the_least_accurate_set() -> None:
-    assert min(arrival.min_accuracy for arrival in draw(DEMANDS.asking(3.3, 0.12), 1_000)) == 0.66
+    assert min(arrival.min_accuracy or 0.0 for arrival in draw(DEMANDS.asking(3.3, 0.12), 1_000)) == 0.66
 
 
 def test_the_same_seed_gives_the_same_jobs_at_every_rate() -> None:

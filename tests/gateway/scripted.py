@@ -16,6 +16,7 @@ from mosel.tensors import to_proto
 from mosel.v1 import gateway_pb2, gateway_pb2_grpc, selector_pb2, selector_pb2_grpc, service_pb2, tensor_pb2
 
 Messages = AsyncIterator[selector_pb2.GatewayMessage]
+METRICS = b"# HELP scripted A metric.\n# TYPE scripted gauge\nscripted 3\n"
 
 
 def group(modality_set: str, *items: int) -> selector_pb2.ItemGroup:
@@ -71,6 +72,12 @@ class ScriptedSelector(selector_pb2_grpc.SelectorServicer):
         self, request: service_pb2.StatusRequest, context: Context
     ) -> service_pb2.StatusReply:
         return service_pb2.StatusReply(services=[service_pb2.ServiceStatus(name="selector", ready=True)])
+
+    async def Metrics(  # noqa: N802 (named by the proto)
+        self, request: service_pb2.MetricsRequest, context: Context
+    ) -> service_pb2.MetricsReply:
+        own = service_pb2.ServiceMetrics(service="selector", text=METRICS)
+        return service_pb2.MetricsReply(services=[own, service_pb2.ServiceMetrics(service="fusion")])
 
     async def _read(self, messages: Messages) -> None:
         async for message in messages:

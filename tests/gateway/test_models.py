@@ -82,12 +82,17 @@ async def test_a_package_is_taken_over_when_the_selector_has_loaded_it(
     async with following(settings, before) as followed:
         packages = followed.models.packages
         assert packages == {"fruit": before}
+        assert not followed.models.is_loaded("fruit")
+        await followed.told(before)
+        assert followed.models.is_loaded("fruit")
+        assert await followed.named() == [before.id]
         await followed.told(after)
         assert packages == {"fruit": after}
         assert await followed.named() == [after.id]
         # What was unloaded is still described.
         await followed.told()
         assert packages == {"fruit": after}
+        assert not followed.models.is_loaded("fruit")
 
 
 async def test_what_a_request_may_have_found_is_named_until_it_is_sent(
@@ -128,8 +133,21 @@ async def test_what_is_not_on_disk_here_is_not_taken_over(settings: Settings, re
         await followed.told(before)
         assert followed.models.packages == {"fruit": after}
         assert await followed.named() == [after.id]
+        assert not followed.models.is_loaded("fruit")
         with pytest.raises(PackageError, match=rf"the files are {after.id}; expected {before.id}$"):
             await followed.models.take_over("fruit")
+
+
+async def test_what_the_selector_had_loaded_counts_for_as_long_as_jobs_may_name_it(
+    settings: Settings, revisions: list[ModelPackage]
+) -> None:
+    before, after = revisions
+    async with following(settings, after) as followed:
+        await followed.told(after)
+        # Loaded next, but not on disk here.
+        await followed.told(before)
+        assert followed.models.packages == {"fruit": after}
+        assert followed.models.is_loaded("fruit")
 
 
 async def test_the_selector_s_refusals_are_passed_on(gateway: Gateway) -> None:

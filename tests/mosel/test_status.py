@@ -27,6 +27,7 @@ from mosel.status import (
     error_from_rpc,
     http_headers_of,
     http_status_of,
+    message_of,
     retry_after_ms,
     status_number,
     status_of,
@@ -51,18 +52,18 @@ def test_the_table_holds_every_error_that_a_request_can_meet_and_no_other() -> N
 
 
 def test_http_has_a_status_for_each_of_them() -> None:
-    # A model package is read on request, too.
-    assert set(HTTP_STATUS) == {*STATUS, errors.PackageError}
+    assert HTTP_STATUS.keys() == STATUS.keys()
     for kind, status in HTTP_STATUS.items():
         assert http_status_of(kind("x")) == status
         assert (status < 500) == (issubclass(kind, RequestError) or status in (422, 429, 499))
     assert http_status_of(ValueError("x")) == http_status_of(errors.ConfigError("x")) == 500
 
 
-def test_http_says_when_to_try_again_in_seconds_and_in_milliseconds() -> None:
+def test_http_says_in_headers_when_to_try_again_and_that_it_wants_a_token() -> None:
     assert http_headers_of(Overloaded("full", 1001)) == {"retry-after": "2", RETRY_AFTER: "1001"}
     assert http_headers_of(Overloaded("full", 1)) == {"retry-after": "1", RETRY_AFTER: "1"}
     assert http_headers_of(Overloaded("full", 0)) == http_headers_of(InternalError("x")) == {}
+    assert http_headers_of(errors.Unauthenticated("x")) == {"www-authenticate": "Bearer"}
 
 
 def test_the_tree_s_picture_names_every_error_with_its_status() -> None:
@@ -134,6 +135,27 @@ def test_a_peer_that_is_away_is_named_and_not_by_grpc_s_own_words() -> None:
     assert str(error) == "service fusion is not reachable"
     passed_on = failed_call(grpc.StatusCode.UNAVAILABLE, "service encoder/audio went away")
     assert str(error_from_rpc(passed_on, "selector")) == "service encoder/audio went away"
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("model is 'pear'; expected one of fruit", "model is 'pear'; expected one of fruit"),
+        ("größer als 1 KiB 🍎", "größer als 1 KiB 🍎"),
+        ("model is 'a\nb\x1b[31m\u202e'", r"model is 'a\nb\x1b[31m\u202e'"),
+    ],
+)
+def test_a_message_is_one_line_that_can_be_shown_anywhere(given: str, shown: str) -> None:
+    assert message_of(InternalError(given)) == shown
+
+
+def test_a_message_fits_into_a_trailer() -> None:
+    shown = message_of(InternalError(f"model is '{'🍎' * 10_000}'; expected one of fruit"))
+    assert shown.startswith("model is '🍎")
+    assert "🍎...🍎" in shown
+    assert shown.endswith("'; expected one of fruit")
+    # As gRPC writes it: three characters for each byte.
+    assert 3 * len(shown.encode()) < 8 * 1024
 
 
 TLS_FAILED = (

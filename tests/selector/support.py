@@ -2,7 +2,7 @@
 
 import heapq
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from mosel.modality import ModalitySet, parse_set
 from selector.jobs import Call, Effort, EncodeCall, Ended, FuseCall, Job, Wait
@@ -100,10 +100,16 @@ class Driver:
         ended: the jobs that ended without an answer.
         fused: how many items of each job were fused, by modality set.
         calls: every call so far, in order.
+        drift: how much longer than profiled each call takes, by its number.
     """
 
-    def __init__(self, scheduler: Scheduler, profiles: Mapping[str, ModelProfile]) -> None:
-        self.scheduler, self.profiles, self.now = scheduler, profiles, 0.0
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        profiles: Mapping[str, ModelProfile],
+        drift: Callable[[int], float] = lambda number: 1.0,
+    ) -> None:
+        self.scheduler, self.profiles, self.now, self.drift = scheduler, profiles, 0.0, drift
         self.answered: dict[bytes, float] = {}
         self.ended: dict[bytes, Ended] = {}
         self.fused: dict[bytes, dict[ModalitySet, int]] = {}
@@ -117,7 +123,7 @@ class Driver:
                 self.ended[action.job_id] = action
                 continue
             self.calls.append(action)
-            over = self.now + profiled_ms(self.profiles, action) / 1000
+            over = self.now + self.drift(action.id) * profiled_ms(self.profiles, action) / 1000
             heapq.heappush(self._under_way, (over, action.id, action))
         return action
 

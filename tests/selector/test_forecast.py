@@ -73,6 +73,13 @@ def test_who_joins_a_call_waits_for_all_of_it() -> None:
     assert ends_ms(cpu(0, 0), job(image=1), job(image=1)) == [10, 12]
 
 
+def test_what_is_ready_only_after_a_call_has_begun_does_not_join_it() -> None:
+    # Fused one by one, as they are encoded; 3 ms each, though one call could take all.
+    assert ends_ms(cpu(0), *[job(pen=1, fuse=1)] * 3) == [2 + 3, 5 + 2 + 3, 10 + 2 + 3]
+    # Those whose embeddings are there when the token is free share a call.
+    assert ends_ms(cpu(7), job(fuse=1), job(fuse=1, not_before=0.005), job(fuse=1, not_before=0.008)) == [10, 10, 13]
+
+
 def test_jobs_behind_use_what_a_job_leaves_while_it_waits() -> None:
     # The first job's fusion waits for 50 ms; the second does not.
     assert ends_ms(cpu(0), job(fuse=4, not_before=0.05), job(pen=1)) == [53, 3 + 2]

@@ -53,7 +53,7 @@ def latencies(settings: Settings) -> dict[str, float]:
     return {name: known.latency_ms for name, known in info.sets.items()}
 
 
-def test_services_time_their_networks_and_say_what_they_compute_on(services: Launcher) -> None:
+def test_services_time_their_networks_and_say_what_they_compute_on(services: Launcher, fruit: ModelPackage) -> None:
     async def ask() -> list[tuple[service_pb2.ProfileReply, str]]:
         options = channel_options(services.settings)
         encoder_address, fusion_address = services.settings.encoder_address("photo"), services.settings.fusion_address
@@ -62,7 +62,7 @@ def test_services_time_their_networks_and_say_what_they_compute_on(services: Lau
             grpc.aio.insecure_channel(fusion_address, options) as to_fusion,
         ):
             encoder, fusion = encoder_pb2_grpc.EncoderStub(to_encoder), fusion_pb2_grpc.FusionStub(to_fusion)
-            common: dict[str, Any] = {"model": "fruit", "batch_sizes": [1, 8], "repeats": 4, "concurrency": 2}
+            common: dict[str, Any] = {"model": fruit.id, "batch_sizes": [1, 8], "repeats": 4, "concurrency": 2}
             of_encoder = await encoder.Profile(encoder_pb2.ProfileEncoderRequest(**common))
             of_fusion = await fusion.Profile(fusion_pb2.ProfileFusionRequest(modality_set="photo", **common))
             states = [await stub.Status(service_pb2.StatusRequest()) for stub in (encoder, fusion)]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -179,7 +180,8 @@ def test_a_package_that_is_broken_leaves_the_model_as_it_is(
     assert loaded_by(client) == loaded
 
 
-def test_inputs_and_code_may_change(client: Client, fruit_on_disk: Fruit, draw: Draw) -> None:
+def test_inputs_and_code_may_change(client: Client, launcher: Launcher, fruit_on_disk: Fruit, draw: Draw) -> None:
+    kept = set(launcher.settings.profiles_dir.iterdir())
     with fruit_on_disk.restored():
         fruit_on_disk.edit("model.toml", "shape = [6]", "shape = [3, 2]")
         fruit_on_disk.edit("networks.py", "class Scent(nn.Linear):\n", "class Scent(nn.Linear):\n    flat = True\n")
@@ -191,8 +193,9 @@ def test_inputs_and_code_may_change(client: Client, fruit_on_disk: Fruit, draw: 
         )
         model = client.load_model("fruit")
         assert model.modalities["scent"].shape == (3, 2)
-        # Other networks, whose times are measured.
+        # Other networks, whose times are measured; for now only, as others may have computed meanwhile.
         assert all(info.latency_ms > 0 for info in model.sets.values())
+        assert set(launcher.settings.profiles_dir.iterdir()) == kept
         payloads, direct = draw(4), fruit_on_disk.directly()
         with pytest.raises(InvalidRequest, match=r"payloads\.scent\.shape is \[4, 6\]; expected \[items, 3, 2\]"):
             client.predict("fruit", payloads)
@@ -204,7 +207,12 @@ def test_inputs_and_code_may_change(client: Client, fruit_on_disk: Fruit, draw: 
 
 
 def test_unloading_finishes_what_is_under_way_and_frees_the_networks(
-    client: Client, launcher: Launcher, fruit_on_disk: Fruit, draw: Draw, until: Until
+    client: Client,
+    launcher: Launcher,
+    fruit_on_disk: Fruit,
+    draw: Draw,
+    until: Until,
+    run_mosel: Callable[..., CompletedProcess[str]],
 ) -> None:
     payloads, direct = draw(64), fruit_on_disk.directly()
     with ThreadPoolExecutor(2) as pool:
@@ -223,12 +231,32 @@ def test_unloading_finishes_what_is_under_way_and_frees_the_networks(
     assert set(loaded_by(client).values()) == {()}
     (model,) = client.models()
     assert (model.ready, model.reason, model.sets) == (False, "not loaded", {})
+    assert "fruit 1 (not ready: not loaded)" in run_mosel("models", "--address", launcher.address).stdout
     until(lambda: health_of(launcher, "fruit") == health_pb2.HealthCheckResponse.NOT_SERVING, "its health says so")
     with pytest.raises(ModelNotFound, match="model 'fruit' is not loaded; expected one of: none"):
         client.unload_model("fruit")
     assert client.load_model("fruit").ready
     assert same(client.predict("fruit", payloads).output, direct(payloads, payloads))
     until(lambda: health_of(launcher, "fruit") == health_pb2.HealthCheckResponse.SERVING, "its health says so")
+
+
+def test_unloading_ends_with_the_selector(
+    client: Client, launcher: Launcher, draw: Draw, start_again: Callable[[Launcher, str], Child]
+) -> None:
+    selector = launcher.children["selector"].process
+    with ThreadPoolExecutor(2) as pool:
+        with frozen(launcher.children["encoder/photo"]):
+            under_way = pool.submit(client.predict, "fruit", draw(64), timeout_s=10)
+            time.sleep(0.3)
+            unloading = pool.submit(client.unload_model, "fruit")
+            time.sleep(0.3)
+            selector.send_signal(signal.SIGTERM)
+            with pytest.raises(ServiceUnavailable, match=r"^service selector is stopping$"):
+                unloading.result()
+        with pytest.raises(ServiceUnavailable, match=r"^service selector is stopping$"):
+            under_way.result()
+    assert selector.wait(20) == 0
+    start_again(launcher, "selector")
 
 
 def test_a_model_that_is_not_there_is_not_found(client: Client) -> None:

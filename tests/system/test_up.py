@@ -293,13 +293,13 @@ BAD_PACKAGES = {
         "accuracy.json",
         None,
         "",
-        r"selector .*/fruit/accuracy\.json: no such file; write it with mosel\.training\.write_accuracy",
+        r".*/fruit/accuracy\.json: no such file; write it with mosel\.training\.write_accuracy",
     ),
     "accuracies of other weights": (
         "accuracy.json",
         r'"weights_sha256": "',
         r'"weights_sha256": "0',
-        r"selector .*/fruit/accuracy\.json: key 'weights_sha256' is not the hash of weights\.safetensors: .*",
+        r".*/fruit/accuracy\.json: key 'weights_sha256' is not the hash of weights\.safetensors: .*",
     ),
     "no weights": ("weights.safetensors", None, "", r".*/fruit/weights\.safetensors: (no such file|cannot be read).*"),
     "no such class": (

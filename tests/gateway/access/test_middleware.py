@@ -13,10 +13,11 @@ from typing import Any
 import httpx
 import pytest
 import trustme
+from starlette.types import Receive, Scope, Send
 
 from gateway.access.caller import caller
 from gateway.access.guard import Guard
-from gateway.access.middleware import Message, OnlyTenantsHttp, Receive, Send, needs_admin
+from gateway.access.middleware import OnlyTenantsHttp, needs_admin
 from mosel.errors import ConfigError
 from mosel.http import HttpServer
 from mosel.tls import ServerTls
@@ -30,7 +31,7 @@ class App:
     def __init__(self) -> None:
         self.entered = asyncio.Semaphore(0)
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         nbytes, more = 0, True
         while more:
             message = await receive()

@@ -35,7 +35,10 @@ async def speaking_http(gateway: Gateway, idle_s: float = 60, **limits: float) -
     gateway.plane.settings = gateway.plane.settings.model_copy(update={"gateway": changed})
     with InferenceHttp(gateway.plane) as inference:
         server = HttpServer(inference.app(), "127.0.0.1", 0, "--http-port", 5, idle_s=idle_s)
-        async with server, httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=30) as client:
+        async with (
+            server,
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=30, trust_env=False) as client,
+        ):
             yield Http(server, client)
 
 

@@ -39,7 +39,7 @@ async def answered(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], s
     return int(lines[0].split()[1]), headers, content["error"]
 
 
-TOO_LARGE = "expected at most 1048576 (setting transport.max_message_mib)"
+TOO_LARGE = "expected at most 1048576 bytes (setting transport.max_message_mib): send fewer items"
 
 
 async def test_a_body_that_is_announced_too_large_is_not_read(gateway: Gateway, http: Http) -> None:
@@ -77,7 +77,8 @@ async def test_a_bomb_is_refused_without_being_unpacked(
     response = await http.client.post(INFER, content=bomb, headers={"Content-Encoding": encoding})
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert refusal(response) == (413, f"the body has more than 1048576 bytes; {TOO_LARGE}")
+    status, error = refusal(response)
+    assert (status, error.partition("; ")[2]) == (413, TOO_LARGE)
     assert peak < 16 * 2**20
     await gateway.idle()
 

@@ -75,7 +75,7 @@ def conform(content: Any, schema: Any) -> None:
 def test_it_has_what_openapi_asks_for() -> None:
     content = document()
     assert re.fullmatch(r"3\.1\.\d", content["openapi"])
-    assert {*content} <= {"openapi", "info", "paths", "components"}
+    assert {*content} <= {"openapi", "info", "paths", "components", "security"}
     assert all(content["info"][name] for name in ("title", "version"))
     for path, method, operation in operations():
         assert path.startswith("/")
@@ -89,7 +89,10 @@ def test_it_has_what_openapi_asks_for() -> None:
         assert all(re.fullmatch(r"[2-5]\d\d", status) for status in operation["responses"])
         assert all(response["description"] for response in operation["responses"].values())
         assert "200" in operation["responses"]
-    kinds = {kind for node in everything(content) if isinstance(node, dict) for kind in types_of(node)}
+    schemes = content["components"]["securitySchemes"]
+    assert all(schemes.keys() >= requirement.keys() for requirement in content["security"])
+    described = [content["paths"], content["components"]["schemas"]]
+    kinds = {kind for node in everything(described) if isinstance(node, dict) for kind in types_of(node)}
     assert kinds <= KINDS.keys()
 
 
