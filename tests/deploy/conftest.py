@@ -12,6 +12,9 @@ from mosel.model_package import find_packages
 from mosel.transport.layout import MIB, Layout
 from tests.deploy.support import ROOT, Started
 
+# The gRPC services, whose names health checks ask for.
+SERVICES = {"selector": "Selector", "encoders": "Encoder", "fusion": "Fusion"}
+
 
 @pytest.fixture(autouse=True)
 def nothing_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +79,5 @@ def _check_health(started: Started, settings: Settings, packages: Mapping[str, o
         case module:
             address = getattr(settings, f"{module}_address")
     asked = ["mosel", "health", address]
-    # The gateway is healthy when the models are.
-    ready = [word for model in packages for word in ("--service", model)] if started.module == "gateway" else []
-    assert list(started.health) == asked + ready
+    ready = list(packages) if started.module == "gateway" else [f"mosel.v1.{SERVICES[started.module]}"]
+    assert list(started.health) == [*asked, "--service", *ready]
