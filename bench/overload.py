@@ -169,8 +169,9 @@ def measure(launcher: Launcher, package: ModelPackage, options: Options) -> Resu
 
 
 def _settings(folder: Path) -> Settings:
+    # As many workers as cores: two on one core would only make each call take twice as long.
     return load_settings(
-        models_dir=folder / "models", profiles_dir=folder / "profiles", device="cpu", gateway=FREE_PORTS
+        models_dir=folder / "models", profiles_dir=folder / "profiles", workers=1, device="cpu", gateway=FREE_PORTS
     )
 
 
