@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # Of one batch size, which the service bounds to little more than 0.1 s for each repeat.
 _PROFILE_TIMEOUT_S = 60.0
-_EMPTY_CALLS = 20
+_EMPTY_CALLS = 200
 
 log = logging.getLogger(__name__)
 
