@@ -55,6 +55,7 @@ class Options:
         step_s: length of each of those steps.
         factor: the overload, in multiples of the peak.
         overload_s: its length.
+        realtime: whether the kernel prefers all of this to other programs; root may have it so.
     """
 
     busy_ms: float = 10.0
@@ -64,6 +65,7 @@ class Options:
     step_s: float = 6.0
     factor: float = 3.0
     overload_s: float = 60.0
+    realtime: bool = False
 
     def plan(self, rates: Sequence[float], seconds: float, warm_up_s: float = 0.0) -> Plan:
         """Single requests at these rates."""
@@ -110,6 +112,7 @@ def main() -> None:
     parser.add_argument("--factor", type=float, default=3.0, help="the overload, in multiples of the peak")
     parser.add_argument("--seconds", type=float, default=60.0, help="length of the overload")
     parser.add_argument("--step-seconds", type=float, default=6.0, help="length of each step before it")
+    parser.add_argument("--realtime", action="store_true", help="before other programs on the same cores (root only)")
     given = parser.parse_args()
     options = Options(
         busy_ms=given.busy_ms,
@@ -118,11 +121,13 @@ def main() -> None:
         step_s=given.step_seconds,
         factor=given.factor,
         overload_s=given.seconds,
+        realtime=given.realtime,
     )
     with tempfile.TemporaryDirectory() as folder, served(Path(folder), options) as (launcher, package):
         console.print(
             machine_line(),
-            f"a model of {options.busy_ms:g} ms for an item on one core, generator and edge on another; one item of "
+            f"a model of {options.busy_ms:g} ms for an item on one core, generator and edge on another"
+            f"{', before other programs' if options.realtime else ''}; one item of "
             f"{sum(payload[:1].nbytes for payload in items_of(package).payloads.values())} bytes a request",
             sep="\n",
         )
@@ -140,16 +145,17 @@ def served(folder: Path, options: Options) -> Iterator[tuple[Launcher, ModelPack
         options: what the model takes.
 
     Raises:
-        ConfigError: this process may use one core only.
+        ConfigError: this process may use one core only, or may not have it before others.
     """
     like = find_packages(load_settings().models_dir, ("digits",))["digits"]
     package = write_null_model(folder / "models", like, (options.modality,), options.busy_ms)
     with _cores() as (model_core, edge_core):
-        _pin(os.getpid(), {edge_core})  # what it starts inherits that
+        scheduled = os.SCHED_RR if options.realtime else os.SCHED_OTHER
+        _pin(os.getpid(), {edge_core}, scheduled)  # what it starts inherits that
         with Launcher(_settings(folder)) as launcher:
             for name, child in launcher.children.items():
                 if name not in _ON_EDGE:
-                    _pin(child.process.pid, {model_core})
+                    _pin(child.process.pid, {model_core}, scheduled)
             launcher.wait_ready(_READY_TIMEOUT_S)
             yield launcher, package
 
@@ -169,8 +175,9 @@ def measure(launcher: Launcher, package: ModelPackage, options: Options) -> Resu
 
 
 def _settings(folder: Path) -> Settings:
+    # As many workers as cores: two on one core would only make each call take twice as long.
     return load_settings(
-        models_dir=folder / "models", profiles_dir=folder / "profiles", device="cpu", gateway=FREE_PORTS
+        models_dir=folder / "models", profiles_dir=folder / "profiles", workers=1, device="cpu", gateway=FREE_PORTS
     )
 
 
@@ -184,14 +191,20 @@ def _cores() -> Iterator[tuple[int, int]]:
         model_core, edge_core, *_ = sorted(cores)
         yield model_core, edge_core
     finally:
-        _pin(os.getpid(), cores)
+        _pin(os.getpid(), cores, os.SCHED_OTHER)
 
 
-def _pin(pid: int, cores: set[int]) -> None:
-    """Keeps every thread of a process on these cores, and those that it starts later."""
+def _pin(pid: int, cores: set[int], scheduled: int) -> None:
+    """Keeps every thread of a process on these cores under a policy of the kernel's, and those that it starts later."""
+    priority = os.sched_param(int(scheduled != os.SCHED_OTHER))
     for thread in psutil.Process(pid).threads():
-        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+        try:
             os.sched_setaffinity(thread.id, cores)
+            os.sched_setscheduler(thread.id, scheduled, priority)
+        except ProcessLookupError:
+            continue  # it has ended meanwhile
+        except PermissionError:
+            raise ConfigError("--realtime: this user may not go before other programs; root may") from None
 
 
 @dataclass(frozen=True)

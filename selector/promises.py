@@ -1,9 +1,10 @@
 """How much time a newcomer must have to spare, so that few who are admitted are answered late or dropped."""
 
-# Each promise that is broken raises the share by as much as a hundred that are kept lower it.
-_STEP, _KEPT_PER_BROKEN = 0.02, 100
+# Each promise that is broken raises the share by as much as so many that are kept lower it.
+_STEP, _KEPT_PER_BROKEN = 0.02, 200
 _MOST = 0.5
-_HALF_LIFE_S = 10.0
+# Without jobs it is forgotten; slowly, or jobs would not be what decides.
+_HALF_LIFE_S = 300.0
 
 
 class Promises:
