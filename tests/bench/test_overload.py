@@ -21,6 +21,8 @@ def test_overload_costs_little_goodput_and_no_promises(tmp_path: Path) -> None:
     if max(result.others.values()) > 0.15:
         pytest.skip(f"other programs had their share of the cores: {result.others}")
     overload = result.overload
+    if len(overload.outcomes) < 100:
+        pytest.skip(f"the services had next to nothing of the cores: a peak of {result.peak:.2f} requests/s")
     assert overload.goodput > 0.75 * result.peak
     assert result.useful > 0.7
     admitted = overload.count(Ending.ANSWERED) + overload.count(Ending.EXPIRED)
