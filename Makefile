@@ -9,7 +9,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python;
 export TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: demo test check bench protos clean help
+.PHONY: demo test slow check bench protos clean help
 
 help: ## This list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -19,6 +19,9 @@ demo: $(VENV)/.ready-demo ## Serve a real model and show how floors and deadline
 
 test: $(VENV)/.ready-dev ## Every test but the slow ones and those that need a GPU
 	@$(BIN)/python -m pytest -m "not slow and not gpu"
+
+slow: $(VENV)/.ready-dev ## The slow tests; on a machine that does nothing else
+	@$(BIN)/python -m pytest -m "slow and not gpu"
 
 check: $(VENV)/.ready-dev ## Format, lint, types, imports, generated code
 	@$(BIN)/ruff format --check --quiet .
