@@ -79,13 +79,13 @@ def plan_reply(plan: Plan) -> gateway_pb2.PlanReply:
     return reply
 
 
-def set_profile(profile: ModelProfile, modality_set: frozenset[str], is_up: bool) -> gateway_pb2.SetProfile:
+def set_profile(profile: ModelProfile, modality_set: frozenset[str], available: bool) -> gateway_pb2.SetProfile:
     """What gateways are told of a modality set.
 
     Args:
         profile: of the model.
         modality_set: which one.
-        is_up: whether its services are there.
+        available: whether it can be run now.
     """
     measured = profile.is_measured(modality_set)
     return gateway_pb2.SetProfile(
@@ -93,7 +93,7 @@ def set_profile(profile: ModelProfile, modality_set: frozenset[str], is_up: bool
         accuracy=profile.accuracy[modality_set],
         samples=profile.samples,
         latency_ms=profile.idle_latency_ms(modality_set, 1) if measured else 0.0,
-        available=measured and is_up,
+        available=available,
     )
 
 

@@ -15,10 +15,10 @@ import grpc
 
 from mosel.config import Settings
 from mosel.errors import ModelNotFound, MoselError, ServiceUnavailable
-from mosel.modality import ModalitySet, format_set
 from mosel.model_package import ModelPackage, find_package, name_of
 from mosel.status import error_from_rpc
-from mosel.v1 import gateway_pb2, selector_pb2
+from mosel.v1 import selector_pb2
+from selector.conversions import set_profile
 from selector.measuring import Latencies, Model, lanes_of
 from selector.options import Frontiers
 from selector.peers import Peers
@@ -279,7 +279,7 @@ class Models:
             model=model.package.name,
             revision=model.package.revision,
             ready=any(available.values()) and all(map(profile.is_measured, profile.accuracy)),
-            sets=[_set_profile(profile, s, available[s]) for s in profile.accuracy],
+            sets=[set_profile(profile, s, available[s]) for s in profile.accuracy],
             reason="; ".join(f"service {service_name(lane)}: {why}" for lane, why in model.lacking.items()),
         )
 
@@ -321,14 +321,3 @@ async def _all(calls: Iterable[Awaitable[None]]) -> None:
     for result in await asyncio.gather(*calls, return_exceptions=True):
         if isinstance(result, BaseException):
             raise result
-
-
-def _set_profile(profile: ModelProfile, modality_set: ModalitySet, available: bool) -> gateway_pb2.SetProfile:
-    measured = profile.is_measured(modality_set)
-    return gateway_pb2.SetProfile(
-        modality_set=format_set(modality_set),
-        accuracy=profile.accuracy[modality_set],
-        samples=profile.samples,
-        latency_ms=profile.idle_latency_ms(modality_set, 1) if measured else 0.0,
-        available=available,
-    )
