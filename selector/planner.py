@@ -154,7 +154,7 @@ class Planner:
         return [(s, self._idle_s(self.stages.remaining(job.model, s), now) * 1000) for s in strategies]
 
     def _is_ready(self, profile: ModelProfile, modality_set: frozenset[str]) -> bool:
-        return self._resources.is_up(modality_set) and profile.can_run(modality_set)
+        return self._resources.is_up(modality_set, profile.lacking) and profile.can_run(modality_set)
 
     def _reassigned(self, queue: Sequence[Queued], forecast: Forecast) -> Choices:
         choices = POLICIES[self._policy](queue, forecast)
@@ -196,8 +196,8 @@ class Planner:
 
     def _options(self, job: Job, items: int, floor: float) -> list[Option]:
         profile, frontiers = self._profiles[job.model], self._frontiers[job.model]
-        is_up, full_only = self._resources.is_up, self._policy == "all"
-        return allowed_options(profile, frontiers, job, items, floor, is_up, full_only)
+        is_up = partial(self._resources.is_up, lacking=profile.lacking)
+        return allowed_options(profile, frontiers, job, items, floor, is_up, self._policy == "all")
 
     def _queued(self, job: Job, options: Sequence[Option]) -> Queued:
         lefts = [self.stages.remaining(job.model, option.strategy) for option in options]
