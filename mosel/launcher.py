@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from mosel.client import Client, ModelInfo
@@ -101,7 +102,9 @@ class Launcher:
         try:
             self._start("fusion", "fusion")
             for modality in sorted({m for package in self.packages.values() for m in package.modalities}):
-                self._start(f"encoder/{modality}", "encoders", "--modality", modality)
+                lanes = self.settings.encoder_addresses(modality)
+                for number, lane in enumerate(islice(lanes, self.settings.encoders.replicas.get(modality, 1)), 1):
+                    self._start(f"encoder/{lane}", "encoders", "--modality", modality, "--replica", str(number))
             self._start("selector", "selector")
             self._start("gateway", "gateway")
         except BaseException:

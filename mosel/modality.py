@@ -1,6 +1,6 @@
 """Modality sets: non-empty subsets of a model's modalities, written sorted and joined with `+`.
 
-A *lane* is one service that computes: an encoder of a modality, `photo`, its replicas, `photo/2`, `photo/3`, or `fusion`.
+A *lane* is one service that computes: an encoder of a modality, `photo`, its replicas `photo/2`, `photo/3`, or fusion.
 """
 
 import itertools

@@ -54,7 +54,7 @@ _RELEASE_EVERY_S = 0.005
 log = logging.getLogger(__name__)
 
 
-# The producer of a slot, a gateway or the encoder of a modality, and the slot's numbers.
+# The producer of a slot, a gateway or the lane of an encoder, and the slot's numbers.
 SlotKey = tuple[Session | str, int, int, int, int]
 
 
@@ -221,7 +221,7 @@ class Director:
     async def _encode(self, call: EncodeCall, request: encoder_pb2.EncodeRequest, timeout: float) -> None:
         seen = self._observer.began(call, request, self._traceparents(call))
         try:
-            reply = await self._peer().encoders[call.modality].Encode(request, timeout=timeout)
+            reply = await self._peer().encoders[call.lane].Encode(request, timeout=timeout)
         except Exception as error:  # noqa: BLE001 (whatever it is, the call must leave its lane)
             self._lose(seen, error)
         else:
@@ -248,7 +248,7 @@ class Director:
             self._end(call)
 
     def _encode_request(self, call: EncodeCall) -> encoder_pb2.EncodeRequest:
-        rung = self._peer().attachments.rung(call.modality, FUSION)
+        rung = self._peer().attachments.rung(call.lane, FUSION)
         request = encoder_pb2.EncodeRequest(model=call.model, rung=rung)
         for rows in call.rows:
             payload = self._jobs[rows.job_id].payloads[call.modality]
@@ -284,7 +284,7 @@ class Director:
         row = 0
         for rows in call.rows:
             for slot in slots_in([embeddings]):
-                self._ledger.hold(rows.job_id, _key(call.modality, slot))
+                self._ledger.hold(rows.job_id, _key(call.lane, slot))
             if rows.job_id in self._jobs:
                 places = self._jobs[rows.job_id].embeddings[call.modality]
                 places.update((item, (embeddings, row + i)) for i, item in enumerate(rows.items))

@@ -122,9 +122,7 @@ class Resources:
         """Calls that a service has."""
         return sum(under_way.call.lane == lane for under_way in self._calls.values())
 
-    def free_at(
-        self, now: float, ends: Callable[[UnderWay, float], float] = UnderWay.ends
-    ) -> dict[str, list[float]]:
+    def free_at(self, now: float, ends: Callable[[UnderWay, float], float] = UnderWay.ends) -> dict[str, list[float]]:
         """When each token of each resource will be free; `ends` says when a call is over that is under way."""
         free_at = {lane.resource: [now] * self._tokens for lane in self._lanes.values()}
         for under_way in self._calls.values():
@@ -162,8 +160,6 @@ class Resources:
         under_way = Counter(under_way.call.lane for under_way in self._calls.values())
         return {f"calls_in_flight.{name}": under_way[name] for name in self._lanes}
 
-    def _forecast(
-        self, now: float, free_at: Mapping[str, Sequence[float]], reserve: Mapping[str, float]
-    ) -> Forecast:
+    def _forecast(self, now: float, free_at: Mapping[str, Sequence[float]], reserve: Mapping[str, float]) -> Forecast:
         resources = {name: lane.resource for name, lane in self._lanes.items()}
         return Forecast(now, free_at, resources, self.reply_s, reserve, self._spread)

@@ -43,7 +43,9 @@ class Stage:
         if lane == self.lane:
             return self
         if lane not in self.replicas:
-            self.replicas[lane] = Stage(lane, self.curve, Correction(self.correction.small_ms, self.correction.large_ms))
+            self.replicas[lane] = Stage(
+                lane, self.curve, Correction(self.correction.small_ms, self.correction.large_ms)
+            )
         return self.replicas[lane]
 
     def profiled_ms(self, items: int) -> float:
