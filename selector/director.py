@@ -52,7 +52,7 @@ _RELEASE_EVERY_S = 0.005
 log = logging.getLogger(__name__)
 
 
-# The producer of a slot, a gateway or the encoder of a modality, and the slot's numbers.
+# The producer of a slot, a gateway or the lane of an encoder, and the slot's numbers.
 SlotKey = tuple[Session | str, int, int, int, int]
 
 
@@ -189,7 +189,7 @@ class Director:
             if isinstance(action, Ended):
                 self._fail(action.job_id, action.error)
             elif isinstance(action, EncodeCall):
-                rung = self._peer().attachments.rung(action.modality, FUSION)
+                rung = self._peer().attachments.rung(action.lane, FUSION)
                 self._start(self._encode(action, encode_request(action, self._jobs, rung), self._begin(action)))
             else:
                 self._start(self._fuse(action, fuse_request(action, self._jobs), self._begin(action)))
@@ -204,7 +204,7 @@ class Director:
     async def _encode(self, call: EncodeCall, request: encoder_pb2.EncodeRequest, timeout: float) -> None:
         seen = self._observer.began(call, request, self._traceparents(call))
         try:
-            reply = await self._peer().encoders[call.modality].Encode(request, timeout=timeout)
+            reply = await self._peer().encoders[call.lane].Encode(request, timeout=timeout)
         except Exception as error:  # noqa: BLE001 (whatever it is, the call must leave its lane)
             self._lose(seen, error)
         else:
@@ -249,7 +249,7 @@ class Director:
         """Notes where the embeddings of each item in a call are."""
         for rows in call.rows:
             for slot in slots_in([embeddings]):
-                self._ledger.hold(rows.job_id, _key(call.modality, slot))
+                self._ledger.hold(rows.job_id, _key(call.lane, slot))
         note_embeddings(call, embeddings, self._jobs)
 
     def _lose(self, seen: SeenCall, error: Exception) -> None:

@@ -11,8 +11,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mosel.config import Settings
 from mosel.errors import PackageError, ServiceUnavailable, Unreachable
+from mosel.modality import modality_of
 from mosel.service import open_channel
 from mosel.status import error_from_rpc
+from mosel.transport.host import host_identity
 from mosel.v1 import (
     arena_pb2,
     encoder_pb2_grpc,
@@ -36,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class Peers:
-    """Encoders by modality, and fusion; a context manager that owns their channels.
+    """Encoders and fusion, by lane; a context manager that owns their channels.
 
     Args:
         settings: the effective settings.
@@ -57,8 +59,9 @@ class Peers:
         changed: Callable[[str, bool, str], None],
     ) -> None:
         self._settings, self._prepare, self._changed = settings, prepare, changed
-        encoders = {m: settings.encoder_address(m) for m in sorted(modalities)}
-        self._addresses = encoders | {FUSION: settings.fusion_address}
+        encoders = [settings.encoder_addresses(modality) for modality in sorted(modalities)]
+        self._addresses = {lane: at for of_one in encoders for lane, at in of_one.items()}
+        self._addresses[FUSION] = settings.fusion_address
         self._serving: dict[str, bool] = dict.fromkeys(self._addresses, False)
         # Those that `changed` has called up.
         self._up: dict[str, asyncio.Event] = {}
@@ -91,13 +94,13 @@ class Peers:
         return self._resources
 
     async def check_up(self, name: str, seconds: float) -> None:
-        """Waits for a service for so long; the encoder of a modality that no model had so far is followed from now on.
+        """Waits for a service for so long; an encoder of a modality that no model had so far is followed from now on.
 
         Raises:
             ServiceUnavailable: it is not there.
         """
         if name not in self._addresses:
-            self._addresses[name] = self._settings.encoder_address(name)
+            self._addresses[name] = self._settings.encoder_addresses(modality_of(name))[name]
             self._serving[name] = False
             self._follow(name)
         try:
@@ -243,7 +246,7 @@ class Peers:
         log.info("peer", extra={"peer": name, "serving": serving})
         if serving:
             status = await self._status(name)
-            self._resources[name] = status.resource
+            self._resources[name] = _resource_in(status)
             if self._resources.keys() == self._addresses.keys():
                 self._all_known.set()
             await self._attach(name)
@@ -328,3 +331,12 @@ class Peers:
                 await self._all_known.wait()
         except TimeoutError:
             log.warning("measuring while services are missing", extra={"missing": self.missing()})
+            # What did not come by now may never come: whatever starts again must not wait for it once more.
+            self._all_known.set()
+
+
+def _resource_in(status: service_pb2.ServiceStatus) -> str:
+    """What a service computes on, by a name that no other host has; empty if it is not known."""
+    if status.resource == "cpu" and status.boot_id not in ("", host_identity().boot_id):
+        return f"cpu of {status.boot_id}"
+    return status.resource

@@ -171,7 +171,7 @@ class Planner:
         return [(s, self._idle_s(self.stages.remaining(job.model, s), now) * 1000) for s in strategies]
 
     def _is_ready(self, profile: ModelProfile, modality_set: frozenset[str]) -> bool:
-        return self._resources.is_up(modality_set) and profile.can_run(modality_set)
+        return self._resources.is_up(modality_set, profile.lacking) and profile.can_run(modality_set)
 
     def _reassigned(self, queue: Sequence[Queued], forecast: Forecast) -> Choices:
         choices = POLICIES[self._policy](queue, forecast)
@@ -214,12 +214,13 @@ class Planner:
     def _options(self, job: Job, items: int, floor: float, *, whole: bool = False) -> list[Option]:
         """The strategies for items of a job with the services that are there, or as if all were (`whole`)."""
         profile, frontiers = self._profiles[job.model], self._frontiers[job.model]
-        is_up = (lambda _: True) if whole else self._resources.is_up
+        is_up = (lambda _: True) if whole else partial(self._resources.is_up, lacking=profile.lacking)
         return allowed_options(profile, frontiers, job, items, floor, is_up, self._policy == "all")
 
     def _without(self, job: Job, items: int, floor: float) -> ModalitySet:
         """The modalities that items of a job would run, were their encoders there."""
-        away = {modality for modality in job.modalities if not self._resources.is_up(frozenset({modality}))}
+        lacking = self._profiles[job.model].lacking
+        away = {modality for modality in job.modalities if not self._resources.is_served(modality, lacking)}
         preferred = self._options(job, items, floor, whole=True)[0].strategy if away else None
         return frozenset().union(*(away & s for s, _ in preferred.counts)) if preferred else frozenset()
 
