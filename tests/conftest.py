@@ -161,8 +161,9 @@ def start_again() -> Callable[[Launcher, str], Child]:
     """Starts a service by hand that was killed, with the environment that its launcher gave it."""
 
     def start(launcher: Launcher, name: str) -> Child:
-        module, _, modality = name.partition("/")
-        command = ["encoders", "--modality", modality] if modality else [module]
+        module, *encoder = name.split("/")
+        flags = zip(("--modality", "--replica"), encoder, strict=False)
+        command = ["encoders", *(part for flag in flags for part in flag)] if encoder else [module]
         log = launcher.children[name].log
         with log.open("ab") as stream:
             process = subprocess.Popen(
