@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mosel.config import Settings
 from mosel.errors import ConfigError
-from mosel.modality import format_set, modality_of
+from mosel.modality import format_set, modality_of, parse_set
 from mosel.model_package import ModelPackage
 from mosel.profiles import (
     FUSION,
@@ -94,7 +94,8 @@ class Latencies:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._calls: dict[str, Call] = {}
+        # What an empty call to each service took, in milliseconds.
+        self._ways: dict[str, float] = {}
         self._lock = asyncio.Lock()
 
     async def of_encoder(
@@ -122,10 +123,9 @@ class Latencies:
             for model in models:
                 hardware = await self.look(model, resources)
                 if modality not in model.profile.encoders:
-                    points = await self._encoder_points(stub, model.package.id)
-                    call = await self._call(modality, stub)
-                    model.encoders[modality] = points
-                    model.profile.encoders[modality] = latency_curve(points, call)
+                    await self._time_the_way(modality, stub)
+                    model.encoders[modality] = await self._encoder_points(stub, model.package.id)
+                    self._put(model)
                     await self._keep(model, hardware if idle else None)
 
     async def of_fusion(
@@ -136,13 +136,13 @@ class Latencies:
             for model in models:
                 hardware = await self.look(model, resources)
                 missing = sorted(model.profile.accuracy.keys() - model.profile.fusion.keys(), key=format_set)
+                if missing:
+                    await self._time_the_way(FUSION, stub)
                 for modality_set in missing:
                     name = format_set(modality_set)
-                    points = await self._fusion_points(stub, model.package.id, name)
-                    call = await self._call(FUSION, stub)
-                    model.fusion[name] = points
-                    model.profile.fusion[modality_set] = latency_curve(points, call)
+                    model.fusion[name] = await self._fusion_points(stub, model.package.id, name)
                 if missing:
+                    self._put(model)
                     await self._keep(model, hardware if idle else None)
 
     async def look(self, model: Model, resources: Mapping[str, str]) -> Hardware | None:
@@ -185,7 +185,7 @@ class Latencies:
         )
         if not complete or hardware is None:
             return
-        calls = {name: self._calls[name] for name in (*package.modalities, FUSION)}
+        calls = {name: self._call(name) for name in (*package.modalities, FUSION)}
         quick = quick_profile(package, hardware, model.encoders, model.fusion, calls)
         file = await asyncio.to_thread(profile_file, package, hardware, self._settings)
         try:
@@ -218,14 +218,33 @@ class Latencies:
 
         return await self._points(ask)
 
-    async def _call(self, lane: str, stub: "EncoderAsyncStub | FusionAsyncStub") -> Call:
-        """What the way to a service and back costs: the fastest of some, so that it compares between services."""
+    async def _time_the_way(self, lane: str, stub: "EncoderAsyncStub | FusionAsyncStub") -> None:
+        """Times, once, the way to a service and back: the fastest of some empty calls."""
+        if lane in self._ways:
+            return
         times: list[float] = []
-        while lane not in self._calls and len(times) < _EMPTY_CALLS:
+        for _ in range(_EMPTY_CALLS):
             started = time.perf_counter()
             await stub.Status(service_pb2.StatusRequest(), timeout=_PROFILE_TIMEOUT_S)
             times.append((time.perf_counter() - started) * 1000)
-        return self._calls.setdefault(lane, Call(overhead_ms=min(times, default=0.0)))
+        self._ways[lane] = min(times)
+
+    def _call(self, lane: str) -> Call:
+        """What the way to a service and back costs.
+
+        By sockets it is the same to all: where one seems longer, something else was running, and small networks differ
+        by less than that.
+        """
+        ways = self._ways.values() if _all_on_this_machine(self._settings) else (self._ways[lane],)
+        return Call(overhead_ms=min(ways))
+
+    def _put(self, model: Model) -> None:
+        """Puts what was measured so far into a model's profile; all of it, for the way may have turned out shorter."""
+        profile = model.profile
+        profile.encoders |= {m: latency_curve(points, self._call(m)) for m, points in model.encoders.items()}
+        profile.fusion |= {
+            parse_set(s): latency_curve(points, self._call(FUSION)) for s, points in model.fusion.items()
+        }
 
     async def _points(self, ask: Callable[[int], Awaitable[service_pb2.ProfileReply]]) -> Points:
         points = [point for size in self._settings.selector.profile_batch_sizes for point in (await ask(size)).points]

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -69,6 +70,8 @@ class Peers:
         self._resources: dict[str, str] = {}
         self._all_known = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        # Their health streams.
+        self._watches: dict[str, grpc.aio.UnaryStreamCall[Any, Any]] = {}
         self._refused: dict[str, str] = {}
         self._gateways: dict[str, Callable[[selector_pb2.PayloadTransport], None]] = {}
         self.attachments = Attachments(self._open_arena)
@@ -203,12 +206,19 @@ class Peers:
         except grpc.RpcError:
             return service_pb2.ServiceMetrics(service=service_name(name))
 
+    def doubt(self, name: str) -> None:
+        """A call could not reach a service: it is away from now on, until its health was asked for anew."""
+        if self._up[name].is_set():
+            self._watches[name].cancel()
+            self._went(name)
+
     async def _watch(self, name: str) -> None:
         """Follows a service's health for as long as this object lives."""
         stub = health_pb2_grpc.HealthStub(self._channels[name])
         while True:
             service = "mosel.v1.Fusion" if name == FUSION else "mosel.v1.Encoder"
             watch = stub.Watch(health_pb2.HealthCheckRequest(service=service))  # type: ignore[attr-defined]
+            self._watches[name] = watch
             try:
                 async for reply in watch:
                     if reply.status != health_pb2.HealthCheckResponse.SERVING:
@@ -218,6 +228,11 @@ class Peers:
                     await self._note(name, serving=True)
             except grpc.RpcError as error:
                 log.debug("not reachable", extra={"peer": name, "reason": error.code().name})
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                log.info("doubted", extra={"peer": name})
             except ServiceUnavailable as error:
                 watch.cancel()
                 log.info("went away", extra={"peer": name, "reason": str(error)})
@@ -244,11 +259,15 @@ class Peers:
             if name not in self._refused:
                 self._up[name].set()
         else:
-            self._up[name].clear()
+            if self._up[name].is_set():
+                self._went(name)
             self._refused.pop(name, None)
-            self._changed(name, False, "")
             await self._close_arenas(name)
             self._tell_gateways()
+
+    def _went(self, name: str) -> None:
+        self._up[name].clear()
+        self._changed(name, False, "")
 
     async def _attach(self, name: str) -> None:
         """Proves the paths to and from a service before anything is sent along them."""

@@ -110,14 +110,12 @@ class Scheduler:
         stage = self._planner.stages.of(call.model, call.stage).on(call.lane)
         stage.correction.learn(stage.profiled_ms(under_way.items), (now - under_way.started) * 1000, now)
         answered = []
-        for rows in call.rows:
-            work = self._works.get(rows.job_id)
-            if work is None:
-                continue
+        for rows, work in self._works_in(call):
+            wanted = work.calls.pop(call.id)
             if isinstance(call, EncodeCall):
-                work.encoded(rows.items)
+                work.encoded(wanted)
                 continue
-            work.left -= len(rows.items)
+            work.left -= len(wanted)
             if not work.left:
                 self._planner.answered(work, now)
                 self.cancelled(rows.job_id)
@@ -125,20 +123,26 @@ class Scheduler:
         return answered
 
     def failed(self, call: Call, now: float) -> list[bytes]:
-        """A call failed; returns the jobs that are lost by it. Those that shared the call each try again alone."""
+        """A call failed; returns the jobs that are lost by it.
+
+        The items of the others begin again, once, each job by itself: with the same modality set or, where a service
+        went away, with another that meets the floor.
+        """
         # What it took says nothing about calls that go well.
         self._over(call)
         lost = []
-        for rows in call.rows:
-            work = self._works.get(rows.job_id)
-            if work is None:
+        for rows, work in self._works_in(call):
+            wanted = work.calls.pop(call.id)
+            if not wanted:
                 continue
-            if len(call.rows) == 1 or work.alone or not self._resources.is_lane_up(call.lane):
+            work.alone = True
+            first = work.may_try_again(wanted)
+            work.begin_again(wanted)
+            if first and self._planner.plan_again(work, now):
+                self.counters["items_tried_again"] += len(wanted)
+            else:
                 self.cancelled(rows.job_id)
                 lost.append(rows.job_id)
-            else:
-                work.alone = True
-                work.put_back(call.stage, rows.items)
         return lost
 
     def lane(self, name: str, up: bool, resource: str = "cpu") -> list[bytes]:
@@ -316,7 +320,7 @@ class Scheduler:
             call = FuseCall(self._last_call, model, what, tuple(rows))
         self._resources.begin(call, items, now, stage.expected_ms(items, now) / 1000)
         for part in rows:
-            self._works[part.job_id].calls.add(call.id)
+            self._works[part.job_id].calls[call.id] = set(part.items)
         return call
 
     def _fills_a_call(self, work: Work, modality_set: ModalitySet) -> bool:
@@ -343,10 +347,11 @@ class Scheduler:
 
     # How a job ends
 
+    def _works_in(self, call: Call) -> list[tuple[Rows, Work]]:
+        """The jobs in a call that are still wanted."""
+        return [(rows, self._works[rows.job_id]) for rows in call.rows if rows.job_id in self._works]
+
     def _over(self, call: Call) -> UnderWay:
-        for rows in call.rows:
-            if rows.job_id in self._works:
-                self._works[rows.job_id].calls.discard(call.id)
         self._stale = True
         return self._resources.over(call)
 

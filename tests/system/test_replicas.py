@@ -142,7 +142,6 @@ def test_one_with_other_files_is_left_out(
         log = tmp_path / "second.log"
         with log.open("ab") as stream:
             process = subprocess.Popen(command, env=os.environ | environment, stdout=stream, stderr=stream)
-        launcher.children[SECOND] = Child(SECOND, process, log)
         launcher.wait_ready(120)
         jobs = [draw(ITEMS, seed=seed) for seed in range(6)]
         for payloads, outcome in zip(jobs, outcomes_of(launcher.address, jobs), strict=True):
@@ -152,3 +151,5 @@ def test_one_with_other_files_is_left_out(
             assert counters(client)[SECOND].get("items", 0) == 0
             assert counters(client)[FIRST]["items"] == len(jobs) * ITEMS
             assert client.load_model("fruit").ready, "loading it anew does without it, too"
+        process.terminate()
+        assert process.wait() == 0
