@@ -150,6 +150,8 @@ def test_one_with_other_files_is_left_out(
             until(lambda: SECOND in counters(client), "its state is known")
             assert counters(client)[SECOND].get("items", 0) == 0
             assert counters(client)[FIRST]["items"] == len(jobs) * ITEMS
-            assert client.load_model("fruit").ready, "loading it anew does without it, too"
+            loaded = client.load_model("fruit")
+            assert loaded.ready, "loading it anew does without it, too"
+            assert loaded.reason.startswith(f"service {SECOND}: ")
         process.terminate()
         assert process.wait() == 0
