@@ -101,10 +101,6 @@ class Resources:
             return self._lanes[modality].up
         return any(self._lanes[lane].up and lane not in lacking for lane in self._replicas[modality])
 
-    def is_lane_up(self, name: str) -> bool:
-        """Whether one service is there."""
-        return self._lanes[name].up
-
     def open_lanes(self) -> set[str]:
         """The services that are there and may be called now."""
         used = Counter(self._lanes[under_way.call.lane].resource for under_way in self._calls.values())

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -139,12 +138,10 @@ def test_one_with_other_files_is_left_out(
     encoders = {"addresses": {"photo": ["", ""]}, "replicas": {"photo": 1}}
     with Launcher(settings_with(transport=TRANSPORT, encoders=encoders)) as launcher:
         environment = launcher.settings.model_copy(update={"models_dir": tmp_path / "models"}).as_environment()
-        command = ("encoders", "--modality", "photo", "--replica", "2")
+        command = [sys.executable, "-P", "-m", "encoders", "--modality", "photo", "--replica", "2"]
         log = tmp_path / "second.log"
         with log.open("ab") as stream:
-            python = [sys.executable, "-P", "-m", *command]
-            process = subprocess.Popen(python, env=os.environ | environment, stdout=stream, stderr=stream)
-        launcher.children[SECOND] = Child(SECOND, command, process, time.monotonic(), log, 0)
+            process = subprocess.Popen(command, env=os.environ | environment, stdout=stream, stderr=stream)
         launcher.wait_ready(120)
         jobs = [draw(ITEMS, seed=seed) for seed in range(6)]
         for payloads, outcome in zip(jobs, outcomes_of(launcher.address, jobs), strict=True):
@@ -153,4 +150,8 @@ def test_one_with_other_files_is_left_out(
             until(lambda: SECOND in counters(client), "its state is known")
             assert counters(client)[SECOND].get("items", 0) == 0
             assert counters(client)[FIRST]["items"] == len(jobs) * ITEMS
-            assert client.load_model("fruit").ready, "loading it anew does without it, too"
+            loaded = client.load_model("fruit")
+            assert loaded.ready, "loading it anew does without it, too"
+            assert loaded.reason.startswith(f"service {SECOND}: ")
+        process.terminate()
+        assert process.wait() == 0
