@@ -3,15 +3,16 @@
 import argparse
 import asyncio
 import logging
-import sys
 from contextlib import nullcontext
 from functools import partial
+from typing import NoReturn
 
 from encoders.encoder import ModalityEncoder
 from encoders.servicer import EncoderServicer
 from mosel import networks
 from mosel.compute import Workers
 from mosel.config import Settings
+from mosel.deadline import Deadline
 from mosel.errors import ConfigError
 from mosel.model_package import find_packages
 from mosel.service import Service, run_service
@@ -26,14 +27,14 @@ from mosel.v1 import encoder_pb2_grpc
 log = logging.getLogger(__name__)
 
 
-def main() -> int:
-    """Serves until a signal; returns the exit code."""
+def main() -> NoReturn:
+    """Serves until a signal, and ends the process."""
     parser = argparse.ArgumentParser(prog="python -m encoders", description=__doc__)
     parser.add_argument("--modality", required=True, help="which modality's networks to run")
     parser.add_argument("--listen", default="", help="address to listen on (default: the setting encoders.addresses)")
     arguments = parser.parse_args()
     name = f"encoder/{arguments.modality}"
-    return run_service(name, partial(serve, arguments.modality, arguments.listen))
+    run_service(name, partial(serve, arguments.modality, arguments.listen))
 
 
 async def serve(modality: str, listen: str, settings: Settings, stop: asyncio.Event) -> None:
@@ -71,7 +72,10 @@ async def serve(modality: str, listen: str, settings: Settings, stop: asyncio.Ev
                 await workers.run_aside(partial(encoder.networks.load, package))
             service.set_ready(True)
             await stop.wait()
+            grace = Deadline.after(settings.stop_grace_ms / 1000)
+            await service.let_go(grace)
+            await service.stop(grace)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

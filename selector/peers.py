@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -42,6 +42,7 @@ class Peers:
         modalities: those whose encoders are followed from the start.
         prepare: makes a service ready that has come; called with its lane and the models that it has.
         changed: called with a lane's name, whether it is up and what it computes on, each time that changes.
+        let_go: called with a lane's name when it is about to end; returns when nobody needs it any more.
 
     Attributes:
         attachments: how tensors get from each producer to each consumer.
@@ -54,8 +55,9 @@ class Peers:
         modalities: Iterable[str],
         prepare: Callable[[str, Sequence[str]], Awaitable[None]],
         changed: Callable[[str, bool, str], None],
+        let_go: Callable[[str], Coroutine[None, None, None]],
     ) -> None:
-        self._settings, self._prepare, self._changed = settings, prepare, changed
+        self._settings, self._prepare, self._changed, self._let_go = settings, prepare, changed, let_go
         encoders = {m: settings.encoder_address(m) for m in sorted(modalities)}
         self._addresses = encoders | {FUSION: settings.fusion_address}
         self._serving: dict[str, bool] = dict.fromkeys(self._addresses, False)
@@ -207,9 +209,11 @@ class Peers:
             service = "mosel.v1.Fusion" if name == FUSION else "mosel.v1.Encoder"
             watch = stub.Watch(health_pb2.HealthCheckRequest(service=service))  # type: ignore[attr-defined]
             try:
-                async for reply in watch:
+                async for reply in (replies := aiter(watch)):
                     if reply.status != health_pb2.HealthCheckResponse.SERVING:
-                        # Leaving the loop does not end the stream, and a service that stops would wait for it.
+                        if self._serving[name]:
+                            await _first(self._let_go(name), anext(replies, None))
+                        # Leaving the loop does not end the stream, and a service that stops waits for it.
                         watch.cancel()
                         break
                     await self._note(name, serving=True)
@@ -309,3 +313,14 @@ class Peers:
                 await self._all_known.wait()
         except TimeoutError:
             log.warning("measuring while services are missing", extra={"missing": self.missing()})
+
+
+async def _first(*ways: Awaitable[object]) -> None:
+    """Waits until one is over, however it ends, and cancels the others."""
+    tasks = [asyncio.ensure_future(way) for way in ways]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -40,8 +40,11 @@ class UnderWay:
 
 @dataclass
 class _Lane:
+    """A service; one that is `leaving` serves the jobs that it has, and no others."""
+
     up: bool = False
     resource: str = "cpu"
+    leaving: bool = False
 
 
 class Resources:
@@ -69,14 +72,18 @@ class Resources:
         """A service came or went."""
         self._lanes[name] = _Lane(up, resource)
 
+    def set_leaving(self, name: str) -> None:
+        """A service is about to go: no further job may be planned with it."""
+        self._lanes[name].leaving = True
+
     @property
     def is_one(self) -> bool:
         """Whether all services that are there compute on the same resource."""
         return len({lane.resource for lane in self._lanes.values() if lane.up}) == 1
 
     def is_up(self, modality_set: ModalitySet) -> bool:
-        """Whether fusion and all encoders of a set are there."""
-        return self._lanes[FUSION].up and all(self._lanes[m].up for m in modality_set)
+        """Whether fusion and all encoders of a set are there, and stay."""
+        return all(self._lanes[name].up and not self._lanes[name].leaving for name in (FUSION, *modality_set))
 
     def is_lane_up(self, name: str) -> bool:
         """Whether one service is there."""
