@@ -3,13 +3,13 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mosel.config import Settings
 from mosel.errors import ConfigError
-from mosel.modality import format_set, parse_set
+from mosel.modality import format_set, modality_of, parse_set
 from mosel.model_package import ModelPackage
 from mosel.profiles import (
     FUSION,
@@ -48,6 +48,7 @@ class Model:
     Attributes:
         package: its files.
         profile: what the core plans with; latencies are put into it.
+        lanes: the services that have a part in it.
         encoders, fusion: what was measured since the start, by modality and by modality set.
         looked: whether a kept profile was looked for.
         lacking: why a service does not have its networks, by lane.
@@ -56,30 +57,32 @@ class Model:
 
     package: ModelPackage
     profile: ModelProfile
+    lanes: Sequence[str]
     encoders: dict[str, Points] = field(default_factory=dict)
     fusion: dict[str, Points] = field(default_factory=dict)
     looked: bool = False
     lacking: dict[str, str] = field(default_factory=dict)
     freed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    @property
-    def lanes(self) -> list[str]:
-        """The services that it needs."""
-        return lanes_of(self.package)
-
     def lacks(self, lane: str, reason: str) -> None:
         """Notes why a service does not have its networks; empty if it has them."""
         self.lacking.pop(lane, None)
         if reason:
             self.lacking[lane] = reason
-        missing = self.lacking.keys()
-        sets = (s for s in self.profile.accuracy if FUSION in missing or not missing.isdisjoint(s))
-        self.profile.unavailable = frozenset(sets)
+        self.profile.lacking.clear()
+        self.profile.lacking.update(self.lacking)
+        had = {modality_of(lane) for lane in self.lanes if lane not in self.lacking}
+        self.profile.unavailable = frozenset(s for s in self.profile.accuracy if not had >= {FUSION, *s})
+
+    def replicas(self, modality: str) -> list[str]:
+        """The encoders of a modality; or fusion."""
+        return [lane for lane in self.lanes if modality_of(lane) == modality]
 
 
-def lanes_of(package: ModelPackage) -> list[str]:
-    """The services that a model needs."""
-    return [*sorted(package.modalities), FUSION]
+def lanes_of(package: ModelPackage, settings: Settings) -> list[str]:
+    """The services that have a part in a model."""
+    encoders = [lane for modality in sorted(package.modalities) for lane in settings.encoder_addresses(modality)]
+    return [*encoders, FUSION]
 
 
 class Latencies:
@@ -104,11 +107,11 @@ class Latencies:
         *,
         idle: bool = True,
     ) -> None:
-        """Makes sure that the latencies of an encoder are known for models.
+        """Makes sure that the latencies of a modality are known for models; they are those of the encoder asked first.
 
         Args:
-            modality: which encoder.
-            stub: calls it.
+            modality: which one.
+            stub: calls an encoder.
             models: those that have this modality.
             resources: what each service computes on, by lane, as far as it is known.
             idle: whether nothing else is computed meanwhile; otherwise what is measured now is not kept for later.
@@ -144,7 +147,9 @@ class Latencies:
 
     async def look(self, model: Model, resources: Mapping[str, str]) -> Hardware | None:
         """The first time, puts the profile that is kept of a model into it; returns what hardware that is of."""
-        return await asyncio.to_thread(self._load, model, {resources.get(lane, "") for lane in model.lanes})
+        known = [lane for lane in model.lanes if lane in resources]
+        all_known = {*map(modality_of, known)} == {*map(modality_of, model.lanes)}
+        return await asyncio.to_thread(self._load, model, {resources[lane] for lane in known} if all_known else {""})
 
     def _load(self, model: Model, resources: set[str]) -> Hardware | None:
         if "" in resources or not _all_on_this_machine(self._settings):
@@ -180,7 +185,7 @@ class Latencies:
         )
         if not complete or hardware is None:
             return
-        calls = {lane: self._call(lane) for lane in model.lanes}
+        calls = {name: self._call(name) for name in (*package.modalities, FUSION)}
         quick = quick_profile(package, hardware, model.encoders, model.fusion, calls)
         file = await asyncio.to_thread(profile_file, package, hardware, self._settings)
         try:
@@ -248,5 +253,5 @@ class Latencies:
 
 def _all_on_this_machine(settings: Settings) -> bool:
     """Behind a TCP address there may be other hardware, so a profile of it is neither read nor written."""
-    addresses = (settings.fusion_address, *settings.encoders.addresses.values())
-    return all(address.startswith("unix:") for address in addresses)
+    named = [address for of_one in settings.encoders.addresses.values() for address in of_one if address]
+    return all(address.startswith("unix:") for address in (settings.fusion_address, *named))

@@ -9,10 +9,10 @@ from typing import Any
 import grpc
 import pytest
 
-from mosel.config import Settings
+from mosel.config import Settings, load_settings
 from mosel.model_package import ModelPackage
 from mosel.v1 import encoder_pb2, encoder_pb2_grpc, service_pb2
-from selector.measuring import Latencies, Model
+from selector.measuring import Latencies, Model, lanes_of
 from selector.profile import ModelProfile
 
 Stubs = dict[str, "encoder_pb2_grpc.EncoderAsyncStub"]
@@ -67,7 +67,8 @@ def latencies(request: pytest.FixtureRequest, settings_with: Callable[..., Setti
 @pytest.fixture
 def model(fruit: ModelPackage) -> Model:
     """One that nothing is known of but its accuracies."""
-    return Model(fruit, ModelProfile(fruit.accuracy.sets, fruit.accuracy.samples))
+    profile = ModelProfile(fruit.accuracy.sets, fruit.accuracy.samples)
+    return Model(fruit, profile, lanes_of(fruit, load_settings()))
 
 
 @pytest.fixture
