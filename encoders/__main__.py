@@ -3,15 +3,16 @@
 import argparse
 import asyncio
 import logging
-import sys
 from contextlib import nullcontext
 from functools import partial
+from typing import NoReturn
 
 from encoders.encoder import ModalityEncoder
 from encoders.servicer import EncoderServicer
 from mosel import networks
 from mosel.compute import Workers
 from mosel.config import Settings
+from mosel.deadline import Deadline
 from mosel.errors import ConfigError
 from mosel.modality import lane_of
 from mosel.model_package import find_packages
@@ -27,8 +28,8 @@ from mosel.v1 import encoder_pb2_grpc
 log = logging.getLogger(__name__)
 
 
-def main() -> int:
-    """Serves until a signal; returns the exit code."""
+def main() -> NoReturn:
+    """Serves until a signal, and ends the process."""
     parser = argparse.ArgumentParser(prog="python -m encoders", description=__doc__)
     parser.add_argument("--modality", required=True, help="which modality's networks to run")
     parser.add_argument("--listen", default="", help="address to listen on (default: the setting encoders.addresses)")
@@ -37,7 +38,7 @@ def main() -> int:
     if arguments.replica < 1:
         parser.error(f"--replica is {arguments.replica}; expected a number from 1")
     name = f"encoder/{lane_of(arguments.modality, arguments.replica)}"
-    return run_service(name, partial(serve, name, arguments.modality, arguments.replica, arguments.listen))
+    run_service(name, partial(serve, name, arguments.modality, arguments.replica, arguments.listen))
 
 
 async def serve(name: str, modality: str, replica: int, listen: str, settings: Settings, stop: asyncio.Event) -> None:
@@ -75,7 +76,10 @@ async def serve(name: str, modality: str, replica: int, listen: str, settings: S
                 await workers.run_aside(partial(encoder.networks.load, package))
             service.set_ready(True)
             await stop.wait()
+            grace = Deadline.after(settings.stop_grace_ms / 1000)
+            await service.let_go(grace)
+            await service.stop(grace)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

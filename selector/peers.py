@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -45,6 +45,7 @@ class Peers:
         modalities: those whose encoders are followed from the start.
         prepare: makes a service ready that has come; called with its lane and the models that it has.
         changed: called with a lane's name, whether it is up and what it computes on, each time that changes.
+        let_go: called with a lane's name when it is about to end; returns when nobody needs it any more.
 
     Attributes:
         attachments: how tensors get from each producer to each consumer.
@@ -57,8 +58,9 @@ class Peers:
         modalities: Iterable[str],
         prepare: Callable[[str, Sequence[str]], Awaitable[None]],
         changed: Callable[[str, bool, str], None],
+        let_go: Callable[[str], Coroutine[None, None, None]],
     ) -> None:
-        self._settings, self._prepare, self._changed = settings, prepare, changed
+        self._settings, self._prepare, self._changed, self._let_go = settings, prepare, changed, let_go
         encoders = [settings.encoder_addresses(modality) for modality in sorted(modalities)]
         self._addresses = {lane: at for of_one in encoders for lane, at in of_one.items()}
         self._addresses[FUSION] = settings.fusion_address
@@ -220,9 +222,11 @@ class Peers:
             watch = stub.Watch(health_pb2.HealthCheckRequest(service=service))  # type: ignore[attr-defined]
             self._watches[name] = watch
             try:
-                async for reply in watch:
+                async for reply in (replies := aiter(watch)):
                     if reply.status != health_pb2.HealthCheckResponse.SERVING:
-                        # Leaving the loop does not end the stream, and a service that stops would wait for it.
+                        if self._serving[name]:
+                            await _first(self._let_go(name), anext(replies, None))
+                        # Leaving the loop does not end the stream, and a service that stops waits for it.
                         watch.cancel()
                         break
                     await self._note(name, serving=True)
@@ -340,3 +344,14 @@ def _resource_in(status: service_pb2.ServiceStatus) -> str:
     if status.resource == "cpu" and status.boot_id not in ("", host_identity().boot_id):
         return f"cpu of {status.boot_id}"
     return status.resource
+
+
+async def _first(*ways: Awaitable[object]) -> None:
+    """Waits until one is over, however it ends, and cancels the others."""
+    tasks = [asyncio.ensure_future(way) for way in ways]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

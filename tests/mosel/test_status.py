@@ -133,6 +133,9 @@ def test_a_peer_that_is_away_is_named_and_not_by_grpc_s_own_words() -> None:
     error = error_from_rpc(unreachable, "fusion")
     assert isinstance(error, ServiceUnavailable)
     assert str(error) == "service fusion is not reachable"
+    broken_off = error_from_rpc(failed_call(grpc.StatusCode.CANCELLED, "CANCELLED"), "fusion")
+    assert isinstance(broken_off, ServiceUnavailable)
+    assert str(broken_off) == "service fusion stopped before it answered"
     passed_on = failed_call(grpc.StatusCode.UNAVAILABLE, "service encoder/audio went away")
     assert str(error_from_rpc(passed_on, "selector")) == "service encoder/audio went away"
 
