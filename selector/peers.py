@@ -169,6 +169,7 @@ class Peers:
     async def _status(self, name: str) -> service_pb2.ServiceStatus:
         try:
             status = await self._stub(name).Status(service_pb2.StatusRequest(), timeout=_STATUS_TIMEOUT_S)
+            status.resource = resource_at(status.resource, self._addresses[name])
             if name in self._refused:
                 status.ready, status.detail = False, self._refused[name]
             return status
@@ -219,7 +220,7 @@ class Peers:
         log.info("peer", extra={"peer": name, "serving": serving})
         if serving:
             status = await self._status(name)
-            self._resources[name] = resource_at(status.resource, self._addresses[name])
+            self._resources[name] = status.resource
             if self._resources.keys() == self._addresses.keys():
                 self._all_known.set()
             await self._attach(name)

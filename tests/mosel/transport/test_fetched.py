@@ -17,6 +17,7 @@ from mosel.errors import DeadlineExceeded, InvalidRequest, MoselError, ReadNotPr
 from mosel.service import Context, Service, open_blocking_channel
 from mosel.status import error_from_rpc
 from mosel.transport import Reader, SharedMemoryArena, slice_rows
+from mosel.transport.host import host_identity
 from mosel.transport.layout import MIB
 from mosel.transport.preflight import preflight
 from mosel.transport.servicer import ProducerServicer
@@ -39,10 +40,18 @@ def large(shm: Path) -> Iterator[SharedMemoryArena]:
 
 
 @asynccontextmanager
-async def serving(settings: Settings, servicer: arena_pb2_grpc.ProducerServicer) -> AsyncIterator[str]:
+async def serving(
+    settings: Settings, servicer: arena_pb2_grpc.ProducerServicer, address: str = "127.0.0.1:0"
+) -> AsyncIterator[str]:
     register = partial(arena_pb2_grpc.add_ProducerServicer_to_server, servicer)
-    async with Service(settings, "127.0.0.1:0", SETTING, register) as service:
+    async with Service(settings, address, SETTING, register) as service:
         yield service.address
+
+
+@pytest.fixture(autouse=True)
+def known_host() -> None:
+    """Read once, and not in a loop."""
+    host_identity()
 
 
 def described(arena: SharedMemoryArena, address: str) -> arena_pb2.ArenaDescription:
@@ -238,12 +247,11 @@ async def test_preflight_says_why_nothing_can_be_fetched(
 async def test_an_address_is_one_producer_s(
     settings: Settings, arena: SharedMemoryArena, large: SharedMemoryArena, consumer: Consumer
 ) -> None:
-    socket = f"unix:{settings.run_dir}/producer.sock"
-    register = arena_pb2_grpc.add_ProducerServicer_to_server
+    address = "127.0.0.1:0"
     for producer in (arena, large):
-        async with Service(settings, socket, SETTING, partial(register, ProducerServicer(producer))):
+        async with serving(settings, ProducerServicer(producer), address) as address:
             for _ in range(2):
-                await consumer.open(described(producer, socket))
+                await consumer.open(described(producer, address))
             part = slice_rows(publish(publisher(producer), "FP32", tensor("FP32", 4)), 0, 4)
             assert np.array_equal(await consumer.gather([part]), tensor("FP32", 4))
         assert consumer.reader.arenas_open() == 1
