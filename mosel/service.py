@@ -95,7 +95,9 @@ def _alive_options(address: str) -> list[tuple[str, int]]:
         return []
     return [
         ("grpc.keepalive_time_ms", 2_000),
+        # Both: without the second, an answer is waited for for a minute unless the kernel gives up before.
         ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.http2.ping_timeout_ms", 5_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         # What a server puts up with.
