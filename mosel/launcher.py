@@ -1,4 +1,4 @@
-"""Starts all services of one machine as child processes, waits until they are ready, and stops them."""
+"""Starts all services of one machine as child processes, starts those again that end, and stops them."""
 
 import os
 import shutil
@@ -8,11 +8,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-from mosel.client import Client, ModelInfo
+from mosel.backoff import Backoff
+from mosel.client import Client, ModelInfo, ServiceInfo
 from mosel.config import GatewaySettings, Settings
 from mosel.errors import ConfigError, MoselError, ServiceUnavailable
 from mosel.exposure import check_public
@@ -20,6 +23,9 @@ from mosel.model_package import find_packages
 from mosel.transport.control import remove_orphans
 
 _POLL_S = 0.1
+# Longer than the selector waits for a service that hangs.
+_LOOK_TIMEOUT_S = 2.0
+_LAST_LINE_BYTES = 4096
 _MOST_LOG_BYTES = 64 * 1024 * 1024
 # Called with the names of the services that are ready and of those that are not.
 Progress = Callable[[list[str], list[str]], None]
@@ -28,17 +34,36 @@ Progress = Callable[[list[str], list[str]], None]
 _KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_MMAP_THRESHOLD_": "1073741824"}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Child:
-    """One service: its name, its process, and the file that holds its log."""
+    """One service: its name, the module and the arguments that it runs, its process, and its log.
+
+    Attributes:
+        started_s: when the process was started, on the monotonic clock.
+        log: the file that holds its log, and that of processes before it.
+        log_start: where in the file its own log begins, in bytes.
+    """
 
     name: str
+    command: tuple[str, ...]
     process: subprocess.Popen[bytes]
+    started_s: float
     log: Path
+    log_start: int
 
-    def last_line(self) -> str:
-        """The last line that it logged."""
-        lines = self.log.read_text(errors="replace").strip().splitlines()
+    def ending(self) -> str:
+        """How it ended, and the last line that it logged."""
+        code = self.process.returncode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"{self.name} {how}: {self._last_line()}"
+
+    def _last_line(self) -> str:
+        with self.log.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            # A log that has become too long was cut.
+            own = self.log_start if self.log_start <= size else 0
+            stream.seek(max(own, size - _LAST_LINE_BYTES))
+            lines = stream.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else "no message"
 
 
@@ -51,6 +76,7 @@ class Launcher:
     Attributes:
         settings: as the services have them.
         children: the services by name, in starting order.
+        restarts: how often each was started again, by name.
 
     Raises:
         ConfigError: the platform cannot run the services, or a setting is wrong.
@@ -76,6 +102,11 @@ class Launcher:
             }
         )
         self.children: dict[str, Child] = {}
+        self.restarts: Counter[str] = Counter()
+        self._backoffs: defaultdict[str, Backoff] = defaultdict(Backoff)
+        # When those that have ended are started again, and since when not everything has been ready; monotonic clock.
+        self._due: dict[str, float] = {}
+        self._away_since: float | None = None
 
     @property
     def address(self) -> str:
@@ -101,7 +132,9 @@ class Launcher:
         try:
             self._start("fusion", "fusion")
             for modality in sorted({m for package in self.packages.values() for m in package.modalities}):
-                self._start(f"encoder/{modality}", "encoders", "--modality", modality)
+                lanes = self.settings.encoder_addresses(modality)
+                for number, lane in enumerate(islice(lanes, self.settings.encoders.replicas.get(modality, 1)), 1):
+                    self._start(f"encoder/{lane}", "encoders", "--modality", modality, "--replica", str(number))
             self._start("selector", "selector")
             self._start("gateway", "gateway")
         except BaseException:
@@ -128,22 +161,55 @@ class Launcher:
         ready: set[str] = set()
         details: dict[str, str] = {}
         until = time.monotonic() + timeout_s
-        with Client(self.local_address, retries=None) as client:
-            while time.monotonic() < until:
-                self._check_alive()
-                try:
-                    services = client.status()
-                    ready = {service.name for service in services if service.ready}
-                    details = {service.name: f"({service.detail})" for service in services if service.detail}
-                    models = client.models()
-                except MoselError:
-                    ready, models = set(), []
-                progress([n for n in self.children if n in ready], [n for n in self.children if n not in ready])
-                if models and all(model.ready for model in models) and ready.issuperset(self.children):
-                    return models
-                time.sleep(_POLL_S)
+        while time.monotonic() < until:
+            for child in self.ended():
+                raise ServiceUnavailable(child.ending())
+            services, models = self._look()
+            ready = {service.name for service in services if service.ready}
+            details |= {service.name: f"({service.detail})" for service in services if service.detail}
+            progress([n for n in self.children if n in ready], [n for n in self.children if n not in ready])
+            if self._all_ready(services, models):
+                return models
+            time.sleep(_POLL_S)
         waiting = ", ".join(f"{n} {details.get(n, '')}".strip() for n in self.children if n not in ready)
         raise ServiceUnavailable(f"not ready after {timeout_s:.0f} s: {waiting or 'measuring latencies'}")
+
+    def supervise(self) -> list[str]:
+        """Starts services again that have ended, each after a pause that grows while it keeps ending.
+
+        To be called several times a second, by a thread that lives as long as the services; waits for none of them.
+
+        Returns:
+            What has happened since the last call, a line each.
+        """
+        now, news = time.monotonic(), []
+        for child in self.ended():
+            if child.name not in self._due:
+                self._away_since = self._away_since or now
+                pause_s = self._postpone(child.name, now, now - child.started_s)
+                news.append(f"{child.ending()} (starting it again in {pause_s:g} s)")
+        for name in [name for name, due in self._due.items() if due <= now]:
+            try:
+                self.start_again(name)
+            except OSError as error:
+                pause_s = self._postpone(name, now, 0)
+                news.append(f"{name} cannot be started: {error} (trying again in {pause_s:g} s)")
+        if self._away_since and not self._due and self._all_ready(*self._look()):
+            news.append(f"everything is ready again, after {time.monotonic() - self._away_since:.1f} s")
+            self._away_since = None
+        return news
+
+    def start_again(self, name: str) -> Child:
+        """Starts a service that has ended with the same settings, ports and log; returns at once."""
+        self._start(name, *self.children[name].command)
+        self._due.pop(name, None)
+        self.restarts[name] += 1
+        return self.children[name]
+
+    def _postpone(self, name: str, now: float, ran_s: float) -> float:
+        pause_s = self._backoffs[name].pause_s(ran_s)
+        self._due[name] = now + pause_s
+        return pause_s
 
     def ended(self) -> list[Child]:
         """Services that are no longer running."""
@@ -155,16 +221,24 @@ class Launcher:
             if child.log.stat().st_size > _MOST_LOG_BYTES:
                 os.truncate(child.log, 0)
 
-    def _check_alive(self) -> None:
-        for child in self.ended():
-            raise ServiceUnavailable(
-                f"{child.name} ended with exit code {child.process.returncode}: {child.last_line()}"
-            )
+    def _look(self) -> tuple[list[ServiceInfo], list[ModelInfo]]:
+        """Every service and model as the gateway sees them; none while it is away."""
+        with Client(self.local_address, retries=None) as client:
+            try:
+                return client.status(_LOOK_TIMEOUT_S), client.models(_LOOK_TIMEOUT_S)
+            except MoselError:
+                return [], []
+
+    def _all_ready(self, services: list[ServiceInfo], models: list[ModelInfo]) -> bool:
+        ready = {service.name for service in services if service.ready}
+        runs = all(model.ready and all(info.available for info in model.sets.values()) for model in models)
+        return bool(models) and runs and ready.issuperset(self.children)
 
     def _start(self, name: str, module: str, *arguments: str) -> None:
         log = self._folder / f"{name.replace('/', '-')}.log"
         # Appended to, so that it can be cut while it is written.
         with log.open("ab") as stream:
+            log_start = stream.tell()
             process = subprocess.Popen(  # noqa: S603
                 # -P: a file fusion.py in the folder that the user happens to be in must not be run.
                 [sys.executable, "-P", "-m", module, *arguments],
@@ -175,25 +249,31 @@ class Launcher:
                 # Ctrl-C goes to the launcher alone, which stops the services in order.
                 start_new_session=True,
             )
-        self.children[name] = Child(name, process, log)
+        self.children[name] = Child(name, (module, *arguments), process, time.monotonic(), log, log_start)
 
     def _stop(self) -> None:
-        """Stops the edge first, so that what was admitted can finish behind it."""
+        """Stops the edge first, so that what was admitted can finish behind it; interrupted, it kills the rest."""
         behind = [name for name in self.children if name not in ("gateway", "selector")]
-        for names in (["gateway"], ["selector"], behind):
-            children = [self.children[name] for name in names if name in self.children]
-            for child in children:
-                if child.process.poll() is None:
-                    child.process.send_signal(signal.SIGTERM)
-            until = time.monotonic() + self.settings.stop_grace_ms / 1000 + 2
-            for child in children:
-                try:
-                    child.process.wait(max(until - time.monotonic(), 0.01))
-                except subprocess.TimeoutExpired:
-                    child.process.kill()
-                    child.process.wait()
-        remove_orphans(self.settings.transport.shm_dir)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            for names in (["gateway"], ["selector"], behind):
+                self._terminate([self.children[name] for name in names if name in self.children])
+        finally:
+            for child in self.children.values():
+                child.process.kill()
+                child.process.wait()
+            remove_orphans(self.settings.transport.shm_dir)
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _terminate(self, children: list[Child]) -> None:
+        for child in children:
+            child.process.terminate()
+        until = time.monotonic() + self.settings.stop_grace_ms / 1000 + 2
+        for child in children:
+            try:
+                child.process.wait(max(until - time.monotonic(), 0.01))
+            except subprocess.TimeoutExpired:
+                child.process.kill()
+                child.process.wait()
 
 
 def _runtime_folder() -> str:

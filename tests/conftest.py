@@ -158,24 +158,8 @@ def until() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def start_again() -> Callable[[Launcher, str], Child]:
-    """Starts a service by hand that was killed, with the environment that its launcher gave it."""
-
-    def start(launcher: Launcher, name: str) -> Child:
-        module, _, modality = name.partition("/")
-        command = ["encoders", "--modality", modality] if modality else [module]
-        log = launcher.children[name].log
-        with log.open("ab") as stream:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", *command],
-                env=os.environ | launcher.settings.as_environment(),
-                stdout=stream,
-                stderr=stream,
-            )
-        # Known to the launcher, so that it is stopped with the others.
-        launcher.children[name] = Child(name, process, log)
-        return launcher.children[name]
-
-    return start
+    """Starts a service by hand that was killed."""
+    return Launcher.start_again
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ def up(
     ] = False,
     ready_timeout_s: Annotated[float, typer.Option(help="Seconds to wait for the services.")] = 120,
 ) -> None:
-    """Start gateway, selector, encoders and fusion; Ctrl-C stops them."""
+    """Start gateway, selector, encoders and fusion, and start those again that end; Ctrl-C stops them."""
     from mosel.cli.options import settings_from
     from mosel.cli.starting import started
 
@@ -55,16 +55,11 @@ def up(
         typer.echo(f"ready: {where}, models: {names} (Ctrl-C stops)")
         if settings.tls.certificate or settings.gateway.tokens_file:
             typer.echo(f"for this user alone, without a token: {launcher.local_address}")
-        reported: set[str] = set()
-        while not reported & {"gateway", "selector", "fusion"}:
-            for child in launcher.ended():
-                if child.name not in reported:
-                    typer.echo(f"{child.name} ended with exit code {child.process.returncode}: {child.last_line()}")
-                    reported.add(child.name)
+        while True:
+            for line in launcher.supervise():
+                typer.echo(line)
             launcher.trim_logs()
-            time.sleep(0.2)
-    # Without one of these three nothing can be answered.
-    raise typer.Exit(1)
+            time.sleep(0.1)
 
 
 def _report_quick_profiles(files: Iterable[Path]) -> None:

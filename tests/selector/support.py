@@ -88,7 +88,8 @@ def fuse_call(scheduler: Scheduler, now: float = 0.0) -> FuseCall:
 
 
 def is_empty(scheduler: Scheduler) -> bool:
-    return not any(count for name, count in scheduler.statistics().items() if name != "jobs_dropped")
+    since_the_start = {"jobs_dropped", "items_tried_again"}
+    return not any(count for name, count in scheduler.statistics().items() if name not in since_the_start)
 
 
 class Driver:

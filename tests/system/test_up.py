@@ -1,7 +1,5 @@
 """`mosel up` and the commands beside it, as a user types them; and docs/your-model.md as it stands."""
 
-import contextlib
-import os
 import re
 import shutil
 import signal
@@ -9,9 +7,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess, Popen
+from subprocess import CompletedProcess
 
 import grpc
 import psutil
@@ -20,55 +18,11 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from mosel.cli import main
 from mosel.launcher import Launcher
+from tests.running_up import left_behind, ready_address, up
 
 Run = Callable[..., CompletedProcess[str]]
 Command = Callable[..., list[str]]
 Until = Callable[..., None]
-
-
-@pytest.fixture
-def private(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Environment variables that give a command folders of its own, for sockets and for shared memory."""
-    shared_memory = Path(tempfile.mkdtemp(prefix="mosel-test-", dir="/dev/shm"))
-    sockets = Path(tempfile.mkdtemp(prefix="mt-"))
-    environment = {
-        "COLUMNS": "200",
-        "MOSEL_TRANSPORT__SHM_DIR": str(shared_memory),
-        "MOSEL_TRANSPORT__GATEWAY_ARENA_MIB": "16",
-        "MOSEL_TRANSPORT__ENCODER_ARENA_MIB": "16",
-        "XDG_RUNTIME_DIR": str(sockets),
-    }
-    yield environment
-    shutil.rmtree(shared_memory)
-    shutil.rmtree(sockets)
-
-
-@contextlib.contextmanager
-def up(command: list[str], private: dict[str, str], folder: Path) -> Iterator[Popen[str]]:
-    """A running `mosel up`; killed at the end if it still runs."""
-    with Popen(
-        command, cwd=folder, env=os.environ | private, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def ready_address(process: Popen[str]) -> str:
-    """Reads until the line that says where the gateway is."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        found = re.fullmatch(r"ready: gRPC on (\S+), .*models: fruit \(Ctrl-C stops\)", line.strip())
-        if found:
-            return found[1]
-    assert process.stderr is not None
-    raise AssertionError(f"mosel up ended: {process.stderr.read()}")
-
-
-def left_behind(private: dict[str, str]) -> list[Path]:
-    folders = private["MOSEL_TRANSPORT__SHM_DIR"], private["XDG_RUNTIME_DIR"]
-    return [path for folder in folders for path in Path(folder).iterdir()]
 
 
 def test_the_tutorial_as_it_is_written(
@@ -109,21 +63,6 @@ def test_killed_it_takes_every_service_along(
         process.kill()
         until(lambda: not any(child.is_running() for child in children), "every service has ended")
     assert list(Path(private["MOSEL_TRANSPORT__SHM_DIR"]).iterdir()) == []
-
-
-def test_it_reports_what_ends_and_ends_with_the_gateway(
-    tutorial_folder: Path, mosel_command: Command, private: dict[str, str]
-) -> None:
-    with up(mosel_command("up", "--models", "my_models", "--grpc-port", "0"), private, tutorial_folder) as process:
-        ready_address(process)
-        services = {child.cmdline()[3]: child for child in psutil.Process(process.pid).children()}
-        services["encoders"].kill()
-        assert process.stdout is not None
-        assert re.match(r"encoder/\w+ ended with exit code -9", process.stdout.readline())
-        services["gateway"].kill()
-        assert process.stdout.readline().startswith("gateway ended with exit code -9")
-        assert process.wait(60) == 1
-    assert left_behind(private) == []
 
 
 def test_ctrl_c_while_it_starts(
