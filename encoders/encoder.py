@@ -66,7 +66,7 @@ class ModalityEncoder:
 
         Raises:
             ModelNotFound, InvalidRequest, ReadNotProven, Overloaded.
-            DeadlineExceeded, ServiceUnavailable: payload rows could not be fetched.
+            DeadlineExceeded: payload rows could not be fetched in time.
         """
         loaded = self._loaded(model)
         spec = loaded.package.modalities[self.modality]

@@ -52,7 +52,7 @@ class Predictor:
 
         Raises:
             ModelNotFound, InvalidRequest, ReadNotProven.
-            DeadlineExceeded, ServiceUnavailable: rows could not be fetched.
+            DeadlineExceeded: rows could not be fetched in time.
         """
         loaded = self._loaded(model)
         package = loaded.package

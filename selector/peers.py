@@ -24,7 +24,6 @@ from mosel.v1 import (
     tensor_pb2,
 )
 from selector.attachments import Attachments
-from selector.elsewhere import resource_at
 from selector.session import Session
 from selector.stages import FUSION, service_name
 
@@ -175,7 +174,6 @@ class Peers:
     async def _status(self, name: str) -> service_pb2.ServiceStatus:
         try:
             status = await self._stub(name).Status(service_pb2.StatusRequest(), timeout=_STATUS_TIMEOUT_S)
-            status.resource = resource_at(status.resource, self._addresses[name])
             if name in self._refused:
                 status.ready, status.detail = False, self._refused[name]
             return status

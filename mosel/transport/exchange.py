@@ -178,8 +178,8 @@ class Reader:
 
         Raises:
             InvalidRequest: a slice is out of bounds, or a tensor has another type or shape.
-            ReadNotProven: a slot was reused, its lease was over, or its arena is not open.
-            DeadlineExceeded, ServiceUnavailable: rows could not be fetched.
+            ReadNotProven: a slot was reused, its lease was over, its arena is not open, or its producer is away.
+            DeadlineExceeded: rows could not be fetched in time.
         """
         return self.gather_checked([checked_slice(s, dtype, item_shape) for s in slices], dtype, item_shape, deadline)
 

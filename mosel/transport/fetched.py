@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mosel.deadline import Deadline
-from mosel.errors import ReadNotProven
+from mosel.errors import ReadNotProven, ServiceUnavailable
 from mosel.status import error_from_rpc
 from mosel.transport.refs import CheckedSlice
 from mosel.v1 import arena_pb2, arena_pb2_grpc
@@ -46,9 +46,8 @@ class FetchedArena:
         """Fetches slices, all in one call.
 
         Raises:
-            ReadNotProven: a slot was reused or its lease was over, or the arena was closed.
+            ReadNotProven: a slot was reused or its lease was over, the arena was closed, or its producer is away.
             DeadlineExceeded: the deadline passed.
-            ServiceUnavailable: the producer cannot be reached.
         """
         ranges = [
             arena_pb2.SlotRange(
@@ -79,7 +78,9 @@ class FetchedArena:
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.CANCELLED:
                 raise ReadNotProven(_CLOSED) from None
-            raise error_from_rpc(error, "that holds the tensor") from None
+            found = error_from_rpc(error, "that holds the tensor")
+            # This process is there: whoever called it must not take it for the one that is away.
+            raise (ReadNotProven(str(found)) if isinstance(found, ServiceUnavailable) else found) from None
         finally:
             call.cancel()
 

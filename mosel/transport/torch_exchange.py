@@ -188,7 +188,7 @@ class TensorReader:
         Raises:
             InvalidRequest: a slice is out of bounds, or a tensor has another type or shape.
             ReadNotProven: a slot was reused, its lease was over, its arena is not open, or the GPU failed.
-            DeadlineExceeded, ServiceUnavailable: rows could not be fetched.
+            DeadlineExceeded: rows could not be fetched in time.
         """
         parts = [checked_slice(s, dtype, item_shape) for s in slices]
         views = self._views_of(parts)

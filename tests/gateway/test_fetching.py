@@ -10,7 +10,7 @@ import pytest
 
 from gateway.fetching import FetchListeners
 from mosel.config import Settings
-from mosel.errors import ServiceUnavailable
+from mosel.errors import ReadNotProven, ServiceUnavailable
 from mosel.service import open_blocking_channel
 from mosel.transport import Publisher, Reader, SharedMemoryArena, open_arena, slice_rows
 from mosel.v1 import tensor_pb2
@@ -46,7 +46,7 @@ async def test_payloads_are_fetched_from_the_address_that_leads_to_the_encoder(
             assert await asyncio.to_thread(reader.open, description) == arena.announcement().nonce
             rows = await asyncio.to_thread(reader.gather, [slice_rows(ref, 10, 90_000)], "UINT8", ())
             assert np.array_equal(rows, payload[10:90_010])
-        with pytest.raises(ServiceUnavailable):
+        with pytest.raises(ReadNotProven, match="not reachable"):
             await asyncio.to_thread(reader.gather, [slice_rows(ref, 0, 1)], "UINT8", ())
 
 

@@ -1,6 +1,7 @@
 """An encoder on another host: it is reached with no setting but its address, and what happens when it is cut off."""
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -167,11 +168,13 @@ def test_a_host_that_is_cut_off_ends_no_call_late_and_is_used_again(
         finally:
             stop = True
             system.far.set_link("up")
-        calls = [call for loaded in running for call in loaded.result()]
-    for call in calls:
+        *demanding_ones, one, other = (loaded.result() for loaded in running)
+    contented = [call for calls in (one, other) for call in calls]
+    for call in (*contented, *itertools.chain(*demanding_ones)):
         assert call.seconds < deadline_s + MARGIN_S
         if isinstance(call.outcome, Prediction):
             for item, name in enumerate(call.outcome.modality_sets):
                 output = call.outcome.output[item].astype(np.float32)
                 np.testing.assert_allclose(output, expected[name][item], atol=1e-5)
-    assert sum(isinstance(call.outcome, Prediction) for call in calls) > len(calls) / 2
+    # All but those that were under way there.
+    assert sum(isinstance(call.outcome, Prediction) for call in contented) > len(contented) / 2
