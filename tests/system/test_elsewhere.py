@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,8 @@ class System:
 
     near: Host
     far: Host
+    running: contextlib.ExitStack
+    gateway: subprocess.Popen[bytes]
     client: Client
 
     def rungs(self) -> dict[tuple[str, str], str]:
@@ -83,11 +86,12 @@ def system(settings_with: Callable[..., Settings], certificates: Path, until: Un
     with two_hosts(settings_with, certificates, **flags) as (near, far), contextlib.ExitStack() as running:
         running.enter_context(far.running("encoders", "--modality", "photo"))
         running.enter_context(near.running("encoders", "--modality", "scent"))
-        for module in ("fusion", "selector", "gateway"):
+        for module in ("fusion", "selector"):
             running.enter_context(near.running(module))
+        gateway = running.enter_context(near.running("gateway"))
         # A socket is in the file system, which both hosts share with this process.
         client = running.enter_context(Client(near.settings.local_gateway_address, retries=None))
-        system = System(near, far, client)
+        system = System(near, far, running, gateway, client)
         until(system.is_whole, "both encoders are there", seconds=120)
         yield system
 
@@ -116,6 +120,19 @@ def test_the_status_says_how_and_why(system: System) -> None:
     assert edges["gateway", "encoder/photo"].reason == "posix_shm: the arena is not there"
     assert services["selector"].counters["edges.fetch"] == 2
     assert services["encoder/photo"].address == f"{FAR}:7001"
+
+
+def test_a_gateway_that_comes_again_is_fetched_from_where_it_is_now(
+    system: System, draw: Draw, directly: Directly, counters: Counters, until: Until
+) -> None:
+    system.gateway.kill()
+    system.gateway.wait()
+    system.gateway = system.running.enter_context(system.near.running("gateway"))
+    until(system.is_whole, "the gateway is there again")
+    payloads = draw(100)
+    answer = system.client.predict("fruit", payloads, latency_slo_ms=60_000, timeout_s=60)
+    np.testing.assert_allclose(answer.output.astype(np.float32), directly(payloads, payloads), atol=1e-5)
+    assert counters(system.client)["encoder/photo"]["arenas_open"] == 1
 
 
 @dataclass
