@@ -1,4 +1,4 @@
-"""Starts the encoder of one modality: `python -m encoders --modality image`."""
+"""Starts an encoder of one modality: `python -m encoders --modality image`."""
 
 import argparse
 import asyncio
@@ -13,6 +13,7 @@ from mosel import networks
 from mosel.compute import Workers
 from mosel.config import Settings
 from mosel.errors import ConfigError
+from mosel.modality import lane_of
 from mosel.model_package import find_packages
 from mosel.service import Service, run_service
 from mosel.tracing import open_tracing
@@ -31,12 +32,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m encoders", description=__doc__)
     parser.add_argument("--modality", required=True, help="which modality's networks to run")
     parser.add_argument("--listen", default="", help="address to listen on (default: the setting encoders.addresses)")
+    parser.add_argument("--replica", type=int, default=1, help="which of the modality's encoders, counted from 1")
     arguments = parser.parse_args()
-    name = f"encoder/{arguments.modality}"
-    return run_service(name, partial(serve, arguments.modality, arguments.listen))
+    if arguments.replica < 1:
+        parser.error(f"--replica is {arguments.replica}; expected a number from 1")
+    name = f"encoder/{lane_of(arguments.modality, arguments.replica)}"
+    return run_service(name, partial(serve, name, arguments.modality, arguments.replica, arguments.listen))
 
 
-async def serve(modality: str, listen: str, settings: Settings, stop: asyncio.Event) -> None:
+async def serve(name: str, modality: str, replica: int, listen: str, settings: Settings, stop: asyncio.Event) -> None:
     """Loads the networks, listens, and is ready until `stop` is set.
 
     Raises:
@@ -48,7 +52,7 @@ async def serve(modality: str, listen: str, settings: Settings, stop: asyncio.Ev
     if not packages:
         known = sorted({m for package in found for m in package.modalities})
         raise ConfigError(f"--modality: no model has '{modality}'; expected one of {', '.join(known)}")
-    address = listen or settings.encoder_address(modality)
+    address = listen or settings.encoder_address(modality, replica)
     transport = settings.transport
     device = networks.choose_device(settings.device)
     ipc, no_ipc = device_ipc_for(device)
@@ -56,7 +60,7 @@ async def serve(modality: str, listen: str, settings: Settings, stop: asyncio.Ev
     setting = "transport.encoder_arena_mib"
     arena_bytes = transport.encoder_arena_mib * MIB
     with (
-        open_tracing(settings, f"encoder/{modality}") as tracing,
+        open_tracing(settings, name) as tracing,
         open_arena(transport, transport.encoder_arena_mib, setting) as (_, host_publisher),
         DeviceArena(transport.shm_dir, arena_bytes, setting, ipc) if ipc else nullcontext() as device_arena,
         Reader(transport.shm_dir) as reader,
@@ -64,7 +68,7 @@ async def serve(modality: str, listen: str, settings: Settings, stop: asyncio.Ev
     ):
         publisher = TensorPublisher(host_publisher, device_arena)
         encoder = ModalityEncoder(modality, device, reader, publisher)
-        servicer = EncoderServicer(encoder, workers, reader, publisher, address, settings, tracing)
+        servicer = EncoderServicer(encoder, workers, reader, publisher, name, address, settings, tracing)
         register = partial(encoder_pb2_grpc.add_EncoderServicer_to_server, servicer)
         async with Service(settings, address, "encoders.addresses", register, names=["mosel.v1.Encoder"]) as service:
             for package in packages:

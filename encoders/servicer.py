@@ -14,6 +14,7 @@ from mosel.steps import Steps
 from mosel.timing import latency_points
 from mosel.tracing import OFF, Tracing
 from mosel.transport import Reader
+from mosel.transport.host import host_identity
 from mosel.transport.preflight import preflight
 from mosel.transport.torch_exchange import TensorPublisher
 from mosel.v1 import arena_pb2, encoder_pb2, encoder_pb2_grpc, service_pb2, tensor_pb2
@@ -27,7 +28,8 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         workers: the threads that they run on.
         reader: opens the arenas of gateways.
         publisher: keeps embeddings, and gives slots back.
-        address: where this service listens.
+        name: how people know this service.
+        address: where it listens.
         settings: where models are, how long embeddings are kept, and how long to wait for room.
         tracing: records the steps of calls.
     """
@@ -38,6 +40,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         workers: Workers,
         reader: Reader,
         publisher: TensorPublisher,
+        name: str,
         address: str,
         settings: Settings,
         tracing: Tracing = OFF,
@@ -46,7 +49,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         self._address, self._models_dir = address, settings.models_dir
         transport = settings.transport
         self._lease_grace_s, self._full_wait_s = transport.lease_grace_ms / 1000, transport.full_wait_ms / 1000
-        self._metrics = Metrics(f"encoder/{encoder.modality}")
+        self._metrics = Metrics(name)
         self._steps = Steps(self._metrics, tracing, "encode", "modality", workers.statistics)
         text = "Payload bytes that were read: those of the chosen modalities alone."
         read = encoder.counters
@@ -114,6 +117,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
             pid=os.getpid(),
             counters=counters,
             resource=self._encoder.resource,
+            boot_id=host_identity().boot_id,
             models=self._encoder.networks.models,
         )
 

@@ -14,6 +14,7 @@ from mosel.service import Context, answers_with_status, deadline_of
 from mosel.steps import Steps
 from mosel.timing import latency_points
 from mosel.tracing import OFF, Tracing
+from mosel.transport.host import host_identity
 from mosel.transport.preflight import preflight
 from mosel.transport.torch_exchange import TensorReader
 from mosel.v1 import arena_pb2, fusion_pb2, fusion_pb2_grpc, service_pb2
@@ -96,6 +97,7 @@ class FusionServicer(fusion_pb2_grpc.FusionServicer):
             pid=os.getpid(),
             counters=counters,
             resource=self._predictor.resource,
+            boot_id=host_identity().boot_id,
             models=self._predictor.networks.models,
         )
 

@@ -28,6 +28,7 @@ class Answer:
         queue_ms: milliseconds from admission until the first encoder call.
         compute_ms: milliseconds from then on.
         deadline_slack_ms: milliseconds that were left; negative if it is late.
+        unavailable_modalities: those that would have been run, had their encoders been there; sorted.
     """
 
     job: CheckedJob
@@ -38,6 +39,7 @@ class Answer:
     queue_ms: float
     compute_ms: float
     deadline_slack_ms: float
+    unavailable_modalities: Sequence[str]
 
 
 def answer_from(job: CheckedJob, groups: Groups, result: selector_pb2.JobResult, slack_ms: float) -> Answer:
@@ -70,6 +72,7 @@ def answer_from(job: CheckedJob, groups: Groups, result: selector_pb2.JobResult,
         queue_ms=result.queue_us / 1000,
         compute_ms=result.compute_us / 1000,
         deadline_slack_ms=slack_ms,
+        unavailable_modalities=tuple(result.unavailable_modalities),
     )
 
 
@@ -85,6 +88,7 @@ def predict_reply(answer: Answer) -> gateway_pb2.PredictReply:
         queue_ms=answer.queue_ms,
         compute_ms=answer.compute_ms,
         deadline_slack_ms=answer.deadline_slack_ms,
+        unavailable_modalities=answer.unavailable_modalities,
     )
 
 
@@ -119,6 +123,7 @@ def summary_event(
         compute_ms=result.compute_us / 1000,
         deadline_slack_ms=slack_ms,
         strategy=strategy,
+        unavailable_modalities=result.unavailable_modalities,
     )
     return gateway_pb2.JobEvent(summary=summary)
 

@@ -22,6 +22,7 @@ class Prediction:
         queue_ms: milliseconds before the first encoder call.
         compute_ms: milliseconds from then on.
         deadline_slack_ms: milliseconds that were left; below 0 the answer is late.
+        unavailable_modalities: those that would have been run, had their encoders not been away; mostly none.
     """
 
     job_id: str
@@ -32,6 +33,7 @@ class Prediction:
     queue_ms: float
     compute_ms: float
     deadline_slack_ms: float
+    unavailable_modalities: tuple[str, ...] = ()
 
     @property
     def deadline_met(self) -> bool:
@@ -78,6 +80,7 @@ class JobSummary:
     compute_ms: float
     deadline_slack_ms: float
     strategy: dict[str, int]
+    unavailable_modalities: tuple[str, ...] = ()
 
     @property
     def deadline_met(self) -> bool:
@@ -216,6 +219,7 @@ def prediction_from(reply: gateway_pb2.PredictReply) -> Prediction:
         queue_ms=reply.queue_ms,
         compute_ms=reply.compute_ms,
         deadline_slack_ms=reply.deadline_slack_ms,
+        unavailable_modalities=tuple(reply.unavailable_modalities),
     )
 
 
@@ -239,6 +243,7 @@ def event_from(event: gateway_pb2.JobEvent) -> JobEvent:
         compute_ms=summary.compute_ms,
         deadline_slack_ms=summary.deadline_slack_ms,
         strategy=dict(summary.strategy),
+        unavailable_modalities=tuple(summary.unavailable_modalities),
     )
 
 

@@ -19,6 +19,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveInt,
     ValidationError,
     model_validator,
@@ -27,6 +28,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from pydantic_settings.exceptions import SettingsError
 
 from mosel.errors import ConfigError
+from mosel.modality import lane_of
 
 # sockaddr_un holds 108 bytes; some systems fewer. Names of services take up to 30 of them.
 MAX_SOCKET_PATH_BYTES = 90
@@ -40,6 +42,10 @@ FREE_PORTS = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
 Port = Annotated[int, Field(ge=0, le=65535)]
 # An environment variable that is empty is a file that is not there.
 OptionalFile = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
+# One address may stand without a list.
+Addresses = Annotated[
+    tuple[str, ...], Field(min_length=1), BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+]
 BatchSizes = Annotated[
     tuple[PositiveInt, ...], Field(min_length=1), AfterValidator(lambda sizes: tuple(sorted({*sizes})))
 ]
@@ -132,10 +138,29 @@ class SelectorSettings(_Section):
 
 
 class EncoderSettings(_Section):
-    """Encoder processes; `addresses` and `torch_threads` (of each worker) are by modality."""
+    """Encoder processes; everything is by modality, `torch_threads` for each worker."""
 
-    addresses: dict[str, str] = {}
+    # Of each encoder that a modality has; an empty one is a socket in `run_dir`.
+    addresses: dict[str, Addresses] = {}
+    # How many of them `mosel up` starts, the first ones; without addresses, how many there are.
+    replicas: dict[str, NonNegativeInt] = {}
     torch_threads: dict[str, PositiveInt] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for modality, addresses in self.addresses.items():
+            if "/" in modality:
+                raise ValueError(f"addresses has '{modality}'; expected a modality, with a list of its addresses")
+            given = [address for address in addresses if address]
+            if len(set(given)) < len(given):
+                raise ValueError(f"addresses.{modality} names an address twice; expected one for each encoder")
+        for modality, replicas in self.replicas.items():
+            named = len(self.addresses.get(modality, ()))
+            if named and replicas > named:
+                raise ValueError(f"replicas.{modality} is {replicas}, but addresses.{modality} names {named}")
+            if not named and not replicas:
+                raise ValueError(f"replicas.{modality} is 0, and addresses.{modality} does not say where they are")
+        return self
 
 
 class FusionSettings(_Section):
@@ -241,9 +266,29 @@ class Settings(BaseSettings):
         """Where the fusion service listens."""
         return self.fusion.address or self._socket("fusion")
 
-    def encoder_address(self, modality: str) -> str:
-        """Where the encoder of a modality listens."""
-        return self.encoders.addresses.get(modality) or self._socket(f"encoder-{modality}")
+    def encoder_addresses(self, modality: str) -> dict[str, str]:
+        """Where the encoders of a modality listen, by lane."""
+        given = self.encoders.addresses.get(modality) or ("",) * self.encoders.replicas.get(modality, 1)
+        lanes = [lane_of(modality, number) for number in range(1, len(given) + 1)]
+        return {
+            lane: address or self._socket(f"encoder-{lane.replace('/', '-')}")
+            for lane, address in zip(lanes, given, strict=True)
+        }
+
+    def encoder_address(self, modality: str, replica: int = 1) -> str:
+        """Where an encoder of a modality listens.
+
+        Raises:
+            ConfigError: the modality has not so many.
+        """
+        addresses = self.encoder_addresses(modality)
+        lane = lane_of(modality, replica)
+        if lane not in addresses:
+            raise ConfigError(
+                f"--replica is {replica}, but {modality} has {len(addresses)} by the settings encoders.addresses and "
+                "encoders.replicas"
+            )
+        return addresses[lane]
 
     def _socket(self, name: str) -> str:
         path = self.run_dir / f"{name}.sock"

@@ -11,6 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from mosel.backoff import Backoff
@@ -131,7 +132,9 @@ class Launcher:
         try:
             self._start("fusion", "fusion")
             for modality in sorted({m for package in self.packages.values() for m in package.modalities}):
-                self._start(f"encoder/{modality}", "encoders", "--modality", modality)
+                lanes = self.settings.encoder_addresses(modality)
+                for number, lane in enumerate(islice(lanes, self.settings.encoders.replicas.get(modality, 1)), 1):
+                    self._start(f"encoder/{lane}", "encoders", "--modality", modality, "--replica", str(number))
             self._start("selector", "selector")
             self._start("gateway", "gateway")
         except BaseException:

@@ -8,8 +8,7 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Coroutine
 
 import grpc
 
@@ -19,6 +18,7 @@ from mosel.errors import (
     JobCancelled,
     MoselError,
     PayloadTooLarge,
+    ReadNotProven,
     ServiceUnavailable,
     Unreachable,
 )
@@ -27,17 +27,16 @@ from mosel.messages import check_message
 from mosel.status import error_from_rpc
 from mosel.v1 import encoder_pb2, fusion_pb2, gateway_pb2, selector_pb2, tensor_pb2
 from selector.conversions import (
-    Place,
     check_payloads,
     failure_from,
     item_group,
     job_from,
     plan_reply,
-    slices,
     slots_in,
 )
 from selector.emission import Emission
 from selector.gauges import show_jobs, show_tensors
+from selector.in_flight import JobInFlight, encode_request, fuse_request, note_embeddings
 from selector.jobs import Call, EncodeCall, Ended, FuseCall, Wait
 from selector.ledger import Ledger
 from selector.models import Models
@@ -46,7 +45,6 @@ from selector.peers import Peers
 from selector.scheduler import Scheduler
 from selector.session import Session
 from selector.stages import FUSION, service_name
-from selector.work import Work
 
 # Releases wait this long for company.
 _RELEASE_EVERY_S = 0.005
@@ -54,24 +52,8 @@ _RELEASE_EVERY_S = 0.005
 log = logging.getLogger(__name__)
 
 
-# The producer of a slot, a gateway or the encoder of a modality, and the slot's numbers.
+# The producer of a slot, a gateway or the lane of an encoder, and the slot's numbers.
 SlotKey = tuple[Session | str, int, int, int, int]
-
-
-@dataclass(eq=False)
-class _JobInFlight:
-    """A job's tensors. `embeddings` are by modality and item; `done` waits for the end unless results are streamed.
-
-    `traceparent` is that of its request, empty if it is not traced.
-    """
-
-    session: Session
-    work: Work
-    payloads: Mapping[str, tensor_pb2.TensorRef]
-    emission: Emission[selector_pb2.ItemGroup] | None
-    traceparent: str
-    embeddings: dict[str, dict[int, Place]] = field(default_factory=lambda: defaultdict(dict))
-    done: list[selector_pb2.ItemGroup] = field(default_factory=list)
 
 
 class Director:
@@ -88,7 +70,7 @@ class Director:
         self._scheduler, self._models, self._observer = scheduler, models, observer
         self._max_answer_bytes = max_answer_bytes
         self._ledger: Ledger[SlotKey] = Ledger()
-        self._jobs: dict[bytes, _JobInFlight] = {}
+        self._jobs: dict[bytes, JobInFlight] = {}
         self._sessions: set[Session] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -139,7 +121,7 @@ class Director:
         self._idle.clear()
         emission = Emission[selector_pb2.ItemGroup](work.floor) if description.stream else None
         payloads = dict(description.payloads)
-        self._jobs[job_id] = _JobInFlight(session, work, payloads, emission, description.traceparent)
+        self._jobs[job_id] = JobInFlight(session, work, payloads, emission, description.traceparent)
         self._ledger.open(job_id, (_key(session, slot) for slot in slots_in(payloads.values())))
         self._advance()
 
@@ -207,9 +189,10 @@ class Director:
             if isinstance(action, Ended):
                 self._fail(action.job_id, action.error)
             elif isinstance(action, EncodeCall):
-                self._start(self._encode(action, self._encode_request(action), self._begin(action)))
+                rung = self._peer().attachments.rung(action.lane, FUSION)
+                self._start(self._encode(action, encode_request(action, self._jobs, rung), self._begin(action)))
             else:
-                self._start(self._fuse(action, self._fuse_request(action), self._begin(action)))
+                self._start(self._fuse(action, fuse_request(action, self._jobs), self._begin(action)))
         self._models.free_drained()
         if self._timer is not None:
             self._timer.cancel()
@@ -221,7 +204,7 @@ class Director:
     async def _encode(self, call: EncodeCall, request: encoder_pb2.EncodeRequest, timeout: float) -> None:
         seen = self._observer.began(call, request, self._traceparents(call))
         try:
-            reply = await self._peer().encoders[call.modality].Encode(request, timeout=timeout)
+            reply = await self._peer().encoders[call.lane].Encode(request, timeout=timeout)
         except Exception as error:  # noqa: BLE001 (whatever it is, the call must leave its lane)
             self._lose(seen, error)
         else:
@@ -247,23 +230,6 @@ class Director:
         finally:
             self._end(call)
 
-    def _encode_request(self, call: EncodeCall) -> encoder_pb2.EncodeRequest:
-        rung = self._peer().attachments.rung(call.modality, FUSION)
-        request = encoder_pb2.EncodeRequest(model=call.model, rung=rung)
-        for rows in call.rows:
-            payload = self._jobs[rows.job_id].payloads[call.modality]
-            request.rows.extend(slices((payload, item) for item in rows.items))
-        return request
-
-    def _fuse_request(self, call: FuseCall) -> fusion_pb2.FuseRequest:
-        request = fusion_pb2.FuseRequest(model=call.model)
-        for rows in call.rows:
-            group = request.groups.add()
-            for modality in call.modality_set:
-                places = self._jobs[rows.job_id].embeddings[modality]
-                group.embeddings[modality].rows.extend(slices(places[item] for item in rows.items))
-        return request
-
     def _traceparents(self, call: Call) -> list[str]:
         return [self._jobs[rows.job_id].traceparent for rows in call.rows if rows.job_id in self._jobs]
 
@@ -281,21 +247,20 @@ class Director:
 
     def _keep(self, call: EncodeCall, embeddings: tensor_pb2.TensorRef) -> None:
         """Notes where the embeddings of each item in a call are."""
-        row = 0
         for rows in call.rows:
             for slot in slots_in([embeddings]):
-                self._ledger.hold(rows.job_id, _key(call.modality, slot))
-            if rows.job_id in self._jobs:
-                places = self._jobs[rows.job_id].embeddings[call.modality]
-                places.update((item, (embeddings, row + i)) for i, item in enumerate(rows.items))
-            row += len(rows.items)
+                self._ledger.hold(rows.job_id, _key(call.lane, slot))
+        note_embeddings(call, embeddings, self._jobs)
 
     def _lose(self, seen: SeenCall, error: Exception) -> None:
         call = seen.call
         peer, jobs = service_name(call.lane), job_field(rows.job_id for rows in call.rows)
         if isinstance(error, grpc.RpcError):
-            reason = error_from_rpc(error, peer, {Unreachable: InternalError})
+            reason = error_from_rpc(error, peer, {Unreachable: InternalError, ReadNotProven: ServiceUnavailable})
             log.warning("call failed", extra={"peer": peer, "reason": str(reason)} | jobs)
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                # Before the health stream says so: what failed must not be sent there again.
+                self._peer().doubt(call.lane)
         else:
             reason = InternalError(f"service selector could not use the answer of {peer}")
             log.error("unexpected error", exc_info=error, extra={"peer": peer} | jobs)
@@ -337,6 +302,7 @@ class Director:
             expected_accuracy=strategy.accuracy,
             queue_us=round((started_at - work.submitted_at) * 1e6),
             compute_us=round((now - started_at) * 1e6),
+            unavailable_modalities=sorted(work.without),
         )
         job.session.send(result=result)
         self._observer.answered(work, strategy, job.traceparent, now)
@@ -349,7 +315,7 @@ class Director:
             job.session.send(failure=failure_from(job_id, error))
             self._forget(job_id)
 
-    def _forget(self, job_id: bytes) -> _JobInFlight | None:
+    def _forget(self, job_id: bytes) -> JobInFlight | None:
         known = self._jobs.pop(job_id, None)
         self._ledger.close(job_id)
         if not self._jobs:

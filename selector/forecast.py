@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from selector.stages import Remaining, Stage, Steps
 
+# Instead of nothing, where calls are divided by their time.
+_NO_TIME_S = 1e-6
+
 
 @dataclass(frozen=True)
 class Load:
@@ -35,6 +38,7 @@ class Forecast:
         resources: the resource of each lane.
         reply_s: seconds that an answer takes back to the caller.
         reserve: the share 0..1 of each resource that jobs need which have not come yet.
+        spread: where calls of a modality may be made, if not just on its first lane: a lane on each resource.
         cautious: calls take as long as on what the reserve leaves.
     """
 
@@ -45,17 +49,19 @@ class Forecast:
         resources: Mapping[str, str],
         reply_s: float = 0.0,
         reserve: Mapping[str, float] | None = None,
+        spread: Mapping[str, Sequence[str]] | None = None,
         *,
         cautious: bool = False,
     ) -> None:
         self.now, self._reply_s = now, reply_s
-        self._reserve, self._cautious = reserve or {}, cautious
+        self._reserve, self._spread, self._cautious = reserve or {}, spread or {}, cautious
         self._free_at, self._resources = free_at, resources
         self._call_s: dict[tuple[Stage, int], float] = {}
 
     def cautious(self) -> "Forecast":
         """The same, for a plan that leaves the reserve to the jobs to come."""
-        return Forecast(self.now, self._free_at, self._resources, self._reply_s, self._reserve, cautious=True)
+        known = self._free_at, self._resources, self._reply_s, self._reserve, self._spread
+        return Forecast(self.now, *known, cautious=True)
 
     def finish(self, queue: Sequence[Remaining]) -> list[float]:
         """When each job is answered, in seconds on the driver's clock, if the queue is served in this order.
@@ -87,14 +93,33 @@ class Forecast:
         for steps in (left.encode, left.fuse):
             path = 0.0
             for stage, rows in steps:
+                batch = min(max(queued.get(stage, 0), rows), stage.curve.best_batch)
+                if stage.lane in self._spread:
+                    path = max(path, self._load_spread(stage, rows, batch, seconds))
+                    continue
                 resource = self._resources[stage.lane]
                 tokens = len(self._free_at[resource])
-                batch = min(max(queued.get(stage, 0), rows), stage.curve.best_batch)
                 call = self._expected_s(stage, batch)
                 seconds[resource] = seconds.get(resource, 0.0) + rows / batch * call / tokens
                 path = max(path, math.ceil(math.ceil(rows / batch) / tokens) * call)
             longest.append(path)
         return Load(seconds, max(sum(longest), *seconds.values(), 0.0) + self._reply_s)
+
+    def _load_spread(self, stage: Stage, rows: int, batch: int, seconds: dict[str, float]) -> float:
+        """Adds what a stage asks of each of several resources, as they share it when all are busy; returns its path."""
+        stages = self._stages_of(stage)
+        calls = [self._expected_s(one, batch) for one in stages]
+        tokens = [len(self._free_at[self._resources[one.lane]]) for one in stages]
+        each = rows / batch / sum(count / max(call, _NO_TIME_S) for count, call in zip(tokens, calls, strict=True))
+        for one in stages:
+            resource = self._resources[one.lane]
+            seconds[resource] = seconds.get(resource, 0.0) + each
+        return math.ceil(math.ceil(rows / batch) / sum(tokens)) * min(calls)
+
+    def _stages_of(self, stage: Stage) -> list[Stage]:
+        """The stage on each lane where its calls may be made; never empty."""
+        lanes = [lane for lane in self._spread[stage.lane] if lane not in stage.lacking]
+        return [stage.on(lane) for lane in lanes or self._spread[stage.lane]]
 
     def _run(
         self, steps: Steps, queued: dict[Stage, "_Queued"], tokens: Mapping[str, list[float]], earliest: float
@@ -103,19 +128,21 @@ class Forecast:
         end = earliest
         waiting: dict[str, list[float]] = {}
         for stage, rows in steps:
-            resource, best_batch = self._resources[stage.lane], stage.curve.best_batch
-            free = tokens[resource]
-            if resource not in waiting:
-                # Until these steps may begin, jobs behind use the tokens: those lose only the time that the calls take.
-                waiting[resource] = [max(at, earliest) for at in free] if free[0] < earliest else free
-            own, last = waiting[resource], queued.setdefault(stage, _Queued())
+            best_batch, last = stage.curve.best_batch, queued.get(stage) or queued.setdefault(stage, _Queued(stage))
+            several = self._stages_of(stage) if stage.lane in self._spread else ()
+            on, resource = last.on, self._resources[last.on.lane]
+            free, own = tokens[resource], self._begun(resource, waiting, tokens, earliest)
             # What is ready only after the last call has begun does not join it.
             joined = last.joined if earliest <= last.begins else 0
             while rows:
                 count = min(rows, best_batch - joined)
+                if several and not joined:
+                    on = last.on = self._soonest(several, count, waiting, tokens, earliest)
+                    resource = self._resources[on.lane]
+                    free, own = tokens[resource], self._begun(resource, waiting, tokens, earliest)
                 last.begins = last.begins if joined else own[0]
-                call = self._expected_s(stage, joined + count)
-                added = max(call - self._expected_s(stage, joined), 0.0) if joined else call
+                call = self._expected_s(on, joined + count)
+                added = max(call - self._expected_s(on, joined), 0.0) if joined else call
                 ends = own[0] + added
                 heapq.heapreplace(own, ends)
                 if own is not free:
@@ -124,6 +151,29 @@ class Forecast:
                 joined = last.joined = (joined + count) % best_batch
                 rows -= count
         return end
+
+    def _begun(
+        self, resource: str, waiting: dict[str, list[float]], tokens: Mapping[str, list[float]], earliest: float
+    ) -> list[float]:
+        """When the tokens of a resource are free for steps that may begin at the earliest at some time."""
+        if resource not in waiting:
+            free = tokens[resource]
+            # Until these steps may begin, jobs behind use the tokens: those lose only the time that the calls take.
+            waiting[resource] = [max(at, earliest) for at in free] if free[0] < earliest else free
+        return waiting[resource]
+
+    def _soonest(
+        self,
+        stages: Sequence[Stage],
+        items: int,
+        waiting: dict[str, list[float]],
+        tokens: Mapping[str, list[float]],
+        earliest: float,
+    ) -> Stage:
+        """Where a call of so many items is over first."""
+        begins = [self._begun(self._resources[one.lane], waiting, tokens, earliest)[0] for one in stages]
+        ends = [at + self._expected_s(one, items) for at, one in zip(begins, stages, strict=True)]
+        return stages[ends.index(min(ends))]
 
     def _expected_s(self, stage: Stage, items: int) -> float:
         key = (stage, items)
@@ -135,8 +185,9 @@ class Forecast:
 
 @dataclass
 class _Queued:
-    """The last call of a stage that is not full: its rows, and when it begins."""
+    """The last call of a stage that is not full: on which lane, its rows, and when it begins."""
 
+    on: Stage
     joined: int = 0
     begins: float = -math.inf
 

@@ -32,6 +32,8 @@ def show_jobs(observer: Observer, scheduler: Scheduler) -> None:
     metrics.gauge("mosel_calls_in_flight", text, ("callee",), lambda: _calls(statistics()))
     text = "Jobs given up because no strategy could meet their deadline any more."
     metrics.counter("mosel_dropped_total", text, (), lambda: {(): statistics().get("jobs_dropped", 0)})
+    text = "Items begun again after a call with them failed."
+    metrics.counter("mosel_items_tried_again_total", text, (), lambda: {(): statistics().get("items_tried_again", 0)})
     by = ("model", "callee")
     text = "What a call takes besides its profile, learned while running."
     metrics.gauge("mosel_call_overhead_seconds", text, by, lambda: _corrections(scheduler, 0, 1000))

@@ -74,17 +74,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class EncodeCall:
-    """One batch for the encoder of a modality."""
+    """One batch for an encoder of a modality; `lane` is the service that it is for."""
 
     id: int
     model: str
     modality: str
+    lane: str
     rows: tuple[Rows, ...]
-
-    @property
-    def lane(self) -> str:
-        """The service that it is for."""
-        return self.modality
 
     @property
     def stage(self) -> "str | ModalitySet":

@@ -3,13 +3,13 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mosel.config import Settings
 from mosel.errors import ConfigError
-from mosel.modality import format_set
+from mosel.modality import format_set, modality_of, parse_set
 from mosel.model_package import ModelPackage
 from mosel.profiles import (
     FUSION,
@@ -48,6 +48,7 @@ class Model:
     Attributes:
         package: its files.
         profile: what the core plans with; latencies are put into it.
+        lanes: the services that have a part in it.
         encoders, fusion: what was measured since the start, by modality and by modality set.
         looked: whether a kept profile was looked for.
         lacking: why a service does not have its networks, by lane.
@@ -56,30 +57,32 @@ class Model:
 
     package: ModelPackage
     profile: ModelProfile
+    lanes: Sequence[str]
     encoders: dict[str, Points] = field(default_factory=dict)
     fusion: dict[str, Points] = field(default_factory=dict)
     looked: bool = False
     lacking: dict[str, str] = field(default_factory=dict)
     freed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    @property
-    def lanes(self) -> list[str]:
-        """The services that it needs."""
-        return lanes_of(self.package)
-
     def lacks(self, lane: str, reason: str) -> None:
         """Notes why a service does not have its networks; empty if it has them."""
         self.lacking.pop(lane, None)
         if reason:
             self.lacking[lane] = reason
-        missing = self.lacking.keys()
-        sets = (s for s in self.profile.accuracy if FUSION in missing or not missing.isdisjoint(s))
-        self.profile.unavailable = frozenset(sets)
+        self.profile.lacking.clear()
+        self.profile.lacking.update(self.lacking)
+        had = {modality_of(lane) for lane in self.lanes if lane not in self.lacking}
+        self.profile.unavailable = frozenset(s for s in self.profile.accuracy if not had >= {FUSION, *s})
+
+    def replicas(self, modality: str) -> list[str]:
+        """The encoders of a modality; or fusion."""
+        return [lane for lane in self.lanes if modality_of(lane) == modality]
 
 
-def lanes_of(package: ModelPackage) -> list[str]:
-    """The services that a model needs."""
-    return [*sorted(package.modalities), FUSION]
+def lanes_of(package: ModelPackage, settings: Settings) -> list[str]:
+    """The services that have a part in a model."""
+    encoders = [lane for modality in sorted(package.modalities) for lane in settings.encoder_addresses(modality)]
+    return [*encoders, FUSION]
 
 
 class Latencies:
@@ -91,7 +94,8 @@ class Latencies:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._calls: dict[str, Call] = {}
+        # What an empty call to each service took, in milliseconds.
+        self._ways: dict[str, float] = {}
         self._lock = asyncio.Lock()
 
     async def of_encoder(
@@ -103,11 +107,11 @@ class Latencies:
         *,
         idle: bool = True,
     ) -> None:
-        """Makes sure that the latencies of an encoder are known for models.
+        """Makes sure that the latencies of a modality are known for models; they are those of the encoder asked first.
 
         Args:
-            modality: which encoder.
-            stub: calls it.
+            modality: which one.
+            stub: calls an encoder.
             models: those that have this modality.
             resources: what each service computes on, by lane, as far as it is known.
             idle: whether nothing else is computed meanwhile; otherwise what is measured now is not kept for later.
@@ -119,10 +123,9 @@ class Latencies:
             for model in models:
                 hardware = await self.look(model, resources)
                 if modality not in model.profile.encoders:
-                    points = await self._encoder_points(stub, model.package.id)
-                    call = await self._call(modality, stub)
-                    model.encoders[modality] = points
-                    model.profile.encoders[modality] = latency_curve(points, call)
+                    await self._time_the_way(modality, stub)
+                    model.encoders[modality] = await self._encoder_points(stub, model.package.id)
+                    self._put(model)
                     await self._keep(model, hardware if idle else None)
 
     async def of_fusion(
@@ -133,18 +136,20 @@ class Latencies:
             for model in models:
                 hardware = await self.look(model, resources)
                 missing = sorted(model.profile.accuracy.keys() - model.profile.fusion.keys(), key=format_set)
+                if missing:
+                    await self._time_the_way(FUSION, stub)
                 for modality_set in missing:
                     name = format_set(modality_set)
-                    points = await self._fusion_points(stub, model.package.id, name)
-                    call = await self._call(FUSION, stub)
-                    model.fusion[name] = points
-                    model.profile.fusion[modality_set] = latency_curve(points, call)
+                    model.fusion[name] = await self._fusion_points(stub, model.package.id, name)
                 if missing:
+                    self._put(model)
                     await self._keep(model, hardware if idle else None)
 
     async def look(self, model: Model, resources: Mapping[str, str]) -> Hardware | None:
         """The first time, puts the profile that is kept of a model into it; returns what hardware that is of."""
-        return await asyncio.to_thread(self._load, model, {resources.get(lane, "") for lane in model.lanes})
+        known = [lane for lane in model.lanes if lane in resources]
+        all_known = {*map(modality_of, known)} == {*map(modality_of, model.lanes)}
+        return await asyncio.to_thread(self._load, model, {resources[lane] for lane in known} if all_known else {""})
 
     def _load(self, model: Model, resources: set[str]) -> Hardware | None:
         if "" in resources or not _all_on_this_machine(self._settings):
@@ -180,7 +185,7 @@ class Latencies:
         )
         if not complete or hardware is None:
             return
-        calls = {lane: self._calls[lane] for lane in model.lanes}
+        calls = {name: self._call(name) for name in (*package.modalities, FUSION)}
         quick = quick_profile(package, hardware, model.encoders, model.fusion, calls)
         file = await asyncio.to_thread(profile_file, package, hardware, self._settings)
         try:
@@ -213,14 +218,33 @@ class Latencies:
 
         return await self._points(ask)
 
-    async def _call(self, lane: str, stub: "EncoderAsyncStub | FusionAsyncStub") -> Call:
-        """What the way to a service and back costs: the fastest of some, so that it compares between services."""
+    async def _time_the_way(self, lane: str, stub: "EncoderAsyncStub | FusionAsyncStub") -> None:
+        """Times, once, the way to a service and back: the fastest of some empty calls."""
+        if lane in self._ways:
+            return
         times: list[float] = []
-        while lane not in self._calls and len(times) < _EMPTY_CALLS:
+        for _ in range(_EMPTY_CALLS):
             started = time.perf_counter()
             await stub.Status(service_pb2.StatusRequest(), timeout=_PROFILE_TIMEOUT_S)
             times.append((time.perf_counter() - started) * 1000)
-        return self._calls.setdefault(lane, Call(overhead_ms=min(times, default=0.0)))
+        self._ways[lane] = min(times)
+
+    def _call(self, lane: str) -> Call:
+        """What the way to a service and back costs.
+
+        By sockets it is the same to all: where one seems longer, something else was running, and small networks differ
+        by less than that.
+        """
+        ways = self._ways.values() if _all_on_this_machine(self._settings) else (self._ways[lane],)
+        return Call(overhead_ms=min(ways))
+
+    def _put(self, model: Model) -> None:
+        """Puts what was measured so far into a model's profile; all of it, for the way may have turned out shorter."""
+        profile = model.profile
+        profile.encoders |= {m: latency_curve(points, self._call(m)) for m, points in model.encoders.items()}
+        profile.fusion |= {
+            parse_set(s): latency_curve(points, self._call(FUSION)) for s, points in model.fusion.items()
+        }
 
     async def _points(self, ask: Callable[[int], Awaitable[service_pb2.ProfileReply]]) -> Points:
         points = [point for size in self._settings.selector.profile_batch_sizes for point in (await ask(size)).points]
@@ -229,5 +253,5 @@ class Latencies:
 
 def _all_on_this_machine(settings: Settings) -> bool:
     """Behind a TCP address there may be other hardware, so a profile of it is neither read nor written."""
-    addresses = (settings.fusion_address, *settings.encoders.addresses.values())
-    return all(address.startswith("unix:") for address in addresses)
+    named = [address for of_one in settings.encoders.addresses.values() for address in of_one if address]
+    return all(address.startswith("unix:") for address in (settings.fusion_address, *named))

@@ -7,7 +7,7 @@ gateway names it any more, and its networks are freed when its last job is over.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -15,6 +15,7 @@ import grpc
 
 from mosel.config import Settings
 from mosel.errors import ModelNotFound, MoselError, ServiceUnavailable
+from mosel.modality import modality_of
 from mosel.model_package import ModelPackage, find_package, name_of
 from mosel.status import error_from_rpc
 from mosel.v1 import selector_pb2
@@ -156,27 +157,37 @@ class Models:
         """
         for unknown in set(has) - self._models.keys():
             await self._peers.unload(lane, unknown)
-        models = [m for m in self._models.values() if lane in m.lanes and m.package.id not in self._freeing]
-        for model in models:
-            try:
-                await self._peers.load(lane, model.package.id)
-                model.lacks(lane, "")
-                if model.package.id in self._freeing or model.freed.is_set():
-                    await self._peers.unload(lane, model.package.id)
-            except ServiceUnavailable:
-                raise
-            except MoselError as error:
-                log.error("not loaded", extra={"peer": lane, "model": model.package.id, "reason": str(error)})  # noqa: TRY400
-                model.lacks(lane, str(error))
-                if self.current_name(model.package.id):
-                    # A service that starts can only have what is on disk now, so all are brought to that.
-                    self._load_later(model.package.name)
-        await self._measure(lane, [model for model in models if lane not in model.lacking])
+        models: list[Model] = []
+        # Another replica may have got more meanwhile.
+        while more := [model for model in self._loaded_in(lane) if model not in models]:
+            for model in more:
+                await self._bring(lane, model)
+            await self._measure(lane, [model for model in more if lane not in model.lacking])
+            models += more
 
     def free_drained(self) -> None:
         """Frees the retired models whose last jobs are over."""
         for model_id in self._scheduler.drained():
             self._freeing[model_id] = self._start(self._free(self._models[model_id]))
+
+    def _loaded_in(self, lane: str) -> list[Model]:
+        return [m for m in self._models.values() if lane in m.lanes and m.package.id not in self._freeing]
+
+    async def _bring(self, lane: str, model: Model) -> None:
+        """Has a service that has come load a model; notes why if it cannot."""
+        try:
+            await self._peers.load(lane, model.package.id)
+            model.lacks(lane, "")
+            if model.package.id in self._freeing or model.freed.is_set():
+                await self._peers.unload(lane, model.package.id)
+        except ServiceUnavailable:
+            raise
+        except MoselError as error:
+            log.error("not loaded", extra={"peer": lane, "model": model.package.id, "reason": str(error)})  # noqa: TRY400
+            model.lacks(lane, str(error))
+            if self.current_name(model.package.id):
+                # A service that starts can only have what is on disk now, so all are brought to that.
+                self._load_later(model.package.name)
 
     def _load_later(self, name: str) -> None:
         """Loads a model anew though nobody waits for it; what goes wrong is in the log."""
@@ -196,8 +207,7 @@ class Models:
 
     async def _spread(self, package: ModelPackage, before: Model | None) -> None:
         """Loads a model in all services, and gives it to the scheduler when all is known of it."""
-        for lane in lanes_of(package):
-            await self._peers.check_up(lane, _UP_S)
+        away = await self._away(package)
         model_id = package.id
         if model_id in self._freeing:
             await self._freeing[model_id]
@@ -208,9 +218,7 @@ class Models:
             # If it was retired, it must not be freed now.
             self._scheduler.load(model_id, model.profile)
         try:
-            await _all(self._peers.load(lane, model_id) for lane in model.lanes)
-            for lane in model.lanes:
-                model.lacks(lane, "")
+            await self._load_in_all(model, away)
             await self._find_latencies(model, before)
             frontiers = Frontiers(model.profile)
             # Takes long enough to be noticed; what the first job needs is known then.
@@ -223,12 +231,31 @@ class Models:
         finally:
             self._loading.discard(model_id)
 
+    async def _away(self, package: ModelPackage) -> dict[str, str]:
+        """Why replicas that a model can do without are not there, by lane.
+
+        Raises:
+            ServiceUnavailable: it cannot do without what is away.
+        """
+        lanes = lanes_of(package, self._settings)
+        missing = await _each(lanes, lambda lane: self._peers.check_up(lane, _UP_S))
+        return _but_for_replicas(lanes, missing)
+
+    async def _load_in_all(self, model: Model, away: dict[str, str]) -> None:
+        """Loads a model in every service that is there; in one of each kind at least, or it raises what went wrong."""
+        there = [lane for lane in model.lanes if lane not in away]
+        failed = await _each(there, lambda lane: self._peers.load(lane, model.package.id))
+        lacking = away | _but_for_replicas(there, failed)
+        for lane in model.lanes:
+            # It is brought to those that are away when they come.
+            model.lacks(lane, lacking.get(lane, ""))
+
     async def _find_latencies(self, model: Model, before: Model | None) -> None:
         """From the kept profile, from the model before it if only weights differ, or by measuring beside the others."""
         await self._latencies.look(model, self._peers.resources)
         if before is not None and model.package.has_networks_of(before.package):
             model.profile.take_latencies(before.profile)
-        for lane in model.lanes:
+        for lane in (lane for lane in model.lanes if lane not in model.lacking):
             try:
                 await self._measure(lane, [model], idle=False)
             except grpc.RpcError as error:
@@ -239,7 +266,8 @@ class Models:
         if lane == FUSION:
             await self._latencies.of_fusion(peers.fusion, models, peers.resources, idle=idle)
         else:
-            await self._latencies.of_encoder(lane, peers.encoders[lane], models, peers.resources, idle=idle)
+            stub, modality = peers.encoders[lane], modality_of(lane)
+            await self._latencies.of_encoder(modality, stub, models, peers.resources, idle=idle)
 
     async def _unload(self, name: str) -> None:
         async with self._locks.setdefault(name, asyncio.Lock()):
@@ -274,7 +302,7 @@ class Models:
     def _state(self, model_id: str) -> selector_pb2.ModelState:
         model = self._models[model_id]
         profile, is_up = model.profile, self._scheduler.is_up
-        available = {s: profile.can_run(s) and is_up(s) for s in profile.accuracy}
+        available = {s: profile.can_run(s) and is_up(s, profile.lacking) for s in profile.accuracy}
         return selector_pb2.ModelState(
             model=model.package.name,
             revision=model.package.revision,
@@ -295,7 +323,8 @@ class Models:
     def _model_of(self, package: ModelPackage) -> Model:
         stated, confidence = package.accuracy, self._settings.selector.floor_confidence
         accuracy = {s: believed_accuracy(value, stated.samples, confidence) for s, value in stated.sets.items()}
-        return Model(package, ModelProfile(accuracy, stated.samples, package.default_min_accuracy))
+        profile = ModelProfile(accuracy, stated.samples, package.default_min_accuracy)
+        return Model(package, profile, lanes_of(package, self._settings))
 
     def _start(self, work: Coroutine[Any, Any, R]) -> "asyncio.Task[R]":
         task = asyncio.ensure_future(work)
@@ -316,8 +345,21 @@ def _read(settings: Settings, name: str) -> ModelPackage:
     return package
 
 
-async def _all(calls: Iterable[Awaitable[None]]) -> None:
-    """Waits for all, well or not, before the first error is raised."""
-    for result in await asyncio.gather(*calls, return_exceptions=True):
-        if isinstance(result, BaseException):
-            raise result
+async def _each(lanes: Sequence[str], call: Callable[[str], Awaitable[None]]) -> dict[str, MoselError]:
+    """Calls every lane at once and waits for all; returns what went wrong, by lane."""
+    results = await asyncio.gather(*map(call, lanes), return_exceptions=True)
+    errors = {lane: result for lane, result in zip(lanes, results, strict=True) if result is not None}
+    for error in errors.values():
+        if not isinstance(error, MoselError):
+            raise error
+    return {lane: error for lane, error in errors.items() if isinstance(error, MoselError)}
+
+
+def _but_for_replicas(lanes: Sequence[str], errors: Mapping[str, MoselError]) -> dict[str, str]:
+    """What went wrong with lanes that others of the same modality stand in for; raises what nobody stands in for."""
+    well = {modality_of(lane) for lane in lanes if lane not in errors}
+    for lane, error in errors.items():
+        if modality_of(lane) not in well:
+            raise error
+        log.warning("a replica lacks a model", extra={"peer": lane, "reason": str(error)})
+    return {lane: str(error) for lane, error in errors.items()}

@@ -19,6 +19,8 @@ from selector.stages import service_name
 from selector.work import Work
 
 _CANCELLED = reason_of(JobCancelled())
+# Why jobs are degraded.
+_LOAD, _OUTAGE = "load", "outage"
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +56,8 @@ class Observer:
         self._unanswered = self.metrics.counts(
             "mosel_unanswered_total", "Jobs admitted that ended without an answer, by why.", "model", "reason"
         )
-        self._degraded = self.metrics.counts(
-            "mosel_degraded_total", "Jobs answered with less accuracy than their preferred strategy has.", "model"
-        )
+        text = "Jobs answered with less accuracy than their preferred strategy has, or without a service that was away."
+        self._degraded = self.metrics.counts("mosel_degraded_total", text, "model", "cause")
         self._upgraded = self.metrics.counts(
             "mosel_upgraded_total", "Jobs answered with more accuracy than a plan gave them while they waited.", "model"
         )
@@ -68,8 +69,9 @@ class Observer:
         )
         self._make_histograms()
         for model in versions():
-            for counts in (self._admitted, self._answered, self._degraded, self._upgraded):
+            for counts in (self._admitted, self._answered, self._upgraded):
                 counts[model,] = 0
+            self._degraded[model, _LOAD] = self._degraded[model, _OUTAGE] = 0
 
     def statistics(self) -> dict[str, int]:
         """Counts since the start."""
@@ -113,7 +115,10 @@ class Observer:
         label = sets[0] if len(sets) == 1 else MIXED
         started = now if work.started_at is None else work.started_at
         self._answered[model,] += 1
-        self._degraded[model,] += work.degraded(strategy.accuracy)
+        if work.without:
+            self._degraded[model, _OUTAGE] += 1
+        elif work.degraded(strategy.accuracy):
+            self._degraded[model, _LOAD] += 1
         self._upgraded[model,] += work.upgraded(strategy.accuracy)
         self._queued_s.observe(started - work.submitted_at, model, label)
         self._processing_s.observe(now - started, model, label)

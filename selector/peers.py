@@ -4,14 +4,17 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mosel.config import Settings
 from mosel.errors import PackageError, ServiceUnavailable, Unreachable
+from mosel.modality import modality_of
 from mosel.service import open_channel
 from mosel.status import error_from_rpc
+from mosel.transport.host import host_identity
 from mosel.v1 import (
     arena_pb2,
     encoder_pb2_grpc,
@@ -35,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class Peers:
-    """Encoders by modality, and fusion; a context manager that owns their channels.
+    """Encoders and fusion, by lane; a context manager that owns their channels.
 
     Args:
         settings: the effective settings.
@@ -56,8 +59,9 @@ class Peers:
         changed: Callable[[str, bool, str], None],
     ) -> None:
         self._settings, self._prepare, self._changed = settings, prepare, changed
-        encoders = {m: settings.encoder_address(m) for m in sorted(modalities)}
-        self._addresses = encoders | {FUSION: settings.fusion_address}
+        encoders = [settings.encoder_addresses(modality) for modality in sorted(modalities)]
+        self._addresses = {lane: at for of_one in encoders for lane, at in of_one.items()}
+        self._addresses[FUSION] = settings.fusion_address
         self._serving: dict[str, bool] = dict.fromkeys(self._addresses, False)
         # Those that `changed` has called up.
         self._up: dict[str, asyncio.Event] = {}
@@ -66,6 +70,8 @@ class Peers:
         self._resources: dict[str, str] = {}
         self._all_known = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        # Their health streams.
+        self._watches: dict[str, grpc.aio.UnaryStreamCall[Any, Any]] = {}
         self._refused: dict[str, str] = {}
         self._gateways: dict[str, Callable[[selector_pb2.PayloadTransport], None]] = {}
         self.attachments = Attachments(self._open_arena)
@@ -88,13 +94,13 @@ class Peers:
         return self._resources
 
     async def check_up(self, name: str, seconds: float) -> None:
-        """Waits for a service for so long; the encoder of a modality that no model had so far is followed from now on.
+        """Waits for a service for so long; an encoder of a modality that no model had so far is followed from now on.
 
         Raises:
             ServiceUnavailable: it is not there.
         """
         if name not in self._addresses:
-            self._addresses[name] = self._settings.encoder_address(name)
+            self._addresses[name] = self._settings.encoder_addresses(modality_of(name))[name]
             self._serving[name] = False
             self._follow(name)
         try:
@@ -200,12 +206,19 @@ class Peers:
         except grpc.RpcError:
             return service_pb2.ServiceMetrics(service=service_name(name))
 
+    def doubt(self, name: str) -> None:
+        """A call could not reach a service: it is away from now on, until its health was asked for anew."""
+        if self._up[name].is_set():
+            self._watches[name].cancel()
+            self._went(name)
+
     async def _watch(self, name: str) -> None:
         """Follows a service's health for as long as this object lives."""
         stub = health_pb2_grpc.HealthStub(self._channels[name])
         while True:
             service = "mosel.v1.Fusion" if name == FUSION else "mosel.v1.Encoder"
             watch = stub.Watch(health_pb2.HealthCheckRequest(service=service))  # type: ignore[attr-defined]
+            self._watches[name] = watch
             try:
                 async for reply in watch:
                     if reply.status != health_pb2.HealthCheckResponse.SERVING:
@@ -215,6 +228,11 @@ class Peers:
                     await self._note(name, serving=True)
             except grpc.RpcError as error:
                 log.debug("not reachable", extra={"peer": name, "reason": error.code().name})
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                log.info("doubted", extra={"peer": name})
             except ServiceUnavailable as error:
                 watch.cancel()
                 log.info("went away", extra={"peer": name, "reason": str(error)})
@@ -228,7 +246,7 @@ class Peers:
         log.info("peer", extra={"peer": name, "serving": serving})
         if serving:
             status = await self._status(name)
-            self._resources[name] = status.resource
+            self._resources[name] = _resource_in(status)
             if self._resources.keys() == self._addresses.keys():
                 self._all_known.set()
             await self._attach(name)
@@ -241,11 +259,15 @@ class Peers:
             if name not in self._refused:
                 self._up[name].set()
         else:
-            self._up[name].clear()
+            if self._up[name].is_set():
+                self._went(name)
             self._refused.pop(name, None)
-            self._changed(name, False, "")
             await self._close_arenas(name)
             self._tell_gateways()
+
+    def _went(self, name: str) -> None:
+        self._up[name].clear()
+        self._changed(name, False, "")
 
     async def _attach(self, name: str) -> None:
         """Proves the paths to and from a service before anything is sent along them."""
@@ -309,3 +331,12 @@ class Peers:
                 await self._all_known.wait()
         except TimeoutError:
             log.warning("measuring while services are missing", extra={"missing": self.missing()})
+            # What did not come by now may never come: whatever starts again must not wait for it once more.
+            self._all_known.set()
+
+
+def _resource_in(status: service_pb2.ServiceStatus) -> str:
+    """What a service computes on, by a name that no other host has; empty if it is not known."""
+    if status.resource == "cpu" and status.boot_id not in ("", host_identity().boot_id):
+        return f"cpu of {status.boot_id}"
+    return status.resource

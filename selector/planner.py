@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 from mosel.errors import MoselError
+from mosel.modality import ModalitySet
 from selector.arriving import Arriving
 from selector.forecast import Forecast
 from selector.frontier import Strategy
@@ -61,7 +62,8 @@ class Planner:
         profile = self._profiles[job.model]
         floor = floor_of(profile, job)
         options = self._options(job, job.size, floor)
-        return Work(job, profile, floor, now, options, self._queued(job, options))
+        without = self._without(job, job.size, floor)
+        return Work(job, profile, floor, now, options, self._queued(job, options), without=without)
 
     def arrived(self, work: Work, now: float) -> None:
         """A job came, whether it will be admitted or not."""
@@ -131,19 +133,34 @@ class Planner:
         return now >= self._next_plan_at
 
     def plan_without(self, work: Work, lane: str) -> bool:
-        """Plans what is not committed of a job anew after a service went away; False if it cannot do without.
+        """Plans anew what a service that went away has not begun of a job; False if the job cannot do without it.
 
         A call that the service has already may still come back, well or not.
         """
-        if lane in work.unsent or (lane == FUSION and work.unfinished()):
+        if lane == FUSION and work.unfinished():
             return False
-        if work.uncommitted:
-            try:
-                work.options = self._options(work.job, work.uncommitted, work.floor_of_rest)
-            except MoselError:
-                return False
-            work.queued = self._queued(work.job, work.options)
-            work.choose(0)
+        work.begin_again(work.unsent.get(lane, ()))
+        return not work.uncommitted or self._plan_rest(work)
+
+    def plan_again(self, work: Work, now: float) -> bool:
+        """Plans anew what is not committed of a job after a call for it failed; False if there is no time for that."""
+        if not self._plan_rest(work):
+            return False
+        left_s = work.job.ends - now
+        in_time = [i for i, left in enumerate(work.queued.options) if self._idle_s(left, now) <= left_s]
+        if in_time:
+            work.choose(in_time[0])
+        return bool(in_time)
+
+    def _plan_rest(self, work: Work) -> bool:
+        """Plans what is not committed of a job with the services that are there; False if its floor needs more."""
+        try:
+            work.options = self._options(work.job, work.uncommitted, work.floor_of_rest)
+        except MoselError:
+            return False
+        work.without |= self._without(work.job, work.uncommitted, work.floor_of_rest)
+        work.queued = self._queued(work.job, work.options)
+        work.choose(0)
         return True
 
     def frontier(self, job: Job, now: float) -> list[tuple[Strategy, float]]:
@@ -154,7 +171,7 @@ class Planner:
         return [(s, self._idle_s(self.stages.remaining(job.model, s), now) * 1000) for s in strategies]
 
     def _is_ready(self, profile: ModelProfile, modality_set: frozenset[str]) -> bool:
-        return self._resources.is_up(modality_set) and profile.can_run(modality_set)
+        return self._resources.is_up(modality_set, profile.lacking) and profile.can_run(modality_set)
 
     def _reassigned(self, queue: Sequence[Queued], forecast: Forecast) -> Choices:
         choices = POLICIES[self._policy](queue, forecast)
@@ -194,10 +211,18 @@ class Planner:
         fitting = [s for s, left in lefts.items() if self._idle_s(left, now) <= job.deadline - now]
         return refusal(work, now, fastest, idle_s[fastest], behind + spare_s - now, fitting)
 
-    def _options(self, job: Job, items: int, floor: float) -> list[Option]:
+    def _options(self, job: Job, items: int, floor: float, *, whole: bool = False) -> list[Option]:
+        """The strategies for items of a job with the services that are there, or as if all were (`whole`)."""
         profile, frontiers = self._profiles[job.model], self._frontiers[job.model]
-        is_up, full_only = self._resources.is_up, self._policy == "all"
-        return allowed_options(profile, frontiers, job, items, floor, is_up, full_only)
+        is_up = (lambda _: True) if whole else partial(self._resources.is_up, lacking=profile.lacking)
+        return allowed_options(profile, frontiers, job, items, floor, is_up, self._policy == "all")
+
+    def _without(self, job: Job, items: int, floor: float) -> ModalitySet:
+        """The modalities that items of a job would run, were their encoders there."""
+        lacking = self._profiles[job.model].lacking
+        away = {modality for modality in job.modalities if not self._resources.is_served(modality, lacking)}
+        preferred = self._options(job, items, floor, whole=True)[0].strategy if away else None
+        return frozenset().union(*(away & s for s, _ in preferred.counts)) if preferred else frozenset()
 
     def _queued(self, job: Job, options: Sequence[Option]) -> Queued:
         lefts = [self.stages.remaining(job.model, option.strategy) for option in options]

@@ -64,7 +64,8 @@ class ModelProfile:
         default_min_accuracy: the floor when a caller gives none; None: the accuracy of what was sent.
         encoders: latency curve per modality.
         fusion: latency curve per modality set.
-        unavailable: sets that cannot be run because a service does not have their networks.
+        unavailable: sets that cannot be run because services do not have their networks.
+        lacking: lanes that do not have them; kept up to date in place.
     """
 
     accuracy: Mapping[ModalitySet, float]
@@ -73,6 +74,7 @@ class ModelProfile:
     encoders: dict[str, LatencyCurve] = field(default_factory=dict)
     fusion: dict[ModalitySet, LatencyCurve] = field(default_factory=dict)
     unavailable: frozenset[ModalitySet] = frozenset()
+    lacking: set[str] = field(default_factory=set)
 
     @property
     def modalities(self) -> frozenset[str]:
@@ -88,7 +90,7 @@ class ModelProfile:
         return modality_set in self.fusion and all(m in self.encoders for m in modality_set)
 
     def can_run(self, modality_set: ModalitySet) -> bool:
-        """Whether every service has the networks of the set, and their latencies are known."""
+        """Whether some service for each step has the networks of the set, and their latencies are known."""
         return modality_set not in self.unavailable and self.is_measured(modality_set)
 
     def cost_ms(self, modality_set: ModalitySet, items: int) -> float:

@@ -1,10 +1,10 @@
 """The services that compute, what they compute on, and the calls under way."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from mosel.modality import ModalitySet
+from mosel.modality import ModalitySet, modality_of
 from selector.forecast import Forecast
 from selector.jobs import Call
 from selector.stages import FUSION
@@ -37,6 +37,10 @@ class UnderWay:
         """When it will be over, if it is not yet."""
         return max(self.due, now + _OVERDUE * self.expected_s)
 
+    def ends_if_ever(self, now: float) -> float:
+        """The same for whoever need not wait for it: what is overdue may hang, and takes as long again."""
+        return max(self.ends(now), now + (now - self.due))
+
 
 @dataclass
 class _Lane:
@@ -47,8 +51,10 @@ class _Lane:
 class Resources:
     """Lanes on the same resource share its tokens; each call under way holds one.
 
+    A modality may have several lanes. It is known by the name of the first, which is its own; fusion has one.
+
     Args:
-        lanes: their names.
+        lanes: the first of each modality, and fusion.
         tokens: calls at the same time on each resource.
         reply_ms: what an answer takes from here to the caller.
 
@@ -60,6 +66,8 @@ class Resources:
         self._lanes = {name: _Lane() for name in lanes}
         self._tokens, self.reply_s = tokens, reply_ms / 1000
         self._calls: dict[int, UnderWay] = {}
+        self._replicas: dict[str, tuple[str, ...]] = {}
+        self._spread: dict[str, tuple[str, ...]] = {}
 
     def add_lanes(self, names: Iterable[str]) -> None:
         """Services that may come; those that are known stay as they are."""
@@ -68,15 +76,30 @@ class Resources:
     def set_lane(self, name: str, up: bool, resource: str) -> None:
         """A service came or went."""
         self._lanes[name] = _Lane(up, resource)
+        lanes: dict[str, list[str]] = {}
+        for lane in self._lanes:
+            lanes.setdefault(modality_of(lane), []).append(lane)
+        self._replicas = {modality: tuple(sorted(names)) for modality, names in lanes.items() if len(names) > 1}
+        self._spread = {}
+        for modality, names in self._replicas.items():
+            by_resource = {self._lanes[lane].resource: lane for lane in reversed(names) if self._lanes[lane].up}
+            if by_resource and [*by_resource.values()] != [modality]:
+                self._spread[modality] = tuple(sorted(by_resource.values()))
 
     @property
     def is_one(self) -> bool:
         """Whether all services that are there compute on the same resource."""
         return len({lane.resource for lane in self._lanes.values() if lane.up}) == 1
 
-    def is_up(self, modality_set: ModalitySet) -> bool:
-        """Whether fusion and all encoders of a set are there."""
-        return self._lanes[FUSION].up and all(self._lanes[m].up for m in modality_set)
+    def is_up(self, modality_set: ModalitySet, lacking: Set[str] = frozenset()) -> bool:
+        """Whether fusion and an encoder of each modality of a set are there; those that lack the model do not count."""
+        return self.is_served(FUSION, lacking) and all(self.is_served(m, lacking) for m in modality_set)
+
+    def is_served(self, modality: str, lacking: Set[str]) -> bool:
+        """Whether an encoder of a modality is there, or fusion; those that lack the model do not count."""
+        if modality not in self._replicas:
+            return self._lanes[modality].up
+        return any(self._lanes[lane].up and lane not in lacking for lane in self._replicas[modality])
 
     def is_lane_up(self, name: str) -> bool:
         """Whether one service is there."""
@@ -86,6 +109,27 @@ class Resources:
         """The services that are there and may be called now."""
         used = Counter(self._lanes[under_way.call.lane].resource for under_way in self._calls.values())
         return {name for name, lane in self._lanes.items() if lane.up and used[lane.resource] < self._tokens}
+
+    def replicas(self, modality: str) -> list[str]:
+        """The encoders of a modality that are there, if it has several; else nothing."""
+        return [lane for lane in self._replicas.get(modality, ()) if self._lanes[lane].up]
+
+    def resource_of(self, lane: str) -> str:
+        """What a service computes on."""
+        return self._lanes[lane].resource
+
+    def calls_of(self, lane: str) -> int:
+        """Calls that a service has."""
+        return sum(under_way.call.lane == lane for under_way in self._calls.values())
+
+    def free_at(self, now: float, ends: Callable[[UnderWay, float], float] = UnderWay.ends) -> dict[str, list[float]]:
+        """When each token of each resource will be free; `ends` says when a call is over that is under way."""
+        free_at = {lane.resource: [now] * self._tokens for lane in self._lanes.values()}
+        for under_way in self._calls.values():
+            free = free_at[self._lanes[under_way.call.lane].resource]
+            # Where a lane came back on another resource, there may be more calls than tokens for a moment.
+            free[free.index(min(free))] = max(ends(under_way, now), min(free))
+        return free_at
 
     def begin(self, call: Call, items: int, now: float, expected_s: float) -> None:
         """A call is handed out."""
@@ -105,21 +149,17 @@ class Resources:
 
     def forecast(self, now: float, reserve: dict[str, float]) -> Forecast:
         """From what is under way now; `reserve` is the share of each resource for jobs that have not come yet."""
-        resources = {name: lane.resource for name, lane in self._lanes.items()}
-        free_at = {resource: [now] * self._tokens for resource in resources.values()}
-        for under_way in self._calls.values():
-            free = free_at[resources[under_way.call.lane]]
-            # Where a lane came back on another resource, there may be more calls than tokens for a moment.
-            free[free.index(min(free))] = max(under_way.ends(now), min(free))
-        return Forecast(now, free_at, resources, self.reply_s, reserve)
+        return self._forecast(now, self.free_at(now), reserve)
 
     def idle_forecast(self, now: float) -> Forecast:
         """As if nothing were under way."""
-        resources = {name: lane.resource for name, lane in self._lanes.items()}
-        free_at = {resource: [now] * self._tokens for resource in resources.values()}
-        return Forecast(now, free_at, resources, self.reply_s)
+        return self._forecast(now, {lane.resource: [now] * self._tokens for lane in self._lanes.values()}, {})
 
     def statistics(self) -> dict[str, int]:
         """Calls under way by lane."""
         under_way = Counter(under_way.call.lane for under_way in self._calls.values())
         return {f"calls_in_flight.{name}": under_way[name] for name in self._lanes}
+
+    def _forecast(self, now: float, free_at: Mapping[str, Sequence[float]], reserve: Mapping[str, float]) -> Forecast:
+        resources = {name: lane.resource for name, lane in self._lanes.items()}
+        return Forecast(now, free_at, resources, self.reply_s, reserve, self._spread)

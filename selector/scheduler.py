@@ -1,8 +1,8 @@
 """The scheduler core: which rows of which job go to which service, and when. No sockets, no threads, no clock.
 
-Jobs wait in deadline order, priorities considered (`Job.order`). A *lane* is one service that computes: the encoder of
-a modality, or fusion. Lanes on the same resource share its tokens, and each call holds one. The driver feeds events in
-and asks `next` what to do:
+Jobs wait in deadline order, priorities considered (`Job.order`). A *lane* is one service that computes: an encoder of a
+modality, of which there may be several, or fusion. Lanes on the same resource share its tokens, and each call holds
+one. The driver feeds events in and asks `next` what to do:
 
     submit(job, now)                       -> the job's work, or an error
     next(now)                              -> EncodeCall | FuseCall | Ended | Wait
@@ -18,13 +18,14 @@ and asks `next` what to do:
 import bisect
 import heapq
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from functools import partial
 from itertools import islice
 
 from mosel.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, MoselError, Overloaded
-from mosel.modality import ModalitySet, format_set
+from mosel.modality import ModalitySet, format_set, modality_of
 from selector.jobs import Call, EncodeCall, Ended, FuseCall, Job, Rows, Wait
+from selector.lanes import Lanes
 from selector.options import Frontiers
 from selector.planner import Planner
 from selector.policies import Choices
@@ -106,17 +107,15 @@ class Scheduler:
     def completed(self, call: Call, now: float) -> list[bytes]:
         """A call came back well; returns the jobs that are answered by it."""
         under_way = self._over(call)
-        stage = self._planner.stages.of(call.model, call.stage)
+        stage = self._planner.stages.of(call.model, call.stage).on(call.lane)
         stage.correction.learn(stage.profiled_ms(under_way.items), (now - under_way.started) * 1000, now)
         answered = []
-        for rows in call.rows:
-            work = self._works.get(rows.job_id)
-            if work is None:
-                continue
+        for rows, work in self._works_in(call):
+            wanted = work.calls.pop(call.id)
             if isinstance(call, EncodeCall):
-                work.encoded(rows.items)
+                work.encoded(wanted)
                 continue
-            work.left -= len(rows.items)
+            work.left -= len(wanted)
             if not work.left:
                 self._planner.answered(work, now)
                 self.cancelled(rows.job_id)
@@ -124,29 +123,43 @@ class Scheduler:
         return answered
 
     def failed(self, call: Call, now: float) -> list[bytes]:
-        """A call failed; returns the jobs that are lost by it. Those that shared the call each try again alone."""
+        """A call failed; returns the jobs that are lost by it.
+
+        The items of the others begin again, once, each job by itself: with the same modality set or, where a service
+        went away, with another that meets the floor.
+        """
         # What it took says nothing about calls that go well.
         self._over(call)
         lost = []
-        for rows in call.rows:
-            work = self._works.get(rows.job_id)
-            if work is None:
+        for rows, work in self._works_in(call):
+            wanted = work.calls.pop(call.id)
+            if not wanted:
                 continue
-            if len(call.rows) == 1 or work.alone or not self._resources.is_lane_up(call.lane):
+            work.alone = True
+            first = work.may_try_again(wanted)
+            work.begin_again(wanted)
+            if first and self._planner.plan_again(work, now):
+                self.counters["items_tried_again"] += len(wanted)
+            else:
                 self.cancelled(rows.job_id)
                 lost.append(rows.job_id)
-            else:
-                work.alone = True
-                work.put_back(call.stage, rows.items)
         return lost
 
     def lane(self, name: str, up: bool, resource: str = "cpu") -> list[bytes]:
-        """A service came or went; returns the jobs that are lost by it. Those that can do without it go on."""
+        """A service came or went; returns the jobs that are lost by it. Those that can do without it go on.
+
+        Args:
+            name: a modality, for its first encoder; `photo/2` for one more of `photo`; or fusion.
+            up: whether it is there.
+            resource: what it computes on.
+        """
         self._resources.set_lane(name, up, resource)
         self._stale = True
         if up:
             return []
-        lost = [work.job.id for work in self._queue if not self._planner.plan_without(work, name)]
+        gone, is_served = modality_of(name), self._resources.is_served
+        bereft = [work for work in self._queue if not is_served(gone, work.profile.lacking)]
+        lost = [work.job.id for work in bereft if not self._planner.plan_without(work, gone)]
         return [job_id for job_id in lost if self.cancelled(job_id)]
 
     def cancelled(self, job_id: bytes) -> bool:
@@ -219,9 +232,9 @@ class Scheduler:
         del self._queue[at]
         return Plan(frontier, work.strategy, (work.predicted - now) * 1000, "")
 
-    def is_up(self, modality_set: ModalitySet) -> bool:
-        """Whether fusion and all encoders of a set are there."""
-        return self._resources.is_up(modality_set)
+    def is_up(self, modality_set: ModalitySet, lacking: Set[str] = frozenset()) -> bool:
+        """Whether fusion and an encoder of each modality of a set are there; those that lack the model do not count."""
+        return self._resources.is_up(modality_set, lacking)
 
     def work_of(self, job_id: bytes) -> Work | None:
         """A job on its way, None if it is not known (any more)."""
@@ -266,22 +279,24 @@ class Scheduler:
 
     def _dispatch(self, now: float) -> Call | None:
         """A call for the first job that has rows for a service whose resource has a free token."""
-        open_lanes = self._resources.open_lanes()
-        for at, work in enumerate(self._queue if open_lanes else ()):
-            fusable = [*work.unfused] if FUSION in open_lanes else []
-            modalities = frozenset(work.unsent).union(*work.planned)
-            encodable = [modality for modality in sorted(modalities) if modality in open_lanes]
+        lanes, stage_of = Lanes(self._resources, now), self._planner.stages.of
+        for at, work in enumerate(self._queue if lanes.open else ()):
+            fusable = [*work.unfused] if FUSION in lanes.open else []
+            modalities = sorted(frozenset(work.unsent).union(*work.planned))
+            found = [(m, lanes.of(stage_of(work.job.model, m), work.waiting(m))) for m in modalities]
+            encodable = {modality: lane for modality, lane in found if lane}
             # Fusion of a few items that others will follow may wait: together they take fewer calls.
             whole = [modality_set for modality_set in fusable if self._fills_a_call(work, modality_set)]
             ready: list[str | ModalitySet] = [*whole] or [*encodable] or [*fusable]
             if ready:
-                return self._call(at, max(ready, key=partial(self._expected_ms, work)), now)
+                what = max(ready, key=partial(self._expected_ms, work))
+                return self._call(at, what, encodable[what] if isinstance(what, str) else FUSION, now)
         return None
 
-    def _call(self, at: int, what: str | ModalitySet, now: float) -> Call:
+    def _call(self, at: int, what: str | ModalitySet, lane: str, now: float) -> Call:
         """Fills a batch with rows of the job at a place in the queue and of those behind it."""
         head = self._queue[at]
-        model, stage = head.job.model, self._planner.stages.of(head.job.model, what)
+        model, stage = head.job.model, self._planner.stages.of(head.job.model, what).on(lane)
         rest_s = 0.0 if not isinstance(what, str) else self._fusing_s(head, now)
         rows: list[Rows] = []
         items = 0
@@ -300,12 +315,12 @@ class Scheduler:
         self._last_call += 1
         call: Call
         if isinstance(what, str):
-            call = EncodeCall(self._last_call, model, what, tuple(rows))
+            call = EncodeCall(self._last_call, model, what, lane, tuple(rows))
         else:
             call = FuseCall(self._last_call, model, what, tuple(rows))
         self._resources.begin(call, items, now, stage.expected_ms(items, now) / 1000)
         for part in rows:
-            self._works[part.job_id].calls.add(call.id)
+            self._works[part.job_id].calls[call.id] = set(part.items)
         return call
 
     def _fills_a_call(self, work: Work, modality_set: ModalitySet) -> bool:
@@ -332,10 +347,11 @@ class Scheduler:
 
     # How a job ends
 
+    def _works_in(self, call: Call) -> list[tuple[Rows, Work]]:
+        """The jobs in a call that are still wanted."""
+        return [(rows, self._works[rows.job_id]) for rows in call.rows if rows.job_id in self._works]
+
     def _over(self, call: Call) -> UnderWay:
-        for rows in call.rows:
-            if rows.job_id in self._works:
-                self._works[rows.job_id].calls.discard(call.id)
         self._stale = True
         return self._resources.over(call)
 

@@ -1,7 +1,7 @@
 """The steps of every model, what each is expected to take now, and what is left to do for a job."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 from mosel.modality import ModalitySet
@@ -13,24 +13,40 @@ FUSION = "fusion"
 
 
 def service_name(lane: str) -> str:
-    """How people know the service behind a lane: `fusion`, `encoder/image`."""
+    """How people know the service behind a lane: `fusion`, `encoder/image`, `encoder/image/2`."""
     return lane if lane == FUSION else f"encoder/{lane}"
 
 
 @dataclass(eq=False)
 class Stage:
-    """A step of a model: the encoder of a modality, or the fusion of a modality set.
+    """A step of a model on a lane: the encoder of a modality, or the fusion of a modality set.
+
+    Plans name the stage of the modality's first lane, whichever does it in the end.
 
     Attributes:
         lane: the service that does it.
         curve: measured milliseconds by batch size.
         correction: what calls to this service and model really take.
+        lacking: lanes that do not have the model; changes as they come and go.
+        replicas: the same step on other lanes, by lane, as far as it was asked for.
     """
 
     lane: str
     curve: LatencyCurve
     correction: Correction
+    lacking: Set[str] = frozenset()
+    replicas: "dict[str, Stage]" = field(default_factory=dict)
     _profiled: dict[int, float] = field(default_factory=dict)
+
+    def on(self, lane: str) -> "Stage":
+        """The same step on another lane of the modality, where calls may take more or less time."""
+        if lane == self.lane:
+            return self
+        if lane not in self.replicas:
+            self.replicas[lane] = Stage(
+                lane, self.curve, Correction(self.correction.small_ms, self.correction.large_ms)
+            )
+        return self.replicas[lane]
 
     def profiled_ms(self, items: int) -> float:
         """Profiled milliseconds of one call."""
@@ -89,7 +105,7 @@ class Stages:
             if (model, lane) not in self._corrections:
                 smallest, largest = min(c.points[0][1] for c in siblings), max(c.points[-1][1] for c in siblings)
                 self._corrections[model, lane] = Correction(smallest, largest)
-            self._stages[key] = Stage(lane, curve, self._corrections[model, lane])
+            self._stages[key] = Stage(lane, curve, self._corrections[model, lane], profile.lacking)
         return self._stages[key]
 
     def remaining(self, model: str, strategy: Strategy) -> Remaining:
@@ -107,4 +123,7 @@ class Stages:
 
     def corrections(self, now: float) -> dict[tuple[str, str], tuple[float, float]]:
         """What was learned of each (model, lane): a call takes (overhead in ms) + (factor) * its profile."""
-        return {key: correction.fit(now) for key, correction in self._corrections.items()}
+        known = dict(self._corrections)
+        for (model, _), stage in self._stages.items():
+            known |= {(model, lane): replica.correction for lane, replica in stage.replicas.items()}
+        return {key: correction.fit(now) for key, correction in known.items()}

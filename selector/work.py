@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mosel.modality import ModalitySet
@@ -37,8 +37,9 @@ class Work:
         unsent: committed items whose rows wait for an encoder, by modality.
         unfused: items whose embeddings are all there, by modality set.
         left: items without an output.
-        calls: ids of the calls under way.
-        alone: a call that it shared failed; it shares no more.
+        calls: the calls under way, by id, and which of their items they are still wanted for.
+        alone: a call for it failed; it shares no more.
+        without: modalities that it would have run, had their encoders been there when it was planned.
     """
 
     job: Job
@@ -56,16 +57,17 @@ class Work:
     unsent: dict[str, list[int]] = field(default_factory=dict)
     unfused: dict[ModalitySet, list[int]] = field(default_factory=dict)
     left: int = 0
-    calls: set[int] = field(default_factory=set)
+    calls: dict[int, set[int]] = field(default_factory=dict)
     alone: bool = False
+    without: ModalitySet = frozenset()
     _order: list[int] = field(default_factory=list)
     _set_of: dict[int, ModalitySet] = field(default_factory=dict)
     _missing: dict[int, int] = field(default_factory=dict)
+    _failed: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.left = self.job.size
-        self._order = list(range(self.job.size))
-        random.Random(self.job.id).shuffle(self._order)  # noqa: S311 (fair, not secret)
+        self._order = self._permuted(range(self.job.size))
         self.preferred = self.least = self.options[0].strategy.accuracy if self.options else 0.0
         self.choose(0)
 
@@ -127,7 +129,25 @@ class Work:
         elif items and not isinstance(stage, str):
             self.unfused.setdefault(stage, []).extend(items)
 
-    def encoded(self, items: Sequence[int]) -> None:
+    def begin_again(self, items: Iterable[int]) -> None:
+        """Nothing that was done for these items counts any more; they wait for a plan like new ones."""
+        again = set(items)
+        for item in again:
+            del self._set_of[item]
+            self._missing.pop(item, None)
+        self.unsent = {m: rest for m, waiting in self.unsent.items() if (rest := _without(waiting, again))}
+        self.unfused = {s: rest for s, waiting in self.unfused.items() if (rest := _without(waiting, again))}
+        for wanted in self.calls.values():
+            wanted -= again
+        self._order = self._permuted({*self._order, *again})
+
+    def may_try_again(self, items: Iterable[int]) -> bool:
+        """Notes that a call with these items failed; whether it was the first time for each of them."""
+        first = self._failed.isdisjoint(items)
+        self._failed.update(items)
+        return first
+
+    def encoded(self, items: Iterable[int]) -> None:
         """One more modality of these items is encoded."""
         for item in items:
             self._missing[item] -= 1
@@ -140,6 +160,11 @@ class Work:
         counts = Counter({modality_set: len(items) for modality_set, items in self.unfused.items()})
         counts.update(self._set_of[item] for item in self._missing)
         return counts
+
+    def _permuted(self, items: Iterable[int]) -> list[int]:
+        order = sorted(items)
+        random.Random(self.job.id).shuffle(order)  # noqa: S311 (fair, not secret)
+        return order
 
     def _commit(self, modality: str, count: int) -> None:
         """Commits the next items that run a modality, the most accurate sets first."""
@@ -154,3 +179,7 @@ class Work:
                 self._set_of[item], self._missing[item] = modality_set, len(modality_set)
                 for needed in modality_set:
                     self.unsent.setdefault(needed, []).append(item)
+
+
+def _without(items: Iterable[int], others: set[int]) -> list[int]:
+    return [item for item in items if item not in others]

@@ -49,6 +49,7 @@ def respond(request: InferRequest, answer: Answer) -> InferResponse:
     """The response to a request whose outputs were checked."""
     package = answer.job.package
     own = package.output.name
+    away = ",".join(answer.unavailable_modalities)
     return InferResponse(
         model=package.name,
         version=package.version,
@@ -60,6 +61,7 @@ def respond(request: InferRequest, answer: Answer) -> InferResponse:
             "queue_ms": answer.queue_ms,
             "compute_ms": answer.compute_ms,
             "deadline_slack_ms": answer.deadline_slack_ms,
+            **({"modalities_unavailable": away} if away else {}),
         },
         outputs=[
             _output(name, request.output_parameters.get(name, {}).get(_CLASSIFICATION), answer)

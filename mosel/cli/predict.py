@@ -59,6 +59,8 @@ def predict(
         f"expected accuracy {prediction.expected_accuracy:.4f}, queue {prediction.queue_ms:.2f} ms, "
         f"compute {prediction.compute_ms:.2f} ms, slack {prediction.deadline_slack_ms:.0f} ms, job {prediction.job_id}"
     )
+    if prediction.unavailable_modalities:
+        console.print(f"without {', '.join(prediction.unavailable_modalities)}, whose encoders are away")
 
 
 def _split(argument: str) -> tuple[str, str]:

@@ -163,6 +163,7 @@ class PredictReply(_message.Message):
     QUEUE_MS_FIELD_NUMBER: _builtins.int
     COMPUTE_MS_FIELD_NUMBER: _builtins.int
     DEADLINE_SLACK_MS_FIELD_NUMBER: _builtins.int
+    UNAVAILABLE_MODALITIES_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job's id, 32 hexadecimal digits; also in every log line about the job."""
     expected_accuracy: _builtins.float
@@ -185,6 +186,12 @@ class PredictReply(_message.Message):
     def modality_sets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The modality set that each item used, B strings such as "audio+image"."""
 
+    @_builtins.property
+    def unavailable_modalities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Modalities that would have been run, had their encoders not been away: the answer is another one than usual, and
+        meets its floor without them. Sorted; empty when nothing was missing.
+        """
+
     def __init__(
         self,
         *,
@@ -196,10 +203,11 @@ class PredictReply(_message.Message):
         queue_ms: _builtins.float = ...,
         compute_ms: _builtins.float = ...,
         deadline_slack_ms: _builtins.float = ...,
+        unavailable_modalities: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ms", b"compute_ms", "deadline_slack_ms", b"deadline_slack_ms", "expected_accuracy", b"expected_accuracy", "job_id", b"job_id", "labels", b"labels", "modality_sets", b"modality_sets", "output", b"output", "queue_ms", b"queue_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ms", b"compute_ms", "deadline_slack_ms", b"deadline_slack_ms", "expected_accuracy", b"expected_accuracy", "job_id", b"job_id", "labels", b"labels", "modality_sets", b"modality_sets", "output", b"output", "queue_ms", b"queue_ms", "unavailable_modalities", b"unavailable_modalities"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -453,6 +461,7 @@ class JobSummary(_message.Message):
     COMPUTE_MS_FIELD_NUMBER: _builtins.int
     DEADLINE_SLACK_MS_FIELD_NUMBER: _builtins.int
     STRATEGY_FIELD_NUMBER: _builtins.int
+    UNAVAILABLE_MODALITIES_FIELD_NUMBER: _builtins.int
     expected_accuracy: _builtins.float
     queue_ms: _builtins.float
     compute_ms: _builtins.float
@@ -460,6 +469,10 @@ class JobSummary(_message.Message):
     @_builtins.property
     def strategy(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Items by modality set."""
+
+    @_builtins.property
+    def unavailable_modalities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As in PredictReply."""
 
     def __init__(
         self,
@@ -469,10 +482,11 @@ class JobSummary(_message.Message):
         compute_ms: _builtins.float = ...,
         deadline_slack_ms: _builtins.float = ...,
         strategy: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        unavailable_modalities: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ms", b"compute_ms", "deadline_slack_ms", b"deadline_slack_ms", "expected_accuracy", b"expected_accuracy", "queue_ms", b"queue_ms", "strategy", b"strategy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ms", b"compute_ms", "deadline_slack_ms", b"deadline_slack_ms", "expected_accuracy", b"expected_accuracy", "queue_ms", b"queue_ms", "strategy", b"strategy", "unavailable_modalities", b"unavailable_modalities"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

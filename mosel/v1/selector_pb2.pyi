@@ -253,6 +253,7 @@ class JobResult(_message.Message):
     EXPECTED_ACCURACY_FIELD_NUMBER: _builtins.int
     QUEUE_US_FIELD_NUMBER: _builtins.int
     COMPUTE_US_FIELD_NUMBER: _builtins.int
+    UNAVAILABLE_MODALITIES_FIELD_NUMBER: _builtins.int
     job_id: _builtins.bytes
     expected_accuracy: _builtins.float
     queue_us: _builtins.int
@@ -260,6 +261,10 @@ class JobResult(_message.Message):
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___ItemGroup]:
         """Items with their outputs; together with the parts sent before they cover every item once."""
+
+    @_builtins.property
+    def unavailable_modalities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As in PredictReply."""
 
     def __init__(
         self,
@@ -269,10 +274,11 @@ class JobResult(_message.Message):
         expected_accuracy: _builtins.float = ...,
         queue_us: _builtins.int = ...,
         compute_us: _builtins.int = ...,
+        unavailable_modalities: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_us", b"compute_us", "expected_accuracy", b"expected_accuracy", "groups", b"groups", "job_id", b"job_id", "queue_us", b"queue_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_us", b"compute_us", "expected_accuracy", b"expected_accuracy", "groups", b"groups", "job_id", b"job_id", "queue_us", b"queue_us", "unavailable_modalities", b"unavailable_modalities"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -66,16 +66,21 @@ class ServiceStatus(_message.Message):
     COUNTERS_FIELD_NUMBER: _builtins.int
     EDGES_FIELD_NUMBER: _builtins.int
     RESOURCE_FIELD_NUMBER: _builtins.int
+    BOOT_ID_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"gateway", "selector", "encoder/image", "fusion"."""
+    """"gateway", "selector", "encoder/image", "encoder/image/2", "fusion"."""
     address: _builtins.str
     ready: _builtins.bool
     detail: _builtins.str
     """Why it is not ready; empty if it is."""
     pid: _builtins.int
     resource: _builtins.str
-    """What the service computes on: "cpu", or a GPU's UUID. Services with the same one compete. Empty: it does not compute."""
+    """What the service computes on: "cpu", or a GPU's UUID. Services of a host with the same one compete. Empty: it does
+    not compute.
+    """
+    boot_id: _builtins.str
+    """Of the host of a service that computes, see HostIdentity."""
     @_builtins.property
     def counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Whole numbers by name, such as payload_bytes_read, items, calls; counted since the service started."""
@@ -99,11 +104,12 @@ class ServiceStatus(_message.Message):
         counters: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         edges: _abc.Iterable[Global___EdgeStatus] | None = ...,
         resource: _builtins.str = ...,
+        boot_id: _builtins.str = ...,
         models: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "counters", b"counters", "detail", b"detail", "edges", b"edges", "models", b"models", "name", b"name", "pid", b"pid", "ready", b"ready", "resource", b"resource"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "boot_id", b"boot_id", "counters", b"counters", "detail", b"detail", "edges", b"edges", "models", b"models", "name", b"name", "pid", b"pid", "ready", b"ready", "resource", b"resource"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

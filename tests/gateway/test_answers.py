@@ -17,7 +17,13 @@ from mosel.tensors import from_proto, to_proto
 from mosel.v1 import gateway_pb2, selector_pb2
 
 ROWS = np.array([[0.1, 0.2, 0.7], [0.8, 0.1, 0.1], [0.2, 0.6, 0.2]], np.float32)
-RESULT = selector_pb2.JobResult(job_id=bytes(range(16)), expected_accuracy=0.9, queue_us=1500, compute_us=250)
+RESULT = selector_pb2.JobResult(
+    job_id=bytes(range(16)),
+    expected_accuracy=0.9,
+    queue_us=1500,
+    compute_us=250,
+    unavailable_modalities=["smell"],
+)
 
 
 def job_of(package: ModelPackage, size: int) -> CheckedJob:
@@ -37,6 +43,7 @@ def test_groups_are_put_in_the_order_of_the_items(fruit: ModelPackage) -> None:
     assert list(reply.modality_sets) == ["photo", "scent", "photo"]
     assert (reply.expected_accuracy, reply.queue_ms, reply.compute_ms) == (0.9, 1.5, 0.25)
     assert reply.deadline_slack_ms == -4.0
+    assert list(reply.unavailable_modalities) == ["smell"]
 
 
 @given(sets=st.lists(st.sampled_from(["photo", "scent", "photo+scent"]), min_size=1, max_size=40))
@@ -48,6 +55,7 @@ def test_every_item_gets_its_own_row_and_set(fruit: ModelPackage, sets: list[str
     np.testing.assert_array_equal(answer.output, rows)
     assert answer.modality_sets == sets
     summary = summary_event(job_of(fruit, len(sets)), groups, RESULT, 0.0).summary
+    assert list(summary.unavailable_modalities) == ["smell"]
     assert dict(summary.strategy) == {name: len(chosen) for name, chosen in items.items()}
 
 

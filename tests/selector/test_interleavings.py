@@ -1,6 +1,7 @@
 """The scheduler's promises in any order of events: floors above all."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import settings
@@ -15,7 +16,7 @@ from hypothesis.stateful import (
 )
 
 from mosel.errors import DeadlineExceeded, DeadlineUnreachable, FloorUnreachable, MoselError, Overloaded
-from mosel.modality import ModalitySet, parse_set, subsets
+from mosel.modality import ModalitySet, modality_of, parse_set, subsets
 from selector.jobs import Call, Effort, EncodeCall, Ended, FuseCall, Job, Wait
 from selector.options import Frontiers
 from selector.policies import POLICIES
@@ -25,7 +26,8 @@ from selector.work import Work
 from tests.selector.support import profile_of
 
 MODALITIES = ("audio", "image", "pen")
-LANES = (*MODALITIES, FUSION)
+REPLICA = "audio/2"
+LANES = (*MODALITIES, REPLICA, FUSION)
 THREE = {
     "pen": 0.60,
     "image": 0.65,
@@ -80,6 +82,10 @@ class Account:
         self.job, self.work = job, work
         self.how_ended = ""
         self.retries_alone = False
+        self.failed_once: set[int] = set()
+        # Calls and items whose results no longer count: the item began again meanwhile.
+        self.void: set[tuple[int, int]] = set()
+        self.begun_again = 0
         self.sent: Counter[tuple[str, int]] = Counter()
         self.encoded: dict[int, set[str]] = {item: set() for item in range(job.size)}
         self.in_fusion: set[int] = set()
@@ -104,12 +110,17 @@ class Account:
         self.in_fusion.difference_update(items)
         self.answered_with.update(dict.fromkeys(items, modality_set))
 
-    def failed(self, call: Call, items: tuple[int, ...]) -> None:
-        self.retries_alone = True
-        if isinstance(call, EncodeCall):
-            self.sent.subtract((call.modality, item) for item in items)
-        else:
-            self.in_fusion.difference_update(items)
+    def begin_again(self, items: Iterable[int], under_way: Iterable[Call]) -> None:
+        self.begun_again += 1
+        for item in items:
+            self.encoded[item] = set()
+            self.in_fusion.discard(item)
+            for modality in MODALITIES:
+                del self.sent[modality, item]
+        self.void.update((call.id, item) for call in under_way for item in items)
+
+    def wanted(self, call: Call, items: Iterable[int]) -> tuple[int, ...]:
+        return tuple(item for item in items if (call.id, item) not in self.void)
 
     def answered(self) -> None:
         self.end("answered")
@@ -118,7 +129,8 @@ class Account:
         mean = sum(accuracy[s] for s in self.answered_with.values()) / self.job.size
         assert mean >= floor_of(self.job) - 1e-9, "the floor was undercut"
         assert not self.job.exact or set(self.answered_with.values()) == {self.job.modalities}
-        assert {(m, item) for item, s in self.answered_with.items() for m in s} == set(+self.sent), "nothing in vain"
+        in_vain = set(+self.sent) - {(m, item) for item, s in self.answered_with.items() for m in s}
+        assert not in_vain
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -126,10 +138,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     policy = "mosel"
 
-    @initialize(away=st.sets(st.sampled_from(LANES), max_size=1), fusion_on=st.sampled_from(["cpu", "gpu"]))
-    def start(self, away: set[str], fusion_on: str) -> None:
+    @initialize(
+        away=st.sets(st.sampled_from(LANES), max_size=2),
+        fusion_on=st.sampled_from(["cpu", "gpu"]),
+        replica_on=st.sampled_from(["cpu", "gpu"]),
+    )
+    def start(self, away: set[str], fusion_on: str, replica_on: str) -> None:
         self.now = 0.0
-        self.resources = dict.fromkeys(MODALITIES, "cpu") | {FUSION: fusion_on}
+        self.resources = dict.fromkeys(MODALITIES, "cpu") | {REPLICA: replica_on, FUSION: fusion_on}
         self.up = set(LANES) - away
         self.scheduler = Scheduler(PROFILES, self.policy, MAX_QUEUED, TOKENS)
         self.scheduler._planner._frontiers = dict(FRONTIERS)
@@ -230,9 +246,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert sum(len(rows.items) for rows in call.rows) <= curve.best_batch
 
     def check_order(self, head: Account, open_lanes: set[str]) -> None:
+        replicated = {"audio"} if {"audio", REPLICA} <= self.up else set()
+        open_lanes = {modality_of(lane) for lane in open_lanes}
         for account in self.alive():
             if account.job.deadline < head.job.deadline:
-                waits_for = set(account.work.unsent).union(*account.work.planned)
+                # Where there are two, a job may wait for the better one.
+                waits_for = set(account.work.unsent).union(*account.work.planned) - replicated
                 waits_for |= {FUSION} if account.work.unfused else set()
                 assert waits_for.isdisjoint(open_lanes), "a later job was served first"
 
@@ -244,16 +263,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.returned_well(call)
             return
         parts = [(self.accounts[rows.job_id], rows.items) for rows in call.rows]
-        once_more = {account.job.id for account, _ in parts if not account.retries_alone}
+        parts = [(account, account.wanted(call, items)) for account, items in parts if not account.how_ended]
         lost = self.scheduler.failed(call, self.now)
+        assert set(lost) <= {account.job.id for account, _ in parts}
         for account, items in parts:
+            account.retries_alone |= bool(items)
             if account.job.id in lost:
                 account.end("failed")
-            elif not account.how_ended:
-                assert len(parts) > 1
-                account.failed(call, items)
-        assert set(lost) <= {account.job.id for account, _ in parts}
-        assert len(parts) == 1 or call.lane not in self.up or once_more.isdisjoint(lost)
+            else:
+                assert account.failed_once.isdisjoint(items), "an item is tried again once"
+                account.begin_again(items, self.under_way)
+            account.failed_once.update(items)
 
     def returned_well(self, call: Call) -> None:
         for rows in call.rows:
@@ -261,7 +281,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if isinstance(call, FuseCall):
                 account.fused(call.modality_set, rows.items)
             else:
-                for item in rows.items:
+                for item in account.wanted(call, rows.items):
                     account.encoded[item].add(call.modality)
         for job_id in self.scheduler.completed(call, self.now):
             self.accounts[job_id].answered()
@@ -269,8 +289,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(name=st.sampled_from(LANES))
     def lane_changes(self, name: str) -> None:
         self.up ^= {name}
+        if name not in self.up and name != FUSION:
+            for account in self.alive():
+                account.begin_again([*account.work.unsent.get(name, ())], self.under_way)
         for job_id in self.scheduler.lane(name, name in self.up, self.resources[name]):
-            assert name not in self.up
+            assert not any(modality_of(lane) == modality_of(name) for lane in self.up)
             self.accounts[job_id].end("failed")
 
     @precondition(lambda self: self.alive())
@@ -310,7 +333,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.advance()
         assert self.alive() == []
         counts = self.scheduler.statistics()
-        assert {name for name, count in counts.items() if count} <= {"jobs_dropped"}
+        assert {name for name, count in counts.items() if count} <= {"jobs_dropped", "items_tried_again"}
         assert self.scheduler.next(self.now) == Wait(None)
 
 

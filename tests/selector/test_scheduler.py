@@ -196,12 +196,47 @@ def test_jobs_of_a_failed_call_try_again_once_each_alone(scheduler: Scheduler) -
     assert is_empty(scheduler)
 
 
-def test_a_job_whose_own_call_fails_is_lost_once(scheduler: Scheduler) -> None:
+def test_an_item_whose_call_fails_is_tried_once_more_from_the_start(scheduler: Scheduler) -> None:
     scheduler.submit(job("a", sent="image+pen"), 0.0)
-    first, second = encode_call(scheduler), encode_call(scheduler)
-    assert scheduler.failed(first, 0.01) == [b"a"]
-    assert scheduler.failed(second, 0.01) == []
+    image, pen = encode_call(scheduler), encode_call(scheduler)
+    assert (image.modality, pen.modality) == ("image", "pen")
+    assert scheduler.failed(image, 0.01) == []
+    again = encode_call(scheduler, 0.01)
+    # What the call of its first life brings is of no use any more, as if it had failed, too.
+    assert scheduler.completed(pen, 0.01) == []
+    pen = encode_call(scheduler, 0.01)
+    assert {again.modality, pen.modality} == {"image", "pen"}
+    scheduler.completed(again, 0.02)
+    scheduler.completed(pen, 0.02)
+    assert scheduler.failed(fuse_call(scheduler, 0.02), 0.03) == [b"a"]
     assert is_empty(scheduler)
+
+
+def test_an_item_is_tried_again_with_what_is_left_if_that_meets_the_floor(scheduler: Scheduler) -> None:
+    strict = scheduler.submit(job("strict", sent="image+pen", floor=0.8), 0.0)
+    loose = scheduler.submit(job("loose", sent="image+pen", floor=0.6, effort=Effort.BEST), 0.0)
+    calls = [encode_call(scheduler), encode_call(scheduler)]
+    image = next(call for call in calls if call.modality == "image")
+    assert len(image.rows) == 2
+    assert scheduler.lane("image", up=False) == []
+    assert scheduler.failed(image, 0.01) == [b"strict"]
+    assert not strict.without
+    assert loose.strategy.counts == ((PEN, 1),)
+    assert loose.without == {"image"}
+
+
+def test_a_second_try_that_cannot_be_in_time_is_none(scheduler: Scheduler) -> None:
+    scheduler.submit(job("a", deadline=0.05), 0.0)
+    assert scheduler.failed(encode_call(scheduler), 0.049) == [b"a"]
+    assert is_empty(scheduler)
+
+
+def test_a_job_says_which_modalities_were_away_that_it_would_have_run(scheduler: Scheduler) -> None:
+    scheduler.lane("image", up=False)
+    wanted = scheduler.submit(job("a", sent="image+pen", floor=0.6, effort=Effort.BEST), 0.0)
+    not_wanted = scheduler.submit(job("b", sent="image+pen", floor=0.6), 0.0)
+    assert wanted.without == {"image"}
+    assert not not_wanted.without
 
 
 def test_a_service_that_goes_loses_the_jobs_that_cannot_do_without(scheduler: Scheduler) -> None:

@@ -156,6 +156,30 @@ def test_calls_end_at_their_deadline_while_a_service_hangs(
     np.testing.assert_allclose(answer.output.astype(np.float32), directly(payloads, payloads), atol=1e-5)
 
 
+def test_jobs_in_the_hands_of_a_dead_encoder_get_another_modality_set_that_meets_their_floor(
+    own: Launcher, draw: Draw, directly: Directly, counters: Counters
+) -> None:
+    payloads = {seed: draw(16, seed=seed) for seed in range(4)}
+    photo = own.children["encoder/photo"]
+    with Client(own.address) as client, ThreadPoolExecutor(4) as pool:
+        before = client.predict("fruit", payloads[0], min_accuracy=0.6, effort="best")
+        assert (set(before.modality_sets), before.unavailable_modalities) == ({"photo+scent"}, ())
+        with frozen(photo):
+            calls = {
+                seed: pool.submit(client.predict, "fruit", rows, min_accuracy=0.6, effort="best", latency_slo_ms=20_000)
+                for seed, rows in payloads.items()
+            }
+            time.sleep(0.5)
+            assert not any(call.done() for call in calls.values())
+            photo.process.kill()
+        for seed, call in calls.items():
+            prediction = call.result()
+            assert (set(prediction.modality_sets), prediction.unavailable_modalities) == ({"scent"}, ("photo",))
+            output = prediction.output.astype(np.float32)
+            np.testing.assert_allclose(output, directly(payloads[seed], ["scent"]), atol=1e-5)
+        assert counters(client)["selector"]["items_tried_again"] > 0
+
+
 def test_under_load_an_encoder_is_killed_and_started_by_hand(
     own: Launcher, draw: Draw, directly: Directly, start_again: Callable[[Launcher, str], Child], until: Until
 ) -> None:
@@ -206,6 +230,10 @@ def test_without_an_encoder_the_other_sets_are_served_until_it_is_back(
         until(lambda: not client.models()[0].sets["photo"].available, "the encoder's end is known")
         prediction = client.predict("fruit", payloads, min_accuracy=0.6)
         assert set(prediction.modality_sets) == {"scent"}
+        # It would have been scent anyway; with the best effort it would have been both.
+        assert prediction.unavailable_modalities == ()
+        best = client.predict("fruit", payloads, min_accuracy=0.6, effort="best")
+        assert (set(best.modality_sets), best.unavailable_modalities) == ({"scent"}, ("photo",))
         output = prediction.output.astype(np.float32)
         np.testing.assert_allclose(output, directly(payloads, ["scent"]), atol=1e-5)
         with pytest.raises(ServiceUnavailable, match=r"^service encoder/photo is away, .* 0\.\d+ with scent$"):

@@ -1,5 +1,6 @@
 """Answers as the Open Inference Protocol gives them."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +17,10 @@ from mosel.v1 import gateway_pb2
 ROWS = np.array([[0.2, 0.7, 0.1], [0.5, 0.3, 0.2], [0.1, 0.1, 0.8]], np.float32)
 
 
-def answer_of(package: ModelPackage) -> Answer:
+def answer_of(package: ModelPackage, away: Sequence[str] = ()) -> Answer:
     job = check_spec(gateway_pb2.JobSpec(model="fruit", size=3), {"fruit": package}, 9)
     sets = ["photo+scent", "scent", "photo+scent"]
-    return Answer(job, b"0123456789abcdef", ROWS, sets, 0.875, 1.5, 2.5, -3.5)
+    return Answer(job, b"0123456789abcdef", ROWS, sets, 0.875, 1.5, 2.5, -3.5, away)
 
 
 def outputs_of(package: ModelPackage, *outputs: str, **fields: Any) -> list[OutputTensor]:
@@ -37,6 +38,11 @@ def test_an_answer_says_what_was_run_and_how_long_it_took(fruit: ModelPackage) -
         "compute_ms": 2.5,
         "deadline_slack_ms": -3.5,
     }
+
+
+def test_an_answer_says_what_was_away(fruit: ModelPackage) -> None:
+    response = respond(InferRequest("fruit"), answer_of(fruit, ("photo", "smell")))
+    assert response.parameters["modalities_unavailable"] == "photo,smell"
 
 
 def test_the_model_s_output_alone_unless_more_is_asked_for(fruit: ModelPackage) -> None:

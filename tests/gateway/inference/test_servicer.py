@@ -56,8 +56,8 @@ async def test_a_request_becomes_a_job_and_its_result_the_response(gateway: Gate
     assert (description.min_accuracy, description.exact, description.priority) == (0.5, True, 3)
     assert 8_000_000 < description.budget_us <= 9_000_000
     gateway.selector.say(part=selector_pb2.JobPart(job_id=description.job_id, group=group("scent", 1)))
-    groups, times = [group("photo+scent", 0, 2)], {"queue_us": 1500, "compute_us": 2500}
-    result = selector_pb2.JobResult(job_id=description.job_id, groups=groups, expected_accuracy=0.875, **times)
+    result = selector_pb2.JobResult(job_id=description.job_id, expected_accuracy=0.875, queue_us=1500, compute_us=2500)
+    result.groups.append(group("photo+scent", 0, 2))
     gateway.selector.say(result=result)
     gateway.selector.say(release=release_of(description))
     response = await call
