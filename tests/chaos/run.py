@@ -27,8 +27,7 @@ _WARM_UP_S = 5.0
 # That requests bring some of; more than the largest job has.
 _ITEMS = 256
 _GATEWAY_ARENA_MIB, _ENCODER_ARENA_MIB = 32, 16
-# Room for every arena, and for another one of the largest.
-_MEMORY_MIB = 2 * _GATEWAY_ARENA_MIB + 3 * _ENCODER_ARENA_MIB
+_MODALITIES = ("audio", "image", "pen")
 # Requests of each second, unless a file says others; scaled to the rate.
 _TRACE = (4.0, 6.0, 5.0, 9.0, 3.0, 7.0, 14.0, 5.0, 2.0, 6.0)
 # What is promised: how long after its deadline a call ends at most, and how soon a service is of use again.
@@ -43,13 +42,20 @@ class Options:
         seconds: how long services are killed.
         load: in multiples of what the services can answer with every modality.
         trace: CSV file second,requests; None: a bursty one.
+        replicas: of each encoder.
         seed: of all chance.
     """
 
     seconds: float = 300.0
     load: float = 0.5
     trace: Path | None = None
+    replicas: int = 1
     seed: int = 0
+
+    @property
+    def memory_mib(self) -> int:
+        """Room for every arena, and for another one of the largest."""
+        return 2 * _GATEWAY_ARENA_MIB + len(_MODALITIES) * self.replicas * _ENCODER_ARENA_MIB
 
     def times(self, rate: float, seconds: float) -> Iterator[float]:
         """When requests are sent."""
@@ -113,7 +119,7 @@ def chaos(options: Options, profiles_dir: Path | None = None) -> Report:
     Raises:
         MoselError: the services do not start.
     """
-    with SharedMemory(_MEMORY_MIB) as memory, Launcher(_settings(memory, profiles_dir)) as launcher:
+    with SharedMemory(options.memory_mib) as memory, Launcher(_settings(options, memory, profiles_dir)) as launcher:
         launcher.wait_ready(_READY_TIMEOUT_S)
         package = launcher.packages[MODEL]
         items = items_of(package, at_least=_ITEMS)
@@ -165,7 +171,7 @@ class _Sending:
         return self.finish()
 
 
-def _settings(memory: SharedMemory, profiles_dir: Path | None) -> Settings:
+def _settings(options: Options, memory: SharedMemory, profiles_dir: Path | None) -> Settings:
     transport = {
         "shm_dir": memory.folder,
         "gateway_arena_mib": _GATEWAY_ARENA_MIB,
@@ -173,5 +179,11 @@ def _settings(memory: SharedMemory, profiles_dir: Path | None) -> Settings:
         "inline_max_kib": 0,
         "lease_grace_ms": 1000,
     }
-    kept = {} if profiles_dir is None else {"profiles_dir": profiles_dir}
-    return load_settings(models=(MODEL,), device="cpu", gateway=FREE_PORTS, transport=transport, **kept)
+    flags = {
+        "models": (MODEL,),
+        "device": "cpu",
+        "gateway": FREE_PORTS,
+        "transport": transport,
+        "encoders": {"replicas": dict.fromkeys(_MODALITIES, options.replicas)},
+    }
+    return load_settings(**flags if profiles_dir is None else flags | {"profiles_dir": profiles_dir})

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -144,7 +143,7 @@ def test_one_with_other_files_is_left_out(
         with log.open("ab") as stream:
             python = [sys.executable, "-P", "-m", *command]
             process = subprocess.Popen(python, env=os.environ | environment, stdout=stream, stderr=stream)
-        launcher.children[SECOND] = Child(SECOND, command, process, time.monotonic(), log, 0)
+        launcher.children[SECOND] = Child(SECOND, command, process, log, 0)
         launcher.wait_ready(120)
         jobs = [draw(ITEMS, seed=seed) for seed in range(6)]
         for payloads, outcome in zip(jobs, outcomes_of(launcher.address, jobs), strict=True):
