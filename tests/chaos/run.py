@@ -12,6 +12,7 @@ from bench.items import items_of
 from bench.simulation import capacity, world_and_demands
 from bench.workload import Demands, from_trace, read_trace
 from mosel.config import FREE_PORTS, Settings, load_settings
+from mosel.errors import ServiceUnavailable
 from mosel.launcher import Launcher
 from mosel.profiles import needed_profile
 from tests.chaos.held import Held
@@ -74,7 +75,7 @@ class Report:
         restarts: by service.
         overshoots: of requests that ended late, seconds beyond the deadline and how much of it this process was busy.
         worst_lag_s: the longest time for which this process was busy.
-        before, after: what was held.
+        before, after: what was held; None if the gateway did not answer in the end.
         memory_own: whether memory could be filled.
     """
 
@@ -85,14 +86,14 @@ class Report:
     overshoots: list[tuple[float, float]]
     worst_lag_s: float
     before: Held
-    after: Held
+    after: Held | None
     memory_own: bool
 
     def wrong(self) -> list[str]:
         """Broken promises that no slow machine excuses."""
         broken = [reason for ended in self.ended for reason in ended.broken]
         broken += [f"{r.service} did not come back" for r in self.recoveries if math.isinf(r.took_s)]
-        return broken + list(self.after.more_than(self.before))
+        return broken + (list(self.after.more_than(self.before)) if self.after else ["the gateway does not answer"])
 
     def late(self) -> list[str]:
         """Promises about time that were broken, but for what this process itself was late."""
@@ -128,6 +129,8 @@ def chaos(options: Options, profiles_dir: Path | None = None) -> Report:
         rate = options.load * capacity(world, demands, "all")
         _Sending(launcher, truth, demands, options, rate, _WARM_UP_S).finish()
         before = Held.settled(launcher, memory)
+        if before is None:
+            raise ServiceUnavailable("the gateway does not answer after the first requests")
         killer = Killer(launcher, memory, truth, options.seed)
         # It is over when the last kill is.
         sending = _Sending(launcher, truth, demands, options, rate, 10 * options.seconds)
