@@ -30,6 +30,8 @@ from selector.work import Work
 
 # What the simulated model is called.
 MODEL = "model"
+# The cores that client, gateway and selector share with the services.
+_HOST = "cpu"
 # Capacity is what a backlog of so many jobs is worked off at.
 _BACKLOG = 300
 # How long callers wait who want a late answer, too.
@@ -58,6 +60,7 @@ class World:
         drift: how much longer calls take than the profile says, by lane; 1 where nothing is stated.
         failures: share of calls that fail.
         cancels: share of jobs that their caller cancels, at a random moment before the deadline.
+        resources: what a lane computes on, where that is not the cores of the host; and every replica, wherever it is.
         seed: of all chance.
     """
 
@@ -71,11 +74,17 @@ class World:
     drift: Mapping[str, float] = field(default_factory=dict)
     failures: float = 0.0
     cancels: float = 0.0
+    resources: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
 
     def edge_s(self, size: int) -> float:
         """Seconds that client and gateway add to a job of a size, on each way."""
         return (self.edge_ms + self.edge_item_ms * (size - 1)) / 2000
+
+    @property
+    def lanes(self) -> dict[str, str]:
+        """What each service computes on, by lane."""
+        return dict.fromkeys((*self.profile.encoders, FUSION), _HOST) | dict(self.resources)
 
     @property
     def full(self) -> frozenset[str]:
@@ -98,8 +107,8 @@ def world_and_demands(profile: Profile) -> tuple[World, Demands]:
 def new_scheduler(world: World, policy: str, max_queued_items: int = 1_000_000) -> Scheduler:
     """A scheduler with every service up."""
     scheduler = Scheduler({MODEL: world.profile}, policy, max_queued_items, world.tokens, Settings().selector.reply_ms)
-    for lane in (*world.profile.encoders, FUSION):
-        scheduler.lane(lane, True)
+    for lane, resource in world.lanes.items():
+        scheduler.lane(lane, True, resource)
     return scheduler
 
 
@@ -138,7 +147,9 @@ class _Simulation:
         self._event_count = self._job_count = 0
         self._works: dict[bytes, tuple[Arrival, Work]] = {}
         self._over: list[Outcome] = []
-        self._in_use, self._rate = _InUse(world.tokens), _Rate()
+        self._lanes = world.lanes
+        self._in_use = {resource: _InUse(world.tokens) for resource in self._lanes.values()}
+        self._rate = _Rate()
 
     def run(self, arrivals: Iterator[Arrival]) -> Iterator[Outcome]:
         self._expect_next(arrivals, 0.0)
@@ -194,7 +205,7 @@ class _Simulation:
                 self._end(step.job_id, Ending.EXPIRED, now)
             else:
                 self._at(now + self._takes_s(step, now), partial(self._return, step))
-                self._in_use.add(1, now)
+                self._in_use[self._lanes[step.lane]].add(1, now)
         return math.inf if step.until is None else step.until
 
     def _takes_s(self, call: Call, now: float) -> float:
@@ -202,15 +213,17 @@ class _Simulation:
         curve = profile.encoders[call.modality] if isinstance(call, EncodeCall) else profile.fusion[call.modality_set]
         noise = math.exp(self._rng.normal(0, world.noise.get(call.lane, 0.0)))
         items = sum(len(rows.items) for rows in call.rows)
-        idle_ms, share = curve.call_ms(items), self._in_use.share(now)
+        resource = self._lanes[call.lane]
+        idle_ms, share = curve.call_ms(items), self._in_use[resource].share(now)
         overhead_ms, factor = world.loaded.get(call.lane, (0.0, 1.0))
         ms = (1 - share) * idle_ms + share * (overhead_ms + factor * idle_ms)
         # While every token is in use, whatever else runs on the cores takes them from calls.
-        taken = min(self._rate.per_s(now) * world.edge_cpu_ms / 1000 / world.tokens, _MOST_TAKEN) * share
+        edge_cpu_ms = world.edge_cpu_ms if resource == _HOST else 0.0
+        taken = min(self._rate.per_s(now) * edge_cpu_ms / 1000 / world.tokens, _MOST_TAKEN) * share
         return ms / 1000 / (1 - taken) * world.drift.get(call.lane, 1.0) * noise
 
     def _return(self, call: Call, now: float) -> None:
-        self._in_use.add(-1, now)
+        self._in_use[self._lanes[call.lane]].add(-1, now)
         if self._rng.random() < self._world.failures:
             for job_id in self._scheduler.failed(call, now):
                 self._end(job_id, Ending.FAILED, now)

@@ -13,7 +13,7 @@ from mosel.compute import Workers
 from mosel.config import Settings
 from mosel.deadline import Deadline
 from mosel.model_package import find_packages
-from mosel.service import Service, run_service
+from mosel.service import Service, open_blocking_channel, run_service
 from mosel.tracing import open_tracing
 from mosel.transport import Reader
 from mosel.transport.cupy_ipc import device_ipc_for
@@ -46,7 +46,7 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
     shm_dir = settings.transport.shm_dir
     with (
         open_tracing(settings, "fusion") as tracing,
-        Reader(shm_dir) as host_reader,
+        Reader(shm_dir, partial(open_blocking_channel, settings)) as host_reader,
         TensorReader(host_reader, shm_dir, device, ipc, no_ipc) as reader,
         Workers(settings.workers, settings.fusion.torch_threads) as workers,
     ):

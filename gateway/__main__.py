@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from gateway.access.guarding import guarding
 from gateway.access.interceptor import OnlyTenants
 from gateway.access.middleware import OnlyTenantsHttp
+from gateway.fetching import FetchListeners
 from gateway.inference.http import InferenceHttp
 from gateway.inference.messages import POOL, SERVICE
 from gateway.inference.servicer import InferenceServicer, handlers
@@ -67,9 +68,18 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
             publisher.rung = rung
             models_changed.set()
 
-        async with SelectorLink(
-            settings, announcement, publisher.release, transport_changed, models_changed.set
-        ) as link:
+        async with (
+            # Around everything: until the last job is over, encoders may fetch its payloads.
+            FetchListeners(settings, arena) as listeners,
+            SelectorLink(
+                settings,
+                announcement,
+                publisher.release,
+                transport_changed,
+                models_changed.set,
+                listeners.address_for,
+            ) as link,
+        ):
             plane = DataPlane(settings, packages, arena, publisher, link, tracing)
             register = partial(_register, plane)
             checks = (RefuseGarbage(), RefuseHugeAnswers(settings))

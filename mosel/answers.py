@@ -167,7 +167,7 @@ class SetInfo:
 class ModelInfo:
     """One served model.
 
-    `revision` is a digest of the files that it was loaded from; `reason` says why it is not ready, where more is known.
+    `revision` is a digest of the files that it was loaded from; `reason` says which service lacks it, and why.
     """
 
     name: str

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
@@ -61,6 +62,8 @@ def channel_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),
         ("grpc.max_reconnect_backoff_ms", 1_000),
         ("grpc.initial_reconnect_backoff_ms", 100),
+        # Also how long one attempt may take: to a host that is cut off, it would be 20 s.
+        ("grpc.min_reconnect_backoff_ms", 5_000),
         # A unix socket must not be looked for behind a proxy.
         ("grpc.enable_http_proxy", 0),
     ]
@@ -72,10 +75,40 @@ def open_channel(settings: Settings, address: str) -> grpc.aio.Channel:
     Raises:
         ConfigError: it would cross a network in plain text, or a file of `internal_tls` is wrong.
     """
+    options = channel_options(settings) + _alive_options(address)
     tls = internal_client_tls(settings, address)
     if tls is None:
-        return grpc.aio.insecure_channel(address, channel_options(settings))
-    return grpc.aio.secure_channel(address, tls.channel_credentials("internal_tls"), channel_options(settings))
+        return grpc.aio.insecure_channel(address, options)
+    return grpc.aio.secure_channel(address, tls.channel_credentials("internal_tls"), options)
+
+
+def open_blocking_channel(settings: Settings, address: str) -> grpc.Channel:
+    """As `open_channel`, for calls that block a thread of their own."""
+    options = channel_options(settings) + _alive_options(address)
+    tls = internal_client_tls(settings, address)
+    if tls is None:
+        return grpc.insecure_channel(address, options)
+    return grpc.secure_channel(address, tls.channel_credentials("internal_tls"), options)
+
+
+def _alive_options(address: str) -> list[tuple[str, int]]:
+    """Has both ends of a connection between hosts ask each other whether they are there.
+
+    Otherwise calls to a host that was cut off would hang until their deadlines. gRPC's own threads ask and answer, so a
+    service that is busy is not taken for one that is gone. On one machine the kernel tells.
+    """
+    if address.startswith("unix:"):
+        return []
+    return [
+        ("grpc.keepalive_time_ms", 2_000),
+        # Both: without the second, an answer is waited for for a minute unless the kernel gives up before.
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.http2.ping_timeout_ms", 5_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        # What a server puts up with.
+        ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ]
 
 
 class Service:
@@ -89,7 +122,7 @@ class Service:
         interceptors: what sees each call first; each costs time in every call.
         names: of the gRPC services that it adds, `mosel.v1.Gateway`, for health.
         public: whether strangers may call it, with `tls`; otherwise only other services do, with `internal_tls`.
-        refused: called when TLS does not let a caller in.
+        refused: called when TLS does not let a caller in; None: another server of this process is told.
 
     Raises:
         ConfigError: other machines could call it, and nothing protects it.
@@ -105,7 +138,7 @@ class Service:
         names: Sequence[str] = (),
         *,
         public: bool = False,
-        refused: Refused = handshake_refused,
+        refused: Refused | None = handshake_refused,
     ) -> None:
         self.address = address
         self._settings, self._setting, self._refused, self._names = settings, setting, refused, names
@@ -115,6 +148,8 @@ class Service:
         if public:
             # What is under way on an old connection is finished, however long that takes.
             options.append(("grpc.max_connection_age_ms", round(settings.gateway.max_connection_age_s * 1000)))
+        else:
+            options += _alive_options(address)
         self._server = grpc.aio.server(options=options, interceptors=interceptors)
         self._health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -128,8 +163,8 @@ class Service:
         port = await self._add_port()
         if path is None:
             self.address = f"{self.address.rpartition(':')[0]}:{port}"
-        if self._tls is not None:
-            self._entered.enter_context(native_lines(self._heard))
+        if self._tls is not None and self._refused is not None:
+            self._entered.enter_context(native_lines(partial(_heard, self._refused)))
         self._health.set("", True)
         self.set_ready(False)
         await self._server.start()
@@ -170,17 +205,18 @@ class Service:
         except RuntimeError:
             raise ConfigError(f"{self._setting}: {self.address} is taken or cannot be listened on") from None
 
-    def _heard(self, line: str) -> None:
-        """Something that gRPC wrote to standard error."""
-        if failed := _HANDSHAKE_FAILED.search(line):
-            self._refused(failed[1] or "unknown reason")
-        else:
-            log.info("grpc", extra={"line": line})
-
     def set_ready(self, ready: bool, *names: str) -> None:
         """Sets what `grpc.health.v1` answers for some names, or for its gRPC services; the process lives anyway."""
         for name in names or self._names:
             self._health.set(name, ready)
+
+
+def _heard(refused: Refused, line: str) -> None:
+    """Something that gRPC wrote to standard error."""
+    if failed := _HANDSHAKE_FAILED.search(line):
+        refused(failed[1] or "unknown reason")
+    else:
+        log.info("grpc", extra={"line": line})
 
 
 def socket_path(address: str) -> Path | None:

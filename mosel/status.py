@@ -58,6 +58,8 @@ STATUS: dict[type[MoselError], grpc.StatusCode] = {
 _TOO_LARGE = "larger than max"
 # Of a call that reached a server which was just ending, or had no more time for it.
 _BROKEN_OFF = "CANCELLED"
+# What grpc.aio makes of any status that comes while a message of the stream is being sent (grpc/grpc issue 36066).
+_STATUS_LOST = "Internal error from Core"
 _HANDSHAKE_FAILED = re.compile(r"[Hh]andshake failed.*?OPENSSL_internal:([A-Z_0-9]+(?:: [a-z ]+)?)")
 HTTP_STATUS: dict[type[MoselError], int] = {
     InvalidRequest: 400,
@@ -158,6 +160,8 @@ def error_from_rpc(
         return ServiceUnavailable(f"service {peer} is not reachable" + (f": TLS says {failed[1]}" if failed else ""))
     if status is grpc.StatusCode.CANCELLED and details == _BROKEN_OFF:
         return ServiceUnavailable(f"service {peer} stopped before it answered")
+    if status is grpc.StatusCode.INTERNAL and details == _STATUS_LOST:
+        return ServiceUnavailable(f"service {peer} ended the call while it was being sent, and grpc lost the reason")
     if status is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in details:
         return PayloadTooLarge(f"{details} (setting transport.max_message_mib): send fewer items")
     found = error_from(status, details or f"service {peer} answered {status.name}", retry_hint_ms(error))

@@ -24,6 +24,7 @@ from mosel.v1 import (
     tensor_pb2,
 )
 from selector.attachments import Attachments
+from selector.session import Session
 from selector.stages import FUSION, service_name
 
 # How long the first measurement waits for services that are still starting, so that they do not disturb it.
@@ -75,8 +76,8 @@ class Peers:
         # Their health streams.
         self._watches: dict[str, grpc.aio.UnaryStreamCall[Any, Any]] = {}
         self._refused: dict[str, str] = {}
-        self._gateways: dict[str, Callable[[selector_pb2.PayloadTransport], None]] = {}
-        self.attachments = Attachments(self._open_arena)
+        self._gateways: dict[str, Session] = {}
+        self.attachments = Attachments(self._open_arena, self._fetch_from)
 
     async def __aenter__(self) -> "Peers":
         for name in self._addresses:
@@ -142,23 +143,12 @@ class Peers:
         except grpc.RpcError as error:
             log.info("release not delivered", extra={"peer": name, "reason": error.code().name})
 
-    async def gateway_came(
-        self,
-        name: str,
-        announcement: arena_pb2.Announcement,
-        tell: Callable[[selector_pb2.PayloadTransport], None],
-    ) -> None:
-        """Has every encoder open a gateway's arena.
-
-        Args:
-            name: the gateway's.
-            announcement: its arena.
-            tell: how payloads reach every encoder; called now and after each change.
-        """
-        self.attachments.announce(name, announcement)
-        self._gateways[name] = tell
+    async def gateway_came(self, gateway: Session, announcement: arena_pb2.Announcement) -> None:
+        """Has every encoder open a gateway's arena; the gateway is told how payloads travel, now and at each change."""
+        self.attachments.announce(gateway.name, announcement)
+        self._gateways[gateway.name] = gateway
         for encoder in self._serving_encoders():
-            await self.attachments.attach(name, encoder)
+            await self.attachments.attach(gateway.name, encoder)
         self._tell_gateways()
 
     async def gateway_went(self, name: str) -> None:
@@ -299,13 +289,15 @@ class Peers:
                 log.error("refused", extra={"peer": name, "reason": self._refused[name]})
 
     def _tell_gateways(self) -> None:
-        for name, tell in self._gateways.items():
+        required = self._settings.transport.require
+        for name, gateway in self._gateways.items():
             edge = self.attachments.worst(name, self._serving_encoders())
             refused = ""
-            if edge.rung == tensor_pb2.INLINE and self._settings.transport.require != "inline":
-                refused = f"transport.require is {self._settings.transport.require}, but payloads travel inline"
-                refused += f": {edge.reason}"
-            tell(selector_pb2.PayloadTransport(rung=edge.rung, refused=refused))
+            # Payloads are in host memory.
+            if edge.rung < min(tensor_pb2.Rung.Value(required.upper()), tensor_pb2.POSIX_SHM):
+                rung = tensor_pb2.Rung.Name(edge.rung).lower()
+                refused = f"transport.require is {required}, but payloads travel {rung}: {edge.reason}"
+            gateway.send(transport=selector_pb2.PayloadTransport(rung=edge.rung, refused=refused))
 
     def _stub(self, name: str) -> "encoder_pb2_grpc.EncoderAsyncStub | fusion_pb2_grpc.FusionAsyncStub":
         """For what every service that computes can be asked."""
@@ -321,6 +313,17 @@ class Peers:
             )
         except grpc.RpcError as error:
             return arena_pb2.PreflightReport(reason=f"the consumer does not answer: {error.code().name}")
+
+    async def _fetch_from(self, producer: str, consumer: str) -> selector_pb2.FetchAddress:
+        required = self._settings.transport.require
+        if tensor_pb2.Rung.Value(required.upper()) > tensor_pb2.FETCH:
+            return selector_pb2.FetchAddress(reason=f"transport.require is {required}")
+        if producer in self._addresses:
+            return selector_pb2.FetchAddress(address=self._addresses[producer])
+        address = self._addresses[consumer]
+        if producer not in self._gateways or address.startswith("unix:"):
+            return selector_pb2.FetchAddress()
+        return await self._gateways[producer].fetch_address(address)
 
     async def _close_arenas(self, producer: str) -> None:
         for consumer, arena in self.attachments.forget(producer):

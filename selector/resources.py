@@ -119,10 +119,6 @@ class Resources:
         """Those that are not about to go."""
         return [lane for lane in lanes if not self._lanes[lane].leaving]
 
-    def is_lane_up(self, name: str) -> bool:
-        """Whether one service is there."""
-        return self._lanes[name].up
-
     def open_lanes(self) -> set[str]:
         """The services that are there and may be called now."""
         used = Counter(self._lanes[under_way.call.lane].resource for under_way in self._calls.values())

@@ -19,7 +19,7 @@ def models(
     console = Console()
     for model in served:
         inputs = ", ".join(f"{name} {info.dtype} {list(info.shape)}" for name, info in model.modalities.items())
-        state = "ready" if model.ready else f"not ready: {model.reason}" if model.reason else "not ready"
+        state = ("ready" if model.ready else "not ready") + (f": {model.reason}" if model.reason else "")
         console.print(f"{model.name} {model.version} ({state}): {model.description}")
         console.print(f"  inputs per item: {inputs}", markup=False)
         table = Table("modality set", "accuracy", "ms for one item", "available")

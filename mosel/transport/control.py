@@ -64,6 +64,10 @@ class ControlFile:
         """Tells readers that a slot is filled anew, and how far; to be called before its first byte is written."""
         self._entries[slot, _NBYTES], self._entries[slot, _GENERATION] = nbytes, generation
 
+    def size_of(self, slot: int) -> int:
+        """Bytes of the tensor that a slot was filled with last."""
+        return int(self._entries[slot, _NBYTES])
+
     def close(self) -> None:
         """Removes the file; consumers that mapped it keep their mapping until they drop it."""
         leftovers.remove(self._path)

@@ -789,7 +789,7 @@ class Model(_message.Message):
     revision: _builtins.str
     """A digest of the files that the model was loaded from."""
     reason: _builtins.str
-    """Why it is not ready, where there is more to say."""
+    """Which service lacks it, and why; empty if none is known to."""
     @_builtins.property
     def modalities(self) -> _containers.RepeatedCompositeFieldContainer[Global___Modality]: ...
     @_builtins.property

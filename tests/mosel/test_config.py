@@ -85,6 +85,15 @@ def test_an_unknown_environment_variable_is_named(monkeypatch: pytest.MonkeyPatc
         ({"selector": {"profile_batch_sizes": []}}, r"'selector\.profile_batch_sizes' holds"),
         ({"selector": {"profile_batch_sizes": [0]}}, r"'selector\.profile_batch_sizes\.0' holds 0"),
         ({"encoders": {"torch_threads": {"pen": 0}}}, r"'encoders\.torch_threads\.pen' holds 0"),
+        ({"encoders": {"replicas": {"pen": -1}}}, r"'encoders\.replicas\.pen' holds -1"),
+        ({"encoders": {"replicas": {"pen": 0}}}, r"replicas\.pen is 0, and addresses\.pen does not say where they are"),
+        (
+            {"encoders": {"replicas": {"pen": 3}, "addresses": {"pen": ["a:1", "a:2"]}}},
+            r"replicas\.pen is 3, but addresses\.pen names 2",
+        ),
+        ({"encoders": {"addresses": {"pen": ["a:1", "a:1"]}}}, r"addresses\.pen names an address twice"),
+        ({"encoders": {"addresses": {"pen": []}}}, r"'encoders\.addresses\.pen' holds \[\]"),
+        ({"encoders": {"addresses": {"pen/2": "a:1"}}}, r"addresses has 'pen/2'; expected a modality"),
         ({"tls": {"certificate": "c"}}, r"'tls' holds .*: expected certificate and key, and client_ca only beside"),
         ({"tls": {"client_ca": "c"}}, r"'tls' holds .*: expected certificate and key, and client_ca only beside them"),
         ({"internal_tls": {"certificate": "c", "key": "k"}}, r"'internal_tls' holds .*: expected certificate, key and"),
@@ -127,6 +136,21 @@ def test_services_have_sockets_of_their_own_unless_told_otherwise() -> None:
     assert settings.local_gateway_address == "unix:/run/m/gateway-8001.sock"
 
 
+def test_a_modality_has_as_many_encoders_as_addresses_or_replicas() -> None:
+    encoders = {"addresses": {"pen": ["", "host:2"], "ink": "host:1"}, "replicas": {"image": 2, "pen": 1, "ink": 0}}
+    settings = load_settings(run_dir="/run/m", encoders=encoders)
+    assert settings.encoder_addresses("audio") == {"audio": "unix:/run/m/encoder-audio.sock"}
+    assert settings.encoder_addresses("image") == {
+        "image": "unix:/run/m/encoder-image.sock",
+        "image/2": "unix:/run/m/encoder-image-2.sock",
+    }
+    assert settings.encoder_addresses("pen") == {"pen": "unix:/run/m/encoder-pen.sock", "pen/2": "host:2"}
+    assert settings.encoder_addresses("ink") == {"ink": "host:1"}
+    assert settings.encoder_address("pen", 2) == "host:2"
+    with pytest.raises(ConfigError, match="--replica is 3, but pen has 2 by the settings"):
+        settings.encoder_address("pen", 3)
+
+
 @pytest.mark.parametrize("letter", ["x", "é"])
 def test_a_socket_path_that_is_too_long_is_refused_in_bytes(letter: str) -> None:
     rest = len("/selector.sock")
@@ -143,6 +167,7 @@ def test_a_token_in_the_environment_is_no_setting(monkeypatch: pytest.MonkeyPatc
 
 
 text = st.text(st.characters(exclude_categories=["C"]), max_size=12)
+one_each = st.lists(text, min_size=1, max_size=3, unique=True)
 
 
 @hypothesis_settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -150,7 +175,7 @@ text = st.text(st.characters(exclude_categories=["C"]), max_size=12)
     models=st.lists(text, max_size=3),
     run_dir=text.map(lambda name: f"/tmp/{name}"),
     host=text | st.sampled_from(["1", "true", "null", "[]", '"x"', "{"]),
-    addresses=st.dictionaries(text, text, max_size=2),
+    addresses=st.dictionaries(text.filter(lambda name: "/" not in name), text | one_each, max_size=2),
     threads=st.dictionaries(st.sampled_from(["pen", "IMAGE"]), st.integers(1, 64)),
     grace=st.floats(0, 1e6),
     sizes=st.lists(st.integers(1, 64), min_size=1, max_size=4),
@@ -163,7 +188,7 @@ def test_a_child_process_gets_the_same_settings_from_its_environment(
     models: list[str],
     run_dir: str,
     host: str,
-    addresses: dict[str, str],
+    addresses: dict[str, str | list[str]],
     threads: dict[str, int],
     grace: float,
     sizes: list[int],

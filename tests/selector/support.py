@@ -102,6 +102,7 @@ class Driver:
         fused: how many items of each job were fused, by modality set.
         calls: every call so far, in order.
         drift: how much longer than profiled each call takes, by its number.
+        slower: the same by lane, where it is not 1.
     """
 
     def __init__(
@@ -109,8 +110,10 @@ class Driver:
         scheduler: Scheduler,
         profiles: Mapping[str, ModelProfile],
         drift: Callable[[int], float] = lambda number: 1.0,
+        slower: Mapping[str, float] | None = None,
     ) -> None:
         self.scheduler, self.profiles, self.now, self.drift = scheduler, profiles, 0.0, drift
+        self.slower = slower or {}
         self.answered: dict[bytes, float] = {}
         self.ended: dict[bytes, Ended] = {}
         self.fused: dict[bytes, dict[ModalitySet, int]] = {}
@@ -124,7 +127,8 @@ class Driver:
                 self.ended[action.job_id] = action
                 continue
             self.calls.append(action)
-            over = self.now + self.drift(action.id) * profiled_ms(self.profiles, action) / 1000
+            factor = self.drift(action.id) * self.slower.get(action.lane, 1.0)
+            over = self.now + factor * profiled_ms(self.profiles, action) / 1000
             heapq.heappush(self._under_way, (over, action.id, action))
         return action
 

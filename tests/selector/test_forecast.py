@@ -169,3 +169,52 @@ def test_one_token_ends_with_all_calls_that_the_rows_fill(rows: list[int]) -> No
 def test_later_tokens_make_nobody_earlier(queue: list[Remaining], free_at_ms: list[float]) -> None:
     early, late = cpu(*free_at_ms).finish(queue), cpu(*(ms + 5 for ms in free_at_ms)).finish(queue)
     assert all(b >= a - 1e-12 for a, b in zip(early, late, strict=True))
+
+
+# Two encoders of images, on two resources
+
+APART = ONE_HOST | {"image/2": "gpu"}
+SPREAD = {"image": ("image", "image/2")}
+
+
+def image_stage(factor: float = 1.0) -> Stage:
+    """10 ms a call of one row; on the second lane so many times as much."""
+    fresh = stage("image", (1, 10.0))
+    for i in range(200):
+        fresh.on("image/2").correction.learn(10.0, 10.0 * factor, i / 1e6)
+    return fresh
+
+
+def both(*free_at_ms: float) -> Forecast:
+    free_at = {name: [ms / 1000] for name, ms in zip(("cpu", "gpu"), free_at_ms, strict=True)}
+    return Forecast(0.0, free_at, APART, spread=SPREAD)
+
+
+def test_calls_go_where_they_are_over_first() -> None:
+    images = [Remaining(((image_stage(), 1),), ())] * 4
+    assert ends_ms(both(0, 0), *images) == [10, 10, 20, 20]
+    assert ends_ms(both(25, 0), *images) == [10, 20, 30, 35]
+    assert ends_ms(both(0, 0), Remaining(((image_stage(), 4),), ())) == [20]
+    slower = ends_ms(both(0, 0), *[Remaining(((image_stage(2.5), 1),), ())] * 4)
+    assert slower == pytest.approx([10, 20, 25, 30], rel=0.1)
+
+
+def test_rows_join_a_call_where_it_was_begun() -> None:
+    by_fours = stage("image", (1, 10.0), (4, 16.0))
+    assert ends_ms(both(0, 5), *[Remaining(((by_fours, 1),), ())] * 6) == [10, 12, 14, 16, 15, 17]
+
+
+def test_the_load_is_spread_as_the_lanes_share_it() -> None:
+    load = both(0, 0).loads([[Remaining(((image_stage(), 8),), ())]], [])[0][0]
+    assert load.seconds == pytest.approx({"cpu": 0.04, "gpu": 0.04})
+    assert load.alone_s == pytest.approx(0.04)
+    slower = both(0, 0).loads([[Remaining(((image_stage(3.0), 8),), ())]], [])[0][0]
+    assert slower.seconds == pytest.approx({"cpu": 0.06, "gpu": 0.06}, rel=0.02)
+
+
+def test_a_lane_that_lacks_the_model_is_not_counted_on() -> None:
+    lacking = {"image"}
+    images = Stage("image", LatencyCurve(((1, 10.0),)), Correction(10.0, 10.0), lacking)
+    assert ends_ms(both(0, 50), Remaining(((images, 2),), ())) == [70]
+    lacking.clear()
+    assert ends_ms(both(0, 50), Remaining(((images, 2),), ())) == [20]
