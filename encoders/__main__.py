@@ -3,32 +3,36 @@
 import argparse
 import asyncio
 import logging
-import sys
 from contextlib import nullcontext
 from functools import partial
+from typing import NoReturn
+
+import grpc
 
 from encoders.encoder import ModalityEncoder
 from encoders.servicer import EncoderServicer
 from mosel import networks
 from mosel.compute import Workers
 from mosel.config import Settings
+from mosel.deadline import Deadline
 from mosel.errors import ConfigError
 from mosel.modality import lane_of
 from mosel.model_package import find_packages
-from mosel.service import Service, run_service
+from mosel.service import Service, open_blocking_channel, run_service
 from mosel.tracing import open_tracing
 from mosel.transport import Reader, open_arena
 from mosel.transport.cupy_ipc import device_ipc_for
 from mosel.transport.device_arena import DeviceArena
 from mosel.transport.layout import MIB
+from mosel.transport.servicer import PRODUCER, ProducerServicer
 from mosel.transport.torch_exchange import TensorPublisher
-from mosel.v1 import encoder_pb2_grpc
+from mosel.v1 import arena_pb2_grpc, encoder_pb2_grpc
 
 log = logging.getLogger(__name__)
 
 
-def main() -> int:
-    """Serves until a signal; returns the exit code."""
+def main() -> NoReturn:
+    """Serves until a signal, and ends the process."""
     parser = argparse.ArgumentParser(prog="python -m encoders", description=__doc__)
     parser.add_argument("--modality", required=True, help="which modality's networks to run")
     parser.add_argument("--listen", default="", help="address to listen on (default: the setting encoders.addresses)")
@@ -37,7 +41,7 @@ def main() -> int:
     if arguments.replica < 1:
         parser.error(f"--replica is {arguments.replica}; expected a number from 1")
     name = f"encoder/{lane_of(arguments.modality, arguments.replica)}"
-    return run_service(name, partial(serve, name, arguments.modality, arguments.replica, arguments.listen))
+    run_service(name, partial(serve, name, arguments.modality, arguments.replica, arguments.listen))
 
 
 async def serve(name: str, modality: str, replica: int, listen: str, settings: Settings, stop: asyncio.Event) -> None:
@@ -61,21 +65,30 @@ async def serve(name: str, modality: str, replica: int, listen: str, settings: S
     arena_bytes = transport.encoder_arena_mib * MIB
     with (
         open_tracing(settings, name) as tracing,
-        open_arena(transport, transport.encoder_arena_mib, setting) as (_, host_publisher),
+        open_arena(transport, transport.encoder_arena_mib, setting) as (arena, host_publisher),
         DeviceArena(transport.shm_dir, arena_bytes, setting, ipc) if ipc else nullcontext() as device_arena,
-        Reader(transport.shm_dir) as reader,
+        Reader(transport.shm_dir, partial(open_blocking_channel, settings)) as reader,
         Workers(settings.workers, settings.encoders.torch_threads.get(modality, 1)) as workers,
     ):
         publisher = TensorPublisher(host_publisher, device_arena)
         encoder = ModalityEncoder(modality, device, reader, publisher)
         servicer = EncoderServicer(encoder, workers, reader, publisher, name, address, settings, tracing)
-        register = partial(encoder_pb2_grpc.add_EncoderServicer_to_server, servicer)
-        async with Service(settings, address, "encoders.addresses", register, names=["mosel.v1.Encoder"]) as service:
+
+        def register(server: grpc.aio.Server) -> None:
+            encoder_pb2_grpc.add_EncoderServicer_to_server(servicer, server)
+            # For consumers that cannot map the arena.
+            arena_pb2_grpc.add_ProducerServicer_to_server(ProducerServicer(arena), server)
+
+        names = ["mosel.v1.Encoder", PRODUCER]
+        async with Service(settings, address, "encoders.addresses", register, names=names) as service:
             for package in packages:
                 await workers.run_aside(partial(encoder.networks.load, package))
             service.set_ready(True)
             await stop.wait()
+            grace = Deadline.after(settings.stop_grace_ms / 1000)
+            await service.let_go(grace)
+            await service.stop(grace)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mosel import networks
+from mosel.deadline import Deadline
 from mosel.errors import ModelNotFound
 from mosel.model_package import ModelPackage
 from mosel.transport import Reader
@@ -48,6 +49,7 @@ class ModalityEncoder:
         rung: tensor_pb2.Rung.ValueType,
         lease_s: float,
         wait_s: float = 0.0,
+        deadline: Deadline | None = None,
     ) -> tuple[tensor_pb2.TensorRef, float]:
         """Encodes rows of one or more payloads as one batch.
 
@@ -57,16 +59,18 @@ class ModalityEncoder:
             rung: where fusion reaches the embeddings.
             lease_s: seconds for which they are kept.
             wait_s: seconds to wait for room for them.
+            deadline: until when payload rows may be fetched; None: for a minute.
 
         Returns:
             A ref to the embeddings [rows, *embedding], and the seconds that the network took.
 
         Raises:
             ModelNotFound, InvalidRequest, ReadNotProven, Overloaded.
+            DeadlineExceeded: payload rows could not be fetched in time.
         """
         loaded = self._loaded(model)
         spec = loaded.package.modalities[self.modality]
-        batch = self._reader.gather(rows, spec.dtype, spec.shape)
+        batch = self._reader.gather(rows, spec.dtype, spec.shape, deadline)
         started = time.perf_counter()
         embeddings = loaded.network(networks.to_tensor(batch, spec.dtype, self._device)).float()
         networks.synchronize(self._device)

@@ -7,7 +7,7 @@ from functools import partial
 from encoders.encoder import ModalityEncoder
 from mosel.compute import Workers
 from mosel.config import Settings
-from mosel.metrics import Metrics, show_arenas, single
+from mosel.metrics import Metrics, show_arenas, show_fetched, single
 from mosel.model_package import find_package
 from mosel.service import Context, answers_with_status, deadline_of
 from mosel.steps import Steps
@@ -54,6 +54,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         text = "Payload bytes that were read: those of the chosen modalities alone."
         read = encoder.counters
         self._metrics.counter("mosel_payload_read_bytes_total", text, (), lambda: single(read, "payload_bytes_read"))
+        show_fetched(self._metrics, reader.statistics)
         show_arenas(self._metrics, publisher.statistics)
 
     @answers_with_status
@@ -76,7 +77,9 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         modality = self._encoder.modality
         with self._steps.follow(f"encode {modality}", request, modality) as step:
             ref, step.seconds = await self._workers.run(
-                lambda: self._encoder.encode(request.model, request.rows, request.rung, lease_s, self._full_wait_s),
+                lambda: self._encoder.encode(
+                    request.model, request.rows, request.rung, lease_s, self._full_wait_s, deadline
+                ),
                 deadline,
                 "encoding",
             )
@@ -109,7 +112,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
     @answers_with_status
     async def Status(self, request: service_pb2.StatusRequest, context: Context) -> service_pb2.ServiceStatus:
         counters = dict(self._encoder.counters) | self._workers.statistics() | self._publisher.statistics()
-        counters["arenas_open"] = self._reader.arenas_open()
+        counters |= self._reader.statistics()
         return service_pb2.ServiceStatus(
             name=self._metrics.service,
             address=self._address,

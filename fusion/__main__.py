@@ -3,16 +3,17 @@
 import argparse
 import asyncio
 import logging
-import sys
 from functools import partial
+from typing import NoReturn
 
 from fusion.predictor import Predictor
 from fusion.servicer import FusionServicer
 from mosel import networks
 from mosel.compute import Workers
 from mosel.config import Settings
+from mosel.deadline import Deadline
 from mosel.model_package import find_packages
-from mosel.service import Service, run_service
+from mosel.service import Service, open_blocking_channel, run_service
 from mosel.tracing import open_tracing
 from mosel.transport import Reader
 from mosel.transport.cupy_ipc import device_ipc_for
@@ -22,12 +23,12 @@ from mosel.v1 import fusion_pb2_grpc
 log = logging.getLogger(__name__)
 
 
-def main() -> int:
-    """Serves until a signal; returns the exit code."""
+def main() -> NoReturn:
+    """Serves until a signal, and ends the process."""
     parser = argparse.ArgumentParser(prog="python -m fusion", description=__doc__)
     parser.add_argument("--listen", default="", help="address to listen on (default: the setting fusion.address)")
     arguments = parser.parse_args()
-    return run_service("fusion", partial(serve, arguments.listen))
+    run_service("fusion", partial(serve, arguments.listen))
 
 
 async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
@@ -45,7 +46,7 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
     shm_dir = settings.transport.shm_dir
     with (
         open_tracing(settings, "fusion") as tracing,
-        Reader(shm_dir) as host_reader,
+        Reader(shm_dir, partial(open_blocking_channel, settings)) as host_reader,
         TensorReader(host_reader, shm_dir, device, ipc, no_ipc) as reader,
         Workers(settings.workers, settings.fusion.torch_threads) as workers,
     ):
@@ -57,7 +58,10 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
                 await workers.run_aside(partial(predictor.networks.load, package))
             service.set_ready(True)
             await stop.wait()
+            grace = Deadline.after(settings.stop_grace_ms / 1000)
+            await service.let_go(grace)
+            await service.stop(grace)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

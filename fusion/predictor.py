@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from mosel import networks
+from mosel.deadline import Deadline
 from mosel.errors import InvalidRequest, ModelNotFound
 from mosel.modality import ModalitySet, format_set, parse_set, subsets
 from mosel.model_package import ModelPackage
@@ -36,18 +37,22 @@ class Predictor:
         self._device, self._reader = device, reader
         self.networks = networks.Hosted(lambda package: networks.load_fusion(package, device), self._warm, device)
 
-    def fuse(self, model: str, groups: Sequence[EmbeddingRows]) -> tuple[list[tensor_pb2.Tensor], float]:
+    def fuse(
+        self, model: str, groups: Sequence[EmbeddingRows], deadline: Deadline | None = None
+    ) -> tuple[list[tensor_pb2.Tensor], float]:
         """Predicts groups of items; groups with the same modality set are one batch.
 
         Args:
             model: whose network, `name@revision`.
             groups: embedding rows by modality, all modalities of a group with the same number of rows.
+            deadline: until when rows may be fetched; None: for a minute.
 
         Returns:
             The output [rows, *output] of each group, and the seconds that the network took.
 
         Raises:
             ModelNotFound, InvalidRequest, ReadNotProven.
+            DeadlineExceeded: rows could not be fetched in time.
         """
         loaded = self._loaded(model)
         package = loaded.package
@@ -58,7 +63,8 @@ class Predictor:
         outputs = [tensor_pb2.Tensor()] * len(groups)
         seconds = 0.0
         for modality_set, indices in by_set.items():
-            batch = {m: self._gather(package, m, [groups[i] for i in indices]) for m in sorted(modality_set)}
+            of_set = [groups[i] for i in indices]
+            batch = {m: self._gather(package, m, of_set, deadline) for m in sorted(modality_set)}
             started = time.perf_counter()
             output = loaded.network(batch).float().cpu()
             seconds += time.perf_counter() - started
@@ -109,9 +115,11 @@ class Predictor:
         networks.check_runs(package, what, run, batch_size, package.output.shape)
         return run
 
-    def _gather(self, package: ModelPackage, modality: str, groups: Sequence[EmbeddingRows]) -> torch.Tensor:
+    def _gather(
+        self, package: ModelPackage, modality: str, groups: Sequence[EmbeddingRows], deadline: Deadline | None
+    ) -> torch.Tensor:
         rows = [part for group in groups for part in group[modality]]
-        return self._reader.gather(rows, "FP32", package.modalities[modality].embedding)
+        return self._reader.gather(rows, "FP32", package.modalities[modality].embedding, deadline)
 
     def _loaded(self, model: str) -> networks.Loaded:
         loaded = self.networks.get(model)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fusion.predictor import Predictor
 from mosel.compute import Workers
-from mosel.metrics import MIXED, Metrics
+from mosel.metrics import MIXED, Metrics, show_fetched
 from mosel.modality import format_set
 from mosel.model_package import find_package
 from mosel.service import Context, answers_with_status, deadline_of
@@ -47,14 +47,16 @@ class FusionServicer(fusion_pb2_grpc.FusionServicer):
         self._steps = Steps(self._metrics, tracing, "fuse", "modality_set", workers.statistics)
         text = "Embedding bytes that were read."
         self._metrics.counter("mosel_embedding_read_bytes_total", text, (), lambda: {(): reader.bytes_read})
+        show_fetched(self._metrics, reader.statistics)
 
     @answers_with_status
     async def Fuse(self, request: fusion_pb2.FuseRequest, context: Context) -> fusion_pb2.FuseReply:
         groups = [{name: rows.rows for name, rows in group.embeddings.items()} for group in request.groups]
         sets = {format_set(group) for group in groups}
         with self._steps.follow("fuse", request, sets.pop() if len(sets) == 1 else MIXED) as step:
+            deadline = deadline_of(context)
             outputs, step.seconds = await self._workers.run(
-                lambda: self._predictor.fuse(request.model, groups), deadline_of(context), "fusing"
+                lambda: self._predictor.fuse(request.model, groups, deadline), deadline, "fusing"
             )
             step.items = sum(output.shape[0] for output in outputs)
         return fusion_pb2.FuseReply(outputs=outputs, compute_us=round(step.seconds * 1e6))
@@ -89,7 +91,7 @@ class FusionServicer(fusion_pb2_grpc.FusionServicer):
     @answers_with_status
     async def Status(self, request: service_pb2.StatusRequest, context: Context) -> service_pb2.ServiceStatus:
         counters = dict(self._predictor.counters) | self._workers.statistics()
-        counters["arenas_open"] = self._reader.arenas_open()
+        counters |= self._reader.statistics()
         return service_pb2.ServiceStatus(
             name="fusion",
             address=self._address,

@@ -4,9 +4,9 @@ import argparse
 import asyncio
 import contextlib
 import itertools
-import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
+from typing import NoReturn
 
 import grpc
 from grpc_health.v1 import health_pb2
@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from gateway.access.guarding import guarding
 from gateway.access.interceptor import OnlyTenants
 from gateway.access.middleware import OnlyTenantsHttp
+from gateway.fetching import FetchListeners
 from gateway.inference.http import InferenceHttp
 from gateway.inference.messages import POOL, SERVICE
 from gateway.inference.servicer import InferenceServicer, handlers
@@ -23,6 +24,7 @@ from gateway.plane import DataPlane
 from gateway.selector_link import SelectorLink
 from gateway.servicer import GatewayServicer
 from mosel.config import Settings
+from mosel.deadline import Deadline
 from mosel.exposure import check_public, public_tls
 from mosel.http import HttpServer
 from mosel.model_package import find_packages
@@ -36,12 +38,12 @@ from mosel.v1 import arena_pb2, gateway_pb2, gateway_pb2_grpc, tensor_pb2
 _NAMES = ("mosel.v1.Gateway", SERVICE.full_name)
 
 
-def main() -> int:
-    """Serves until a signal; returns the exit code."""
+def main() -> NoReturn:
+    """Serves until a signal, and ends the process."""
     parser = argparse.ArgumentParser(prog="python -m gateway", description=__doc__)
     parser.add_argument("--listen", default="", help="address to listen on (default: gateway.host and grpc_port)")
     arguments = parser.parse_args()
-    return run_service("gateway", partial(serve, arguments.listen))
+    run_service("gateway", partial(serve, arguments.listen))
 
 
 async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
@@ -66,9 +68,18 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
             publisher.rung = rung
             models_changed.set()
 
-        async with SelectorLink(
-            settings, announcement, publisher.release, transport_changed, models_changed.set
-        ) as link:
+        async with (
+            # Around everything: until the last job is over, encoders may fetch its payloads.
+            FetchListeners(settings, arena) as listeners,
+            SelectorLink(
+                settings,
+                announcement,
+                publisher.release,
+                transport_changed,
+                models_changed.set,
+                listeners.address_for,
+            ) as link,
+        ):
             plane = DataPlane(settings, packages, arena, publisher, link, tracing)
             register = partial(_register, plane)
             checks = (RefuseGarbage(), RefuseHugeAnswers(settings))
@@ -89,8 +100,17 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
                     public.set_ready(True)
                     local.set_ready(True)
                     await stop.wait()
-                    # At the same time as gRPC: each may need all of the grace.
-                    http.stop()
+                    await _finish(settings, plane, http, public, local)
+
+
+async def _finish(settings: Settings, plane: DataPlane, http: HttpServer, *services: Service) -> None:
+    """Takes no more jobs, on any way in, and waits for those under way; ends what is left when the grace is over."""
+    grace_s = settings.stop_grace_ms / 1000
+    plane.registry.close()
+    http.stop()
+    asyncio.get_running_loop().call_later(grace_s, plane.registry.end_all)
+    grace = Deadline.after(grace_s)
+    await asyncio.gather(*(service.stop(grace) for service in services))
 
 
 def _handshake_refused(plane: DataPlane, reason: str) -> None:
@@ -156,4 +176,4 @@ async def _following_models(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 
 from gateway.access.caller import caller
 from mosel.deadline import Deadline
-from mosel.errors import DeadlineExceeded, InvalidRequest, JobCancelled, JobNotFound, MoselError, Overloaded
+from mosel.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    JobCancelled,
+    JobNotFound,
+    MoselError,
+    Overloaded,
+    ServiceUnavailable,
+)
 from mosel.v1 import gateway_pb2
 
 _JOB_ID = re.compile("[0-9a-fA-F]{32}")
@@ -90,13 +98,25 @@ class JobRegistry:
 
     def __init__(self, max_open: int, max_over: int = 1024) -> None:
         self._max_open, self._max_over = max_open, max_over
+        self._closed = False
         self._open: dict[str, OpenJob] = {}
         self._over: dict[str, _OverJob] = {}
 
     def check_room(self) -> None:
-        """Raises Overloaded if no further job may be opened."""
+        """Raises Overloaded, or ServiceUnavailable at the end, if no further job may be opened."""
+        if self._closed:
+            raise _stopping()
         if len(self._open) >= self._max_open:
             raise Overloaded(f"{len(self._open)} jobs are in flight, the most that gateway.max_jobs_in_flight allows")
+
+    def close(self) -> None:
+        """No further job may be opened; those that are open go on."""
+        self._closed = True
+
+    def end_all(self) -> None:
+        """Ends what is still open because this gateway is about to end."""
+        for job in list(self._open.values()):
+            job.end(_stopping())
 
     @contextlib.contextmanager
     def open(self, job_id: bytes, model: str, size: int, ends: Deadline) -> Iterator[OpenJob]:
@@ -158,3 +178,7 @@ class JobRegistry:
     def statistics(self) -> dict[str, int]:
         """Jobs that are under way, and jobs that are remembered."""
         return {"jobs_in_flight": len(self._open), "jobs_remembered": len(self._over)}
+
+
+def _stopping() -> ServiceUnavailable:
+    return ServiceUnavailable("service gateway is stopping")

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 
 import grpc
 
@@ -75,6 +75,7 @@ class SelectorLink:
         release: takes back payload slots that nobody reads any more.
         transport_changed: called when the selector says how payloads reach the encoders.
         models_changed: called when the selector says which models are ready.
+        fetch_address: opens a listener from which the encoder at an address can fetch payloads, and says where.
     """
 
     def __init__(
@@ -84,11 +85,14 @@ class SelectorLink:
         release: Callable[[Iterable[tensor_pb2.ArenaSlot]], None],
         transport_changed: Callable[[tensor_pb2.Rung.ValueType], None],
         models_changed: Callable[[], None],
+        fetch_address: Callable[[str], Awaitable[str]],
     ) -> None:
         self.models: dict[str, selector_pb2.ModelState] = {}
         self.refused = ""
         self._settings, self._announcement = settings, announcement
         self._release, self._transport_changed, self._models_changed = release, transport_changed, models_changed
+        self._fetch_address = fetch_address
+        self._opening: set[asyncio.Task[None]] = set()
         self._outbox: asyncio.Queue[selector_pb2.GatewayMessage] | None = None
         self._answers: dict[bytes, Answers] = {}
         self._said = asyncio.Event()
@@ -100,9 +104,9 @@ class SelectorLink:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        for task in (self._task, *self._opening):
+            task.cancel()
+        await asyncio.gather(self._task, *self._opening, return_exceptions=True)
         await self._channel.close()
 
     def statistics(self) -> dict[str, int]:
@@ -249,10 +253,22 @@ class SelectorLink:
         elif kind == "transport":
             self.refused = message.transport.refused
             self._transport_changed(message.transport.rung)
+        elif kind == "fetch_question":
+            task = asyncio.create_task(self._say_where(message.fetch_question.encoder))
+            self._opening.add(task)
+            task.add_done_callback(self._opening.discard)
         elif kind == "models":
             self.models = {state.model: state for state in message.models.models}
             self._said.set()
             self._models_changed()
+
+    async def _say_where(self, encoder: str) -> None:
+        answer = selector_pb2.FetchAddress(encoder=encoder)
+        try:
+            answer.address = await self._fetch_address(encoder)
+        except MoselError as error:
+            answer.reason = str(error)
+        self._send(selector_pb2.GatewayMessage(fetch_address=answer))
 
     def _answer(self, job_id: bytes, message: Answer) -> None:
         if job_id in self._answers:

@@ -3,9 +3,31 @@
 `Client` and `AsyncClient` talk to a gateway; `mosel.errors` has what they raise.
 """
 
-from mosel.answers import ItemResults, JobAccepted, JobSummary
-from mosel.client import AsyncClient, Client, Prediction
-from mosel.retry import Retry
-from mosel.tls import Tls
+import importlib
+from typing import TYPE_CHECKING
 
-__all__ = ["AsyncClient", "Client", "ItemResults", "JobAccepted", "JobSummary", "Prediction", "Retry", "Tls"]
+from mosel import errors
+
+if TYPE_CHECKING:
+    from mosel.answers import ItemResults, JobAccepted, JobSummary
+    from mosel.client import AsyncClient, Client, Prediction
+    from mosel.retry import Retry
+    from mosel.tls import Tls
+
+__all__ = ["AsyncClient", "Client", "ItemResults", "JobAccepted", "JobSummary", "Prediction", "Retry", "Tls", "errors"]
+
+_MODULES = {
+    "mosel.answers": ("ItemResults", "JobAccepted", "JobSummary"),
+    "mosel.client": ("AsyncClient", "Client", "Prediction"),
+    "mosel.retry": ("Retry",),
+    "mosel.tls": ("Tls",),
+}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        # What is asked for, when it is: NumPy alone would take most of the time of a health check.
+        for module, names in _MODULES.items():
+            if name in names:
+                return getattr(importlib.import_module(module), name)
+        raise AttributeError(f"module 'mosel' has no attribute {name!r}")

@@ -2,7 +2,7 @@
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 10.0
-# What ran for so long ran well, and its next end is a new trouble.
+# What was of use for so long ran well, and its next end is a new trouble.
 RAN_WELL_S = 10.0
 
 
@@ -13,7 +13,7 @@ class Backoff:
         self._next_s = FIRST_PAUSE_S
 
     def pause_s(self, ran_s: float) -> float:
-        """Seconds to wait now that it has ended, after it ran for so many."""
+        """Seconds to wait now that it has ended, after it was of use for so many."""
         if ran_s >= RAN_WELL_S:
             self._next_s = FIRST_PAUSE_S
         pause_s = self._next_s

@@ -13,11 +13,16 @@ def is_local(address: str) -> bool:
     """Whether an address, `host:port` or `unix:/path`, can be reached from this machine only."""
     if address.startswith("unix:"):
         return True
-    host = address.rpartition(":")[0].strip("[]")
+    host = host_of(address)
     try:
         return host == "localhost" or ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:
         return False
+
+
+def host_of(address: str) -> str:
+    """The host of `host:port`."""
+    return address.rpartition(":")[0].strip("[]")
 
 
 def check_public(settings: Settings, address: str, setting: str) -> None:

@@ -5,6 +5,8 @@ and one that stays holds up the end of its service.
 """
 
 import asyncio
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import grpc
@@ -20,6 +22,7 @@ class Health(health_pb2_grpc.HealthServicer):
     """Serves `grpc.health.v1.Health` for one process."""
 
     def __init__(self) -> None:
+        self._watchers: Counter[str] = Counter()
         self._serving: dict[str, bool] = {}
         self._stopping = False
         self._changed = asyncio.Event()
@@ -35,6 +38,11 @@ class Health(health_pb2_grpc.HealthServicer):
         self._stopping = True
         self._tell()
 
+    async def unwatched(self, names: Iterable[str]) -> None:
+        """Returns when nobody watches any of some names."""
+        while any(self._watchers[name] for name in names):
+            await self._changed.wait()
+
     async def Check(  # noqa: N802, D102 (named and documented by the proto)
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> health_pb2.HealthCheckResponse:
@@ -47,14 +55,19 @@ class Health(health_pb2_grpc.HealthServicer):
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> None:
         last = None
-        while True:
-            changed, status = self._changed, self._status(request.service)
-            if status != last:
-                last = status
-                await context.write(health_pb2.HealthCheckResponse(status=status))
-            if self._stopping:
-                return
-            await changed.wait()
+        self._watchers[request.service] += 1
+        try:
+            while True:
+                changed, status = self._changed, self._status(request.service)
+                if status != last:
+                    last = status
+                    await context.write(health_pb2.HealthCheckResponse(status=status))
+                if self._stopping:
+                    return
+                await changed.wait()
+        finally:
+            self._watchers[request.service] -= 1
+            self._tell()
 
     def _status(self, name: str) -> int:
         if name not in self._serving:

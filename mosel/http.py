@@ -106,7 +106,8 @@ class HttpServer:
             ws="none",
             server_header=False,
             timeout_keep_alive=math.ceil(idle_s),
-            timeout_graceful_shutdown=max(round(grace_s), 1),
+            # A little longer: those whose jobs are ended then are told so.
+            timeout_graceful_shutdown=math.ceil(grace_s) + 1,
         )
         self._server = uvicorn.Server(self._config)
 

@@ -39,7 +39,6 @@ class Child:
     """One service: its name, the module and the arguments that it runs, its process, and its log.
 
     Attributes:
-        started_s: when the process was started, on the monotonic clock.
         log: the file that holds its log, and that of processes before it.
         log_start: where in the file its own log begins, in bytes.
     """
@@ -47,7 +46,6 @@ class Child:
     name: str
     command: tuple[str, ...]
     process: subprocess.Popen[bytes]
-    started_s: float
     log: Path
     log_start: int
 
@@ -104,8 +102,10 @@ class Launcher:
         self.children: dict[str, Child] = {}
         self.restarts: Counter[str] = Counter()
         self._backoffs: defaultdict[str, Backoff] = defaultdict(Backoff)
-        # When those that have ended are started again, and since when not everything has been ready; monotonic clock.
+        # When those that have ended are started again, and since when everything or not everything is ready; all on the
+        # monotonic clock.
         self._due: dict[str, float] = {}
+        self._ready_since: float | None = None
         self._away_since: float | None = None
 
     @property
@@ -169,6 +169,7 @@ class Launcher:
             details |= {service.name: f"({service.detail})" for service in services if service.detail}
             progress([n for n in self.children if n in ready], [n for n in self.children if n not in ready])
             if self._all_ready(services, models):
+                self._ready_since = time.monotonic()
                 return models
             time.sleep(_POLL_S)
         waiting = ", ".join(f"{n} {details.get(n, '')}".strip() for n in self.children if n not in ready)
@@ -183,10 +184,12 @@ class Launcher:
             What has happened since the last call, a line each.
         """
         now, news = time.monotonic(), []
+        # Starting does not count: on a busy machine it takes long to fail.
+        ran_s = now - (self._ready_since or now)
         for child in self.ended():
             if child.name not in self._due:
-                self._away_since = self._away_since or now
-                pause_s = self._postpone(child.name, now, now - child.started_s)
+                self._ready_since, self._away_since = None, self._away_since or now
+                pause_s = self._postpone(child.name, now, ran_s)
                 news.append(f"{child.ending()} (starting it again in {pause_s:g} s)")
         for name in [name for name, due in self._due.items() if due <= now]:
             try:
@@ -195,7 +198,8 @@ class Launcher:
                 pause_s = self._postpone(name, now, 0)
                 news.append(f"{name} cannot be started: {error} (trying again in {pause_s:g} s)")
         if self._away_since and not self._due and self._all_ready(*self._look()):
-            news.append(f"everything is ready again, after {time.monotonic() - self._away_since:.1f} s")
+            self._ready_since = time.monotonic()
+            news.append(f"everything is ready again, after {self._ready_since - self._away_since:.1f} s")
             self._away_since = None
         return news
 
@@ -249,7 +253,7 @@ class Launcher:
                 # Ctrl-C goes to the launcher alone, which stops the services in order.
                 start_new_session=True,
             )
-        self.children[name] = Child(name, (module, *arguments), process, time.monotonic(), log, log_start)
+        self.children[name] = Child(name, (module, *arguments), process, log, log_start)
 
     def _stop(self) -> None:
         """Stops the edge first, so that what was admitted can finish behind it; interrupted, it kills the rest."""

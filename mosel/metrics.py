@@ -210,3 +210,9 @@ def show_arenas(metrics: Metrics, read: Callable[[], Mapping[str, int]]) -> None
     metrics.counter(
         "mosel_tensor_bytes_total", "Their bytes.", ("rung",), lambda: parts(read(), "tensor_bytes")
     )  # fmt: skip
+
+
+def show_fetched(metrics: Metrics, read: Callable[[], Mapping[str, int]]) -> None:
+    """Shows what a consumer fetched from producers whose arenas it cannot map; `read`: statistics of its `Reader`."""
+    text = "Bytes of tensors fetched from their producers, on other hosts."
+    metrics.counter("mosel_fetched_bytes_total", text, (), lambda: single(read(), "bytes_fetched"))

@@ -10,7 +10,9 @@ import re
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
@@ -19,6 +21,7 @@ import uvloop
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2_grpc
 
+from mosel import leftovers
 from mosel.config import Settings, load_settings
 from mosel.deadline import Deadline
 from mosel.errors import ConfigError, MoselError, PayloadTooLarge, ServiceUnavailable
@@ -38,6 +41,10 @@ Register = Callable[[grpc.aio.Server], None]
 # Called with the reason.
 Refused = Callable[[str], None]
 
+# After the grace, those whose calls are ended are told so.
+_LAST_WORDS_S = 0.5
+# After the grace, a process that is still there computes what nobody waits for, or hangs.
+_HUNG_S = 1.0
 # Longer deadlines, and none, count as this long.
 MAX_DEADLINE_S = 3600.0
 # What gRPC writes about a caller that its TLS does not let in: plain text, no certificate, or a wrong one.
@@ -55,6 +62,8 @@ def channel_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),
         ("grpc.max_reconnect_backoff_ms", 1_000),
         ("grpc.initial_reconnect_backoff_ms", 100),
+        # Also how long one attempt may take: to a host that is cut off, it would be 20 s.
+        ("grpc.min_reconnect_backoff_ms", 5_000),
         # A unix socket must not be looked for behind a proxy.
         ("grpc.enable_http_proxy", 0),
     ]
@@ -66,14 +75,44 @@ def open_channel(settings: Settings, address: str) -> grpc.aio.Channel:
     Raises:
         ConfigError: it would cross a network in plain text, or a file of `internal_tls` is wrong.
     """
+    options = channel_options(settings) + _alive_options(address)
     tls = internal_client_tls(settings, address)
     if tls is None:
-        return grpc.aio.insecure_channel(address, channel_options(settings))
-    return grpc.aio.secure_channel(address, tls.channel_credentials("internal_tls"), channel_options(settings))
+        return grpc.aio.insecure_channel(address, options)
+    return grpc.aio.secure_channel(address, tls.channel_credentials("internal_tls"), options)
+
+
+def open_blocking_channel(settings: Settings, address: str) -> grpc.Channel:
+    """As `open_channel`, for calls that block a thread of their own."""
+    options = channel_options(settings) + _alive_options(address)
+    tls = internal_client_tls(settings, address)
+    if tls is None:
+        return grpc.insecure_channel(address, options)
+    return grpc.secure_channel(address, tls.channel_credentials("internal_tls"), options)
+
+
+def _alive_options(address: str) -> list[tuple[str, int]]:
+    """Has both ends of a connection between hosts ask each other whether they are there.
+
+    Otherwise calls to a host that was cut off would hang until their deadlines. gRPC's own threads ask and answer, so a
+    service that is busy is not taken for one that is gone. On one machine the kernel tells.
+    """
+    if address.startswith("unix:"):
+        return []
+    return [
+        ("grpc.keepalive_time_ms", 2_000),
+        # Both: without the second, an answer is waited for for a minute unless the kernel gives up before.
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.http2.ping_timeout_ms", 5_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        # What a server puts up with.
+        ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ]
 
 
 class Service:
-    """A gRPC server with health; a context manager that listens inside and stops at its end.
+    """A gRPC server with health; a context manager that listens inside, and ends at once unless it was stopped before.
 
     Args:
         settings: the effective settings.
@@ -83,7 +122,7 @@ class Service:
         interceptors: what sees each call first; each costs time in every call.
         names: of the gRPC services that it adds, `mosel.v1.Gateway`, for health.
         public: whether strangers may call it, with `tls`; otherwise only other services do, with `internal_tls`.
-        refused: called when TLS does not let a caller in.
+        refused: called when TLS does not let a caller in; None: another server of this process is told.
 
     Raises:
         ConfigError: other machines could call it, and nothing protects it.
@@ -99,16 +138,18 @@ class Service:
         names: Sequence[str] = (),
         *,
         public: bool = False,
-        refused: Refused = handshake_refused,
+        refused: Refused | None = handshake_refused,
     ) -> None:
         self.address = address
         self._settings, self._setting, self._refused, self._names = settings, setting, refused, names
         self._tls = public_tls(settings) if public else internal_server_tls(settings, address, setting)
-        self._entered = contextlib.ExitStack()
+        self._entered, self._stopped = contextlib.ExitStack(), False
         options = channel_options(settings)
         if public:
             # What is under way on an old connection is finished, however long that takes.
             options.append(("grpc.max_connection_age_ms", round(settings.gateway.max_connection_age_s * 1000)))
+        else:
+            options += _alive_options(address)
         self._server = grpc.aio.server(options=options, interceptors=interceptors)
         self._health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -118,11 +159,12 @@ class Service:
         path = socket_path(self.address)
         if path is not None:
             _prepare_socket(path)
+            leftovers.made(path)
         port = await self._add_port()
         if path is None:
             self.address = f"{self.address.rpartition(':')[0]}:{port}"
-        if self._tls is not None:
-            self._entered.enter_context(native_lines(self._heard))
+        if self._tls is not None and self._refused is not None:
+            self._entered.enter_context(native_lines(partial(_heard, self._refused)))
         self._health.set("", True)
         self.set_ready(False)
         await self._server.start()
@@ -130,13 +172,29 @@ class Service:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self._health.stop()
-        await self._server.stop(self._settings.stop_grace_ms / 1000)
+        if not self._stopped:
+            await self.stop(Deadline.after(0))
         path = socket_path(self.address)
         if path is not None:
-            path.unlink(missing_ok=True)
+            leftovers.remove(path)
         self._entered.close()
         log.info("stopped")
+
+    async def let_go(self, grace: Deadline) -> None:
+        """Says that nothing is ready, and goes on until nobody watches its health any more, at most for the grace.
+
+        Whoever watches has work under way that needs this service, and leaves when that is done.
+        """
+        self.set_ready(False)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(grace.remaining, 0.0)):
+                await self._health.unwatched(self._names)
+
+    async def stop(self, grace: Deadline) -> None:
+        """Takes no more calls, and waits for those under way; what is not over after the grace is broken off."""
+        self._stopped = True
+        self._health.stop()
+        await self._server.stop(max(grace.remaining, 0.0) + _LAST_WORDS_S)
 
     async def _add_port(self) -> int:
         try:
@@ -147,17 +205,18 @@ class Service:
         except RuntimeError:
             raise ConfigError(f"{self._setting}: {self.address} is taken or cannot be listened on") from None
 
-    def _heard(self, line: str) -> None:
-        """Something that gRPC wrote to standard error."""
-        if failed := _HANDSHAKE_FAILED.search(line):
-            self._refused(failed[1] or "unknown reason")
-        else:
-            log.info("grpc", extra={"line": line})
-
     def set_ready(self, ready: bool, *names: str) -> None:
         """Sets what `grpc.health.v1` answers for some names, or for its gRPC services; the process lives anyway."""
         for name in names or self._names:
             self._health.set(name, ready)
+
+
+def _heard(refused: Refused, line: str) -> None:
+    """Something that gRPC wrote to standard error."""
+    if failed := _HANDSHAKE_FAILED.search(line):
+        refused(failed[1] or "unknown reason")
+    else:
+        log.info("grpc", extra={"line": line})
 
 
 def socket_path(address: str) -> Path | None:
@@ -165,23 +224,29 @@ def socket_path(address: str) -> Path | None:
     return Path(address.removeprefix("unix:")) if address.startswith("unix:") else None
 
 
-def run_service(name: str, serve: Callable[[Settings, asyncio.Event], Coroutine[Any, Any, None]]) -> int:
-    """Runs a service until SIGTERM, SIGINT or SIGHUP; a second SIGTERM or SIGINT ends the process at once.
+def run_service(name: str, serve: Callable[[Settings, asyncio.Event], Coroutine[Any, Any, None]]) -> NoReturn:
+    """Runs a service until SIGTERM, SIGINT or SIGHUP, and ends the process; a second SIGTERM or SIGINT ends it at once.
+
+    The exit code is 0 after a signal, 1 after a second one and after a MoselError, which is printed as one line.
 
     Args:
         name: for logs.
-        serve: the service; it gets the effective settings and the event that a signal sets.
-
-    Returns:
-        The exit code: 0 after a signal, 1 after a MoselError, which is printed as one line.
+        serve: the service; it gets the effective settings and the event that a signal sets. It has the grace
+            (`stop_grace_ms`) to end, and little more.
     """
 
     async def with_signals(settings: Settings) -> None:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def begin() -> None:
+            if not stop.is_set():
+                stop.set()
+                _end_after(settings.stop_grace_ms / 1000 + _HUNG_S)
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, lambda: os._exit(1) if stop.is_set() else stop.set())
+            loop.add_signal_handler(number, lambda: leftovers.end_process(1) if stop.is_set() else begin())
         # From the kernel when the parent is gone, once for each of its threads: no second signal.
-        loop.add_signal_handler(signal.SIGHUP, stop.set)
+        loop.add_signal_handler(signal.SIGHUP, begin)
         await serve(settings, stop)
 
     try:
@@ -192,8 +257,8 @@ def run_service(name: str, serve: Callable[[Settings, asyncio.Event], Coroutine[
         uvloop.run(with_signals(settings))
     except MoselError as error:
         sys.stderr.write(f"{name}: error: {error}\n")
-        return 1
-    return 0
+        leftovers.end_process(1)
+    leftovers.end_process(0)
 
 
 def answers_with_status(
@@ -287,6 +352,18 @@ class RefuseHugeAnswers(grpc.aio.ServerInterceptor):
             # In a stream, the one who writes gets the error.
             return handler._replace(response_serializer=serialize)
         return grpc.unary_unary_rpc_method_handler(answer, handler.request_deserializer, None)
+
+
+def _end_after(seconds: float) -> None:
+    """Ends the process if it is still there then: a thread that computes cannot be told to stop."""
+
+    def end() -> None:
+        log.warning("ended while it was busy")
+        leftovers.end_process(0)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 def _end_with(parent_pid: int) -> None:

@@ -56,6 +56,10 @@ STATUS: dict[type[MoselError], grpc.StatusCode] = {
 
 # What grpc itself says, where a setting or the reason would be hard to guess.
 _TOO_LARGE = "larger than max"
+# Of a call that reached a server which was just ending, or had no more time for it.
+_BROKEN_OFF = "CANCELLED"
+# What grpc.aio makes of any status that comes while a message of the stream is being sent (grpc/grpc issue 36066).
+_STATUS_LOST = "Internal error from Core"
 _HANDSHAKE_FAILED = re.compile(r"[Hh]andshake failed.*?OPENSSL_internal:([A-Z_0-9]+(?:: [a-z ]+)?)")
 HTTP_STATUS: dict[type[MoselError], int] = {
     InvalidRequest: 400,
@@ -154,6 +158,10 @@ def error_from_rpc(
     if status is grpc.StatusCode.UNAVAILABLE and not details.startswith("service "):
         failed = _HANDSHAKE_FAILED.search(details)
         return ServiceUnavailable(f"service {peer} is not reachable" + (f": TLS says {failed[1]}" if failed else ""))
+    if status is grpc.StatusCode.CANCELLED and details == _BROKEN_OFF:
+        return ServiceUnavailable(f"service {peer} stopped before it answered")
+    if status is grpc.StatusCode.INTERNAL and details == _STATUS_LOST:
+        return ServiceUnavailable(f"service {peer} ended the call while it was being sent, and grpc lost the reason")
     if status is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in details:
         return PayloadTooLarge(f"{details} (setting transport.max_message_mib): send fewer items")
     found = error_from(status, details or f"service {peer} answered {status.name}", retry_hint_ms(error))

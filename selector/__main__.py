@@ -2,10 +2,11 @@
 
 import argparse
 import asyncio
-import sys
 from functools import partial
+from typing import NoReturn
 
 from mosel.config import Settings
+from mosel.deadline import Deadline
 from mosel.messages import ENVELOPE_BYTES, limit_bytes
 from mosel.model_package import find_packages
 from mosel.service import Service, run_service
@@ -19,12 +20,12 @@ from selector.scheduler import Scheduler
 from selector.servicer import SelectorServicer
 
 
-def main() -> int:
-    """Serves until a signal; returns the exit code."""
+def main() -> NoReturn:
+    """Serves until a signal, and ends the process."""
     parser = argparse.ArgumentParser(prog="python -m selector", description=__doc__)
     parser.add_argument("--listen", default="", help="address to listen on (default: the setting selector.address)")
     arguments = parser.parse_args()
-    return run_service("selector", partial(serve, arguments.listen))
+    run_service("selector", partial(serve, arguments.listen))
 
 
 async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
@@ -43,7 +44,8 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
         observer = Observer(models.versions, tracing)
         most = limit_bytes(settings.transport.max_message_mib) - ENVELOPE_BYTES
         director = Director(scheduler, models, most, observer)
-        async with Peers(settings, models.modalities, models.prepare, director.lane_changed) as peers:
+        told = director.lane_changed, director.let_go
+        async with Peers(settings, models.modalities, models.prepare, *told) as peers:
             director.use(peers)
             models.use(peers, director.models_changed)
             servicer = SelectorServicer(director, models, peers, address, observer.metrics)
@@ -52,9 +54,11 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
             async with Service(settings, address, "selector.address", register, names=names) as service:
                 service.set_ready(True)
                 await stop.wait()
+                grace = Deadline.after(settings.stop_grace_ms / 1000)
                 service.set_ready(False)
-                await director.drain(settings.stop_grace_ms / 1000)
+                await director.drain(grace)
+                await service.stop(grace)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -4,11 +4,13 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from mosel.v1 import arena_pb2, service_pb2, tensor_pb2
+from mosel.v1 import arena_pb2, selector_pb2, service_pb2, tensor_pb2
 
 Rung: TypeAlias = tensor_pb2.Rung.ValueType
 # Has a consumer open an arena; a consumer that does not answer is a report with a reason.
 Opener = Callable[[str, arena_pb2.ArenaDescription], Awaitable[arena_pb2.PreflightReport]]
+# Where a consumer can fetch from a producer, or why it cannot; neither for a consumer on the same machine.
+FetchFrom = Callable[[str, str], Awaitable[selector_pb2.FetchAddress]]
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,11 @@ class Attachments:
 
     Args:
         opener: has a consumer open an arena.
+        fetch_from: says where a consumer that cannot map a producer's arenas fetches from.
     """
 
-    def __init__(self, opener: Opener) -> None:
-        self._opener = opener
+    def __init__(self, opener: Opener, fetch_from: FetchFrom) -> None:
+        self._opener, self._fetch_from = opener, fetch_from
         self._announced: dict[str, list[arena_pb2.AnnouncedArena]] = {}
         self._edges: dict[tuple[str, str], Edge] = {}
 
@@ -38,16 +41,21 @@ class Attachments:
 
     async def attach(self, producer: str, consumer: str) -> Edge:
         """Has the consumer open the producer's arenas and keeps the best path that works."""
-        reasons, rung = [], tensor_pb2.INLINE
-        for announced in self._announced.get(producer, []):
-            report = await self._opener(consumer, announced.arena)
-            if report.nonce and report.nonce == announced.nonce:
-                rung = max(rung, announced.arena.rung)
+        announced = self._announced.get(producer, [])
+        reasons: list[str] = []
+        rung: Rung = tensor_pb2.INLINE
+        for path in announced:
+            if reason := await self._why_not(consumer, path):
+                reasons.append(reason)
             else:
-                name = tensor_pb2.Rung.Name(announced.arena.rung).lower()
-                reasons.append(f"{name}: {report.reason or 'the nonce read there is not the one of the producer'}")
-        edge = Edge(rung, "; ".join(reasons))
-        self._edges[producer, consumer] = edge
+                rung = max(rung, path.arena.rung)
+        if rung == tensor_pb2.INLINE:
+            rung, reason = await self._by_fetching(producer, consumer, announced)
+            reasons.append(reason)
+        edge = Edge(rung, "; ".join(filter(None, reasons)))
+        # Meanwhile the producer may have gone, or have come again.
+        if self._announced.get(producer) is announced:
+            self._edges[producer, consumer] = edge
         return edge
 
     def rung(self, producer: str, consumer: str) -> Rung:
@@ -65,6 +73,29 @@ class Attachments:
         consumers = [consumer for producer, consumer in self._edges if producer == name]
         self._edges = {pair: edge for pair, edge in self._edges.items() if name not in pair}
         return [(consumer, arena) for consumer in consumers for arena in arenas]
+
+    async def _why_not(self, consumer: str, path: arena_pb2.AnnouncedArena) -> str:
+        """Has a consumer open an arena; returns why the path cannot be used, empty if it was proven."""
+        report = await self._opener(consumer, path.arena)
+        if report.nonce and report.nonce == path.nonce:
+            return ""
+        name = tensor_pb2.Rung.Name(path.arena.rung).lower()
+        return f"{name}: {report.reason or 'the nonce read there is not the one of the producer'}"
+
+    async def _by_fetching(
+        self, producer: str, consumer: str, announced: Iterable[arena_pb2.AnnouncedArena]
+    ) -> tuple[Rung, str]:
+        """Has a consumer that can map nothing fetch; returns how it goes on, and why not better if that is new."""
+        path = next((path for path in announced if path.arena.rung == tensor_pb2.POSIX_SHM), None)
+        if path is None:
+            return tensor_pb2.INLINE, ""
+        where = await self._fetch_from(producer, consumer)
+        if not where.address:
+            return tensor_pb2.INLINE, f"fetch: {where.reason}" if where.reason else ""
+        fetched = arena_pb2.AnnouncedArena(arena=path.arena, nonce=path.nonce)
+        fetched.arena.rung, fetched.arena.address = tensor_pb2.FETCH, where.address
+        reason = await self._why_not(consumer, fetched)
+        return (tensor_pb2.INLINE if reason else tensor_pb2.FETCH), reason
 
     def statuses(self) -> list[service_pb2.EdgeStatus]:
         """Every edge, for `mosel status`."""

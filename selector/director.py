@@ -12,6 +12,7 @@ from collections.abc import Coroutine
 
 import grpc
 
+from mosel.deadline import Deadline
 from mosel.errors import (
     InternalError,
     InvalidRequest,
@@ -152,6 +153,13 @@ class Director:
         self.models_changed()
         self._advance()
 
+    async def let_go(self, name: str) -> None:
+        """A service is about to end: new jobs do without it; returns when those that may need it are over."""
+        self._scheduler.leaving(name)
+        self.models_changed()
+        for job in list(self._jobs.values()):
+            await job.over.wait()
+
     def models_changed(self) -> None:
         """Tells gateways which models are loaded and ready."""
         for session in self._sessions:
@@ -166,11 +174,11 @@ class Director:
                 counts[f"correction.{name}.{lane}.factor_permille"] = round(factor * 1000)
         return counts
 
-    async def drain(self, seconds: float) -> None:
-        """Admits nothing more, waits at most so long for what is under way, and ends what is left."""
+    async def drain(self, grace: Deadline) -> None:
+        """Admits nothing more, waits for what is under way, and ends what is left when the grace is over."""
         self._stopping = True
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(max(grace.remaining, 0.0)):
                 await self._idle.wait()
         for job_id in list(self._jobs):
             self._fail(job_id, ServiceUnavailable("service selector is stopping"))
@@ -317,6 +325,8 @@ class Director:
 
     def _forget(self, job_id: bytes) -> JobInFlight | None:
         known = self._jobs.pop(job_id, None)
+        if known:
+            known.over.set()
         self._ledger.close(job_id)
         if not self._jobs:
             self._idle.set()

@@ -1,5 +1,6 @@
 """Jobs under way as the services see them: where their tensors are, and the requests that name those."""
 
+import asyncio
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ class JobInFlight:
         traceparent: that of its request, empty if it is not traced.
         embeddings: where those of each item are, by modality.
         done: results that wait for the end, unless they are sent as they finish.
+        over: set when it is, well or not.
     """
 
     session: Session
@@ -33,6 +35,7 @@ class JobInFlight:
     traceparent: str
     embeddings: dict[str, dict[int, Place]] = field(default_factory=lambda: defaultdict(dict))
     done: list[selector_pb2.ItemGroup] = field(default_factory=list)
+    over: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 Jobs = Mapping[bytes, JobInFlight]

@@ -44,6 +44,7 @@ class Lanes:
         if not lanes:
             return stage.lane if stage.lane in self.open else ""
         lanes = [lane for lane in lanes if lane not in stage.lacking]
+        lanes = self._resources.staying(lanes) or lanes
         if self.open.isdisjoint(lanes):
             return ""
         room, best_batch = self._room.get(stage, 0), stage.curve.best_batch

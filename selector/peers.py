@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -24,6 +24,7 @@ from mosel.v1 import (
     tensor_pb2,
 )
 from selector.attachments import Attachments
+from selector.session import Session
 from selector.stages import FUSION, service_name
 
 # How long the first measurement waits for services that are still starting, so that they do not disturb it.
@@ -45,6 +46,7 @@ class Peers:
         modalities: those whose encoders are followed from the start.
         prepare: makes a service ready that has come; called with its lane and the models that it has.
         changed: called with a lane's name, whether it is up and what it computes on, each time that changes.
+        let_go: called with a lane's name when it is about to end; returns when nobody needs it any more.
 
     Attributes:
         attachments: how tensors get from each producer to each consumer.
@@ -57,8 +59,9 @@ class Peers:
         modalities: Iterable[str],
         prepare: Callable[[str, Sequence[str]], Awaitable[None]],
         changed: Callable[[str, bool, str], None],
+        let_go: Callable[[str], Coroutine[None, None, None]],
     ) -> None:
-        self._settings, self._prepare, self._changed = settings, prepare, changed
+        self._settings, self._prepare, self._changed, self._let_go = settings, prepare, changed, let_go
         encoders = [settings.encoder_addresses(modality) for modality in sorted(modalities)]
         self._addresses = {lane: at for of_one in encoders for lane, at in of_one.items()}
         self._addresses[FUSION] = settings.fusion_address
@@ -73,8 +76,8 @@ class Peers:
         # Their health streams.
         self._watches: dict[str, grpc.aio.UnaryStreamCall[Any, Any]] = {}
         self._refused: dict[str, str] = {}
-        self._gateways: dict[str, Callable[[selector_pb2.PayloadTransport], None]] = {}
-        self.attachments = Attachments(self._open_arena)
+        self._gateways: dict[str, Session] = {}
+        self.attachments = Attachments(self._open_arena, self._fetch_from)
 
     async def __aenter__(self) -> "Peers":
         for name in self._addresses:
@@ -140,23 +143,12 @@ class Peers:
         except grpc.RpcError as error:
             log.info("release not delivered", extra={"peer": name, "reason": error.code().name})
 
-    async def gateway_came(
-        self,
-        name: str,
-        announcement: arena_pb2.Announcement,
-        tell: Callable[[selector_pb2.PayloadTransport], None],
-    ) -> None:
-        """Has every encoder open a gateway's arena.
-
-        Args:
-            name: the gateway's.
-            announcement: its arena.
-            tell: how payloads reach every encoder; called now and after each change.
-        """
-        self.attachments.announce(name, announcement)
-        self._gateways[name] = tell
+    async def gateway_came(self, gateway: Session, announcement: arena_pb2.Announcement) -> None:
+        """Has every encoder open a gateway's arena; the gateway is told how payloads travel, now and at each change."""
+        self.attachments.announce(gateway.name, announcement)
+        self._gateways[gateway.name] = gateway
         for encoder in self._serving_encoders():
-            await self.attachments.attach(name, encoder)
+            await self.attachments.attach(gateway.name, encoder)
         self._tell_gateways()
 
     async def gateway_went(self, name: str) -> None:
@@ -220,9 +212,11 @@ class Peers:
             watch = stub.Watch(health_pb2.HealthCheckRequest(service=service))  # type: ignore[attr-defined]
             self._watches[name] = watch
             try:
-                async for reply in watch:
+                async for reply in (replies := aiter(watch)):
                     if reply.status != health_pb2.HealthCheckResponse.SERVING:
-                        # Leaving the loop does not end the stream, and a service that stops would wait for it.
+                        if self._serving[name]:
+                            await _first(self._let_go(name), anext(replies, None))
+                        # Leaving the loop does not end the stream, and a service that stops waits for it.
                         watch.cancel()
                         break
                     await self._note(name, serving=True)
@@ -295,13 +289,15 @@ class Peers:
                 log.error("refused", extra={"peer": name, "reason": self._refused[name]})
 
     def _tell_gateways(self) -> None:
-        for name, tell in self._gateways.items():
+        required = self._settings.transport.require
+        for name, gateway in self._gateways.items():
             edge = self.attachments.worst(name, self._serving_encoders())
             refused = ""
-            if edge.rung == tensor_pb2.INLINE and self._settings.transport.require != "inline":
-                refused = f"transport.require is {self._settings.transport.require}, but payloads travel inline"
-                refused += f": {edge.reason}"
-            tell(selector_pb2.PayloadTransport(rung=edge.rung, refused=refused))
+            # Payloads are in host memory.
+            if edge.rung < min(tensor_pb2.Rung.Value(required.upper()), tensor_pb2.POSIX_SHM):
+                rung = tensor_pb2.Rung.Name(edge.rung).lower()
+                refused = f"transport.require is {required}, but payloads travel {rung}: {edge.reason}"
+            gateway.send(transport=selector_pb2.PayloadTransport(rung=edge.rung, refused=refused))
 
     def _stub(self, name: str) -> "encoder_pb2_grpc.EncoderAsyncStub | fusion_pb2_grpc.FusionAsyncStub":
         """For what every service that computes can be asked."""
@@ -317,6 +313,17 @@ class Peers:
             )
         except grpc.RpcError as error:
             return arena_pb2.PreflightReport(reason=f"the consumer does not answer: {error.code().name}")
+
+    async def _fetch_from(self, producer: str, consumer: str) -> selector_pb2.FetchAddress:
+        required = self._settings.transport.require
+        if tensor_pb2.Rung.Value(required.upper()) > tensor_pb2.FETCH:
+            return selector_pb2.FetchAddress(reason=f"transport.require is {required}")
+        if producer in self._addresses:
+            return selector_pb2.FetchAddress(address=self._addresses[producer])
+        address = self._addresses[consumer]
+        if producer not in self._gateways or address.startswith("unix:"):
+            return selector_pb2.FetchAddress()
+        return await self._gateways[producer].fetch_address(address)
 
     async def _close_arenas(self, producer: str) -> None:
         for consumer, arena in self.attachments.forget(producer):
@@ -340,3 +347,14 @@ def _resource_in(status: service_pb2.ServiceStatus) -> str:
     if status.resource == "cpu" and status.boot_id not in ("", host_identity().boot_id):
         return f"cpu of {status.boot_id}"
     return status.resource
+
+
+async def _first(*ways: Awaitable[object]) -> None:
+    """Waits until one is over, however it ends, and cancels the others."""
+    tasks = [asyncio.ensure_future(way) for way in ways]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -220,7 +220,9 @@ class Planner:
     def _without(self, job: Job, items: int, floor: float) -> ModalitySet:
         """The modalities that items of a job would run, were their encoders there."""
         lacking = self._profiles[job.model].lacking
-        away = {modality for modality in job.modalities if not self._resources.is_served(modality, lacking)}
+        away = {
+            modality for modality in job.modalities if not self._resources.is_served(modality, lacking, staying=True)
+        }
         preferred = self._options(job, items, floor, whole=True)[0].strategy if away else None
         return frozenset().union(*(away & s for s, _ in preferred.counts)) if preferred else frozenset()
 

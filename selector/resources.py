@@ -44,8 +44,11 @@ class UnderWay:
 
 @dataclass
 class _Lane:
+    """A service; one that is `leaving` serves the jobs that it has, and no others."""
+
     up: bool = False
     resource: str = "cpu"
+    leaving: bool = False
 
 
 class Resources:
@@ -86,20 +89,35 @@ class Resources:
             if by_resource and [*by_resource.values()] != [modality]:
                 self._spread[modality] = tuple(sorted(by_resource.values()))
 
+    def set_leaving(self, name: str) -> None:
+        """A service is about to go: no further job may be planned with it."""
+        self._lanes[name].leaving = True
+
     @property
     def is_one(self) -> bool:
         """Whether all services that are there compute on the same resource."""
         return len({lane.resource for lane in self._lanes.values() if lane.up}) == 1
 
     def is_up(self, modality_set: ModalitySet, lacking: Set[str] = frozenset()) -> bool:
-        """Whether fusion and an encoder of each modality of a set are there; those that lack the model do not count."""
-        return self.is_served(FUSION, lacking) and all(self.is_served(m, lacking) for m in modality_set)
+        """Whether fusion and an encoder of each modality are there and stay; those without the model do not count."""
+        return all(self.is_served(m, lacking, staying=True) for m in (FUSION, *modality_set))
 
-    def is_served(self, modality: str, lacking: Set[str]) -> bool:
-        """Whether an encoder of a modality is there, or fusion; those that lack the model do not count."""
-        if modality not in self._replicas:
-            return self._lanes[modality].up
-        return any(self._lanes[lane].up and lane not in lacking for lane in self._replicas[modality])
+    def is_served(self, modality: str, lacking: Set[str], *, staying: bool = False) -> bool:
+        """Whether an encoder of a modality is there, or fusion.
+
+        Args:
+            modality: the modality, or fusion.
+            lacking: lanes that do not have the model, and do not count.
+            staying: whether those do not count either that are about to go.
+        """
+        there = [lane for lane in self._replicas.get(modality, (modality,)) if self._lanes[lane].up]
+        if modality in self._replicas:
+            there = [lane for lane in there if lane not in lacking]
+        return bool(self.staying(there) if staying else there)
+
+    def staying(self, lanes: Iterable[str]) -> list[str]:
+        """Those that are not about to go."""
+        return [lane for lane in lanes if not self._lanes[lane].leaving]
 
     def open_lanes(self) -> set[str]:
         """The services that are there and may be called now."""

@@ -9,6 +9,7 @@ one. The driver feeds events in and asks `next` what to do:
     completed(call, now)                   -> the jobs that are answered by it
     failed(call, now)                      -> the jobs that are lost by it
     lane(name, up, resource)               -> the jobs that are lost by it
+    leaving(name)                          no new job gets it
     cancelled(job_id)
     load(model, profile)                   jobs may name it from now on
     retire(model)                          no further jobs; those that are here go on
@@ -161,6 +162,10 @@ class Scheduler:
         bereft = [work for work in self._queue if not is_served(gone, work.profile.lacking)]
         lost = [work.job.id for work in bereft if not self._planner.plan_without(work, gone)]
         return [job_id for job_id in lost if self.cancelled(job_id)]
+
+    def leaving(self, name: str) -> None:
+        """A service is about to end: new jobs do without it, those that are here go on."""
+        self._resources.set_leaving(name)
 
     def cancelled(self, job_id: bytes) -> bool:
         """Forgets a job: nothing more is done for it. False if it is not known."""

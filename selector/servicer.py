@@ -41,24 +41,37 @@ class SelectorServicer(selector_pb2_grpc.SelectorServicer):
                 yield message
         finally:
             reading.cancel()
+            # Nothing that the gateway said may have effects once it is forgotten.
+            await asyncio.wait([reading])
             self._director.disconnect(session)
             await self._peers.gateway_went(session.name)
 
     async def _read(self, session: Session, messages: AsyncIterator[selector_pb2.GatewayMessage]) -> None:
+        """Answers are heard at once, for what else was said may wait for them; the rest is followed in its order."""
+        rest: asyncio.Queue[selector_pb2.GatewayMessage] = asyncio.Queue()
         try:
-            async for message in messages:
-                if message.HasField("job"):
-                    self._director.submit(session, message.job)
-                elif message.HasField("cancel"):
-                    self._director.cancel(message.cancel.job_id)
-                elif message.HasField("models"):
-                    self._models.gateway_names(session.name, message.models.models)
-                elif message.HasField("announcement"):
-                    await self._peers.gateway_came(
-                        session.name, message.announcement, lambda transport: session.send(transport=transport)
-                    )
+            async with asyncio.TaskGroup() as tasks:
+                following = tasks.create_task(self._follow(session, rest))
+                async for message in messages:
+                    if message.HasField("fetch_address"):
+                        session.heard(message.fetch_address)
+                    else:
+                        rest.put_nowait(message)
+                following.cancel()
         finally:
             session.outbox.put_nowait(None)
+
+    async def _follow(self, session: Session, messages: "asyncio.Queue[selector_pb2.GatewayMessage]") -> None:
+        while True:
+            message = await messages.get()
+            if message.HasField("job"):
+                self._director.submit(session, message.job)
+            elif message.HasField("cancel"):
+                self._director.cancel(message.cancel.job_id)
+            elif message.HasField("models"):
+                self._models.gateway_names(session.name, message.models.models)
+            elif message.HasField("announcement"):
+                await self._peers.gateway_came(session, message.announcement)
 
     @answers_with_status
     async def Plan(self, request: selector_pb2.JobDescription, context: Context) -> gateway_pb2.PlanReply:

@@ -11,6 +11,8 @@ or in device memory, until the selector releases the slot or its lease is over.
     shared_memory   arenas in POSIX shared memory
     device_arena    arenas in device memory, through CUDA IPC; device_ipc: what they need of a GPU runtime
     refs            refs from a peer, checked
+    fetched         arenas that cannot be mapped: their producers are asked for rows
+    servicer        the other side of that
     exchange        Publisher and Reader, for tensors in host memory
     torch_exchange  the same for torch tensors, wherever they are; imports torch
     host            who shares a host, namespaces, and a clock

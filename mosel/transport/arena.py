@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
-from mosel.errors import Overloaded, PayloadTooLarge
+from mosel.errors import Overloaded, PayloadTooLarge, ReadNotProven
 from mosel.transport.control import ControlFile
 from mosel.transport.host import host_identity
 from mosel.transport.layout import MIB, SLOT_SIZES, Layout
@@ -90,6 +90,19 @@ class Arena(ABC):
             # All: the first to wait may need a larger slot than this one.
             self._freed.notify_all()
             return self._table.release(index, generation)
+
+    def check_published(self, index: int, generation: int) -> Slot:
+        """The slot that a ref names; where the bytes were copied before, this proves them: the producer decides alone.
+
+        Raises:
+            ReadNotProven: there is no such lease (any more).
+        """
+        with self._lock:
+            self._table.expire(time.monotonic())
+            slot = self._table.published(index, generation)
+        if slot is None:
+            raise ReadNotProven("the slot was reused, or its lease was over, before it was read")
+        return slot
 
     def statistics(self) -> SlotStatistics:
         """Slots by state, after taking back expired leases."""

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mosel import leftovers
 from mosel.errors import ConfigError, ReadNotProven
 from mosel.transport.host import monotonic_ns
 from mosel.transport.layout import HEADER_BYTES, MAX_SLOTS, MIB, SLOT_SIZES, Layout
@@ -51,6 +52,7 @@ class ControlFile:
         self.nonce = secrets.token_bytes(NONCE_BYTES)
         nbytes = layout.total_bytes if holds_slots else layout.data_start
         self._path, self._fd = _create(directory, self.arena_id, self.epoch, nbytes, setting)
+        leftovers.made(self._path)
         self.map = mmap.mmap(self._fd, nbytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         # Where the slots are elsewhere, the nonce is too: it proves the path to them.
         nonce = self.nonce if holds_slots else bytes(NONCE_BYTES)
@@ -62,10 +64,13 @@ class ControlFile:
         """Tells readers that a slot is filled anew, and how far; to be called before its first byte is written."""
         self._entries[slot, _NBYTES], self._entries[slot, _GENERATION] = nbytes, generation
 
+    def size_of(self, slot: int) -> int:
+        """Bytes of the tensor that a slot was filled with last."""
+        return int(self._entries[slot, _NBYTES])
+
     def close(self) -> None:
         """Removes the file; consumers that mapped it keep their mapping until they drop it."""
-        with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
+        leftovers.remove(self._path)
         if self._fd >= 0:
             self._entries = _NO_ENTRIES
             self.map.close()

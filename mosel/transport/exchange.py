@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mosel.config import TransportSettings
+from mosel.deadline import Deadline
 from mosel.errors import Overloaded, ReadNotProven
 from mosel.tensors import DTYPES, dtype_value
 from mosel.transport.arena import NANOSECONDS, Arena
 from mosel.transport.control import remove_orphans
+from mosel.transport.fetched import Connect, FetchedArena, Wanted
 from mosel.transport.host import no_shared_clock
 from mosel.transport.layout import KIB, MIB
 from mosel.transport.refs import CheckedSlice, checked_slice
@@ -22,6 +24,8 @@ from mosel.transport.shared_memory import SharedMemoryArena, SharedMemoryView
 from mosel.transport.slots import Slot
 from mosel.v1 import arena_pb2, tensor_pb2
 
+# How long a producer has to show its nonce, and to send rows where nobody says otherwise.
+_OPEN_S, _FETCH_S = 3.0, 60.0
 _RUNGS = {number: name.lower() for name, number in tensor_pb2.Rung.items()}
 
 
@@ -106,25 +110,33 @@ class Publisher:
 class Reader:
     """Gathers rows from refs into host memory. Reads only arenas that were opened before. Thread-safe.
 
+    A context manager that closes what it opened.
+
     Attributes:
         bytes_read: bytes of the rows gathered so far.
+        bytes_fetched: those of them that were fetched from their producers.
 
     Args:
         directory: where shared memory is mounted.
+        connect: makes channels to producers whose arenas cannot be mapped; None: they are not read.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.bytes_read = 0
-        self._directory = directory
+    def __init__(self, directory: Path, connect: Connect | None = None) -> None:
+        self.bytes_read = self.bytes_fetched = 0
+        self._directory, self._connect = directory, connect
         self._views: dict[tuple[int, int], SharedMemoryView] = {}
-        self._lock = threading.Lock()
+        self._fetched: dict[tuple[int, int], FetchedArena] = {}
+        self._lock, self._opening = threading.Lock(), threading.Lock()
 
     def open(self, arena: arena_pb2.ArenaDescription) -> bytes:
         """Opens a producer's arena, once, and reads its nonce through the path that tensors will take.
 
         Raises:
             ReadNotProven: the path does not work; says why.
+            MoselError: the producer cannot be fetched from; says why.
         """
+        if arena.rung == tensor_pb2.FETCH:
+            return self._open_fetched(arena)
         reason = no_shared_clock(arena.host)
         if not reason and arena.rung != tensor_pb2.POSIX_SHM:
             reason = "this consumer reads shared memory only"
@@ -142,9 +154,16 @@ class Reader:
         """Forgets an arena whose producer is gone; it is unmapped when the last thread that reads it is done."""
         with self._lock:
             self._views.pop((arena_id, epoch), None)
+            fetched = self._fetched.pop((arena_id, epoch), None)
+        if fetched:
+            fetched.close()
 
     def gather(
-        self, slices: Iterable[tensor_pb2.RowSlice], dtype: str, item_shape: tuple[int, ...]
+        self,
+        slices: Iterable[tensor_pb2.RowSlice],
+        dtype: str,
+        item_shape: tuple[int, ...],
+        deadline: Deadline | None = None,
     ) -> NDArray[np.generic]:
         """Copies rows of several tensors into one.
 
@@ -152,43 +171,51 @@ class Reader:
             slices: the rows, in order.
             dtype: the data type that every tensor must have.
             item_shape: the shape that every row must have.
+            deadline: until when rows may be fetched; None: for a minute.
 
         Returns:
             [sum of row counts, *item_shape].
 
         Raises:
             InvalidRequest: a slice is out of bounds, or a tensor has another type or shape.
-            ReadNotProven: a slot was reused, its lease was over, or its arena is not open.
+            ReadNotProven: a slot was reused, its lease was over, its arena is not open, or its producer is away.
+            DeadlineExceeded: rows could not be fetched in time.
         """
-        return self.gather_checked([checked_slice(s, dtype, item_shape) for s in slices], dtype, item_shape)
+        return self.gather_checked([checked_slice(s, dtype, item_shape) for s in slices], dtype, item_shape, deadline)
 
     def gather_checked(
-        self, parts: Sequence[CheckedSlice], dtype: str, item_shape: tuple[int, ...]
+        self, parts: Sequence[CheckedSlice], dtype: str, item_shape: tuple[int, ...], deadline: Deadline | None = None
     ) -> NDArray[np.generic]:
         """As `gather`, of slices that `checked_slice` has let pass for this dtype and shape."""
         rows = sum(part.rows for part in parts)
         batch = np.empty((rows, *item_shape), DTYPES[dtype])
         flat = batch.reshape(-1).view(np.uint8)
-        done = 0
+        wanted, done = [], 0
         for part in parts:
             nbytes = part.end - part.begin
-            self.copy(part, flat[done : done + nbytes])
+            wanted.append((part, flat[done : done + nbytes]))
             done += nbytes
+        self.copy(wanted, deadline)
         self.count(batch.nbytes)
         return batch
 
-    def copy(self, part: CheckedSlice, target: NDArray[np.uint8]) -> None:
-        """Copies the bytes of a slice, and proves what was copied."""
-        if part.inline is not None:
-            target[:] = np.frombuffer(part.inline, np.uint8)[part.begin : part.end]
-            return
-        slot = part.slot
-        with self._lock:
-            view = self._views.get((slot.arena_id, slot.epoch))
-        if view is None:
-            raise ReadNotProven("the arena that the ref names is not open here")
-        target[:] = view.bytes_of(slot.slot, part.nbytes)[part.begin : part.end]
-        view.prove(slot.slot, slot.generation, slot.lease_expires_ns)
+    def copy(self, wanted: Iterable[Wanted], deadline: Deadline | None = None) -> None:
+        """Copies the bytes of slices to where they are wanted, and proves what was copied; errors as of `gather`."""
+        elsewhere: dict[FetchedArena, list[Wanted]] = {}
+        for part, target in wanted:
+            if part.inline is not None:
+                target[:] = np.frombuffer(part.inline, np.uint8)[part.begin : part.end]
+                continue
+            slot, opened = part.slot, self._opened(part.slot)
+            if isinstance(opened, FetchedArena):
+                elsewhere.setdefault(opened, []).append((part, target))
+                continue
+            target[:] = opened.bytes_of(slot.slot, part.nbytes)[part.begin : part.end]
+            opened.prove(slot.slot, slot.generation, slot.lease_expires_ns)
+        for producer, parts in elsewhere.items():
+            producer.fetch(parts, deadline or Deadline.after(_FETCH_S))
+            with self._lock:
+                self.bytes_fetched += sum(target.nbytes for _, target in parts)
 
     def count(self, nbytes: int) -> None:
         """Adds to `bytes_read`."""
@@ -197,7 +224,11 @@ class Reader:
 
     def arenas_open(self) -> int:
         """How many arenas are open."""
-        return len(self._views)
+        return len(self._views) + len(self._fetched)
+
+    def statistics(self) -> dict[str, int]:
+        """Arenas that are open, and bytes that were fetched."""
+        return {"arenas_open": self.arenas_open(), "bytes_fetched": self.bytes_fetched}
 
     def __enter__(self) -> "Reader":
         return self
@@ -205,7 +236,43 @@ class Reader:
     def __exit__(self, *exc: object) -> None:
         for view in self._views.values():
             view.close()
+        for producer in self._fetched.values():
+            producer.close()
         self._views.clear()
+        self._fetched.clear()
+
+    def _open_fetched(self, arena: arena_pb2.ArenaDescription) -> bytes:
+        if self._connect is None:
+            raise ReadNotProven("this consumer does not fetch")
+        key = (arena.arena_id, arena.epoch)
+        # Takes round trips, and other threads read meanwhile: not the lock that they take.
+        with self._opening:
+            with self._lock:
+                opened = self._fetched.get(key)
+            if opened is not None and opened.address == arena.address:
+                return opened.nonce(Deadline.after(_OPEN_S))
+            new = FetchedArena(arena, self._connect)
+            try:
+                nonce = new.nonce(Deadline.after(_OPEN_S))
+            except BaseException:
+                new.close()
+                raise
+            with self._lock:
+                # An address is one producer's: what was opened there before is gone, and so is what moved away.
+                gone = [k for k, old in self._fetched.items() if k == key or old.address == arena.address]
+                closing = [self._fetched.pop(k) for k in gone]
+                self._fetched[key] = new
+            for old in closing:
+                old.close()
+            return nonce
+
+    def _opened(self, slot: tensor_pb2.ArenaSlot) -> SharedMemoryView | FetchedArena:
+        key = (slot.arena_id, slot.epoch)
+        with self._lock:
+            opened = self._views.get(key) or self._fetched.get(key)
+        if opened is None:
+            raise ReadNotProven("the arena that the ref names is not open here")
+        return opened
 
 
 @contextlib.contextmanager

@@ -1,15 +1,20 @@
 """Arenas whose slots are in POSIX shared memory, in the control file itself."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mosel.errors import ReadNotProven
+from mosel.errors import InvalidRequest, ReadNotProven
 from mosel.transport.arena import Arena
 from mosel.transport.control import ControlView
+from mosel.transport.layout import KIB
 from mosel.transport.slots import Slot
 from mosel.v1 import arena_pb2, tensor_pb2
+
+# So much is copied at once for those who fetch: it fits into any message, and holds up nobody.
+PIECE_BYTES = 512 * KIB
 
 
 class SharedMemoryArena(Arena):
@@ -42,6 +47,27 @@ class SharedMemoryArena(Arena):
         To be released (`with`) before the slot is published.
         """
         return memoryview(self._control.map)[slot.offset : slot.offset + nbytes]
+
+    def pieces(self, wanted: arena_pb2.SlotRange) -> Iterator[bytes]:
+        """The bytes of a range in pieces of at most `PIECE_BYTES`, each copied and then proven.
+
+        Args:
+            wanted: from a consumer that cannot map the arena.
+
+        Raises:
+            InvalidRequest: the range is not one of the tensor.
+            ReadNotProven: the slot does not hold that tensor (any more).
+        """
+        if not wanted.begin <= wanted.end <= wanted.nbytes:
+            raise InvalidRequest(f"range {wanted.begin}..{wanted.end} of a tensor of {wanted.nbytes} bytes")
+        slot = self.check_published(wanted.slot, wanted.generation)
+        if self._control.size_of(slot.index) != wanted.nbytes:
+            raise ReadNotProven("the slot holds a tensor of another size: the ref is wrong")
+        for begin in range(wanted.begin, wanted.end, PIECE_BYTES):
+            end = min(begin + PIECE_BYTES, wanted.end)
+            piece = self._control.map[slot.offset + begin : slot.offset + end]
+            self.check_published(wanted.slot, wanted.generation)
+            yield piece
 
     def _describe(self, arena: arena_pb2.ArenaDescription) -> None:
         """Nothing to add: the name of the file follows from the arena's numbers."""

@@ -99,22 +99,25 @@ class SlotTable:
 
     def release(self, index: int, generation: int) -> bool:
         """Ends a lease; False if there is no such lease (any more)."""
-        if not 0 <= index < len(self.slots):
-            return False
-        slot = self.slots[index]
-        if slot.state is not SlotState.PUBLISHED or slot.generation != generation:
+        slot = self.published(index, generation)
+        if slot is None:
             return False
         self._free_again(slot)
         self._released += 1
         return True
+
+    def published(self, index: int, generation: int) -> Slot | None:
+        """The slot, if there is a lease for this generation of it."""
+        slot = self.slots[index] if 0 <= index < len(self.slots) else None
+        there = slot is not None and slot.state is SlotState.PUBLISHED and slot.generation == generation
+        return slot if there else None
 
     def expire(self, now: float) -> int:
         """Frees every slot whose lease is over; returns how many."""
         expired = 0
         while self._leases and self._leases[0][0] <= now:
             _, index, generation = heapq.heappop(self._leases)
-            slot = self.slots[index]
-            if slot.state is SlotState.PUBLISHED and slot.generation == generation:
+            if slot := self.published(index, generation):
                 self._free_again(slot)
                 expired += 1
         self._expired += expired

@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 
+from mosel.deadline import Deadline
 from mosel.errors import Overloaded, ReadNotProven
 from mosel.tensors import dtype_value
 from mosel.transport.device_arena import DeviceArena, DeviceLost, DeviceView, settled
@@ -166,13 +167,20 @@ class TensorReader:
         if view:
             view.close()
 
-    def gather(self, slices: Iterable[tensor_pb2.RowSlice], dtype: str, item_shape: tuple[int, ...]) -> torch.Tensor:
+    def gather(
+        self,
+        slices: Iterable[tensor_pb2.RowSlice],
+        dtype: str,
+        item_shape: tuple[int, ...],
+        deadline: Deadline | None = None,
+    ) -> torch.Tensor:
         """Copies rows of several tensors into one; when this returns, they are complete and proven.
 
         Args:
             slices: the rows, in order.
             dtype: the data type that every tensor must have.
             item_shape: the shape that every row must have.
+            deadline: until when rows may be fetched; None: for a minute.
 
         Returns:
             [sum of row counts, *item_shape], on the device.
@@ -180,18 +188,19 @@ class TensorReader:
         Raises:
             InvalidRequest: a slice is out of bounds, or a tensor has another type or shape.
             ReadNotProven: a slot was reused, its lease was over, its arena is not open, or the GPU failed.
+            DeadlineExceeded: rows could not be fetched in time.
         """
         parts = [checked_slice(s, dtype, item_shape) for s in slices]
         views = self._views_of(parts)
         if self._ipc is None or not views:
-            host = torch.from_numpy(self._reader.gather_checked(parts, dtype, item_shape))
+            host = torch.from_numpy(self._reader.gather_checked(parts, dtype, item_shape, deadline))
             return host.view(TORCH_DTYPES[dtype]).to(self._device)
         rows = sum(part.rows for part in parts)
         batch = torch.empty((rows, *item_shape), dtype=TORCH_DTYPES[dtype], device=self._device)
         with contextlib.ExitStack() as held:
             for opened in views.values():
                 held.enter_context(opened.held())
-            self._copy(self._ipc, parts, views, batch.reshape(-1).view(torch.uint8))
+            self._copy(self._ipc, parts, views, batch.reshape(-1).view(torch.uint8), deadline)
             for part in parts:
                 if view := _view_of(part, views):
                     view.prove(part.slot.slot, part.slot.generation, part.slot.lease_expires_ns)
@@ -201,6 +210,10 @@ class TensorReader:
     def arenas_open(self) -> int:
         """How many arenas are open."""
         return self._reader.arenas_open() + len(self._views)
+
+    def statistics(self) -> dict[str, int]:
+        """As of `Reader`."""
+        return self._reader.statistics() | {"arenas_open": self.arenas_open()}
 
     def __enter__(self) -> Self:
         return self
@@ -215,7 +228,14 @@ class TensorReader:
         with self._lock:
             return {key: self._views[key] for key in keys if key in self._views}
 
-    def _copy(self, ipc: DeviceIpc, parts: list[CheckedSlice], views: _Views, target: torch.Tensor) -> None:
+    def _copy(
+        self,
+        ipc: DeviceIpc,
+        parts: list[CheckedSlice],
+        views: _Views,
+        target: torch.Tensor,
+        deadline: Deadline | None,
+    ) -> None:
         """Copies all parts one after the other; whatever happens, no copy is under way when this ends."""
         sources: list[torch.Tensor] = []
         try:
@@ -224,7 +244,7 @@ class TensorReader:
                 for part in parts:
                     nbytes = part.end - part.begin
                     # Kept: a copy from host memory may read its source until it is settled.
-                    sources.append(self._source(part, _view_of(part, views)))
+                    sources.append(self._source(part, _view_of(part, views), deadline))
                     ipc.copy(target[done : done + nbytes], sources[-1])
                     done += nbytes
         except RuntimeError as error:
@@ -232,11 +252,11 @@ class TensorReader:
                 self._lost.append((target, sources))
             raise ReadNotProven("the GPU failed while it copied a tensor") from None
 
-    def _source(self, part: CheckedSlice, view: DeviceView | None) -> torch.Tensor:
+    def _source(self, part: CheckedSlice, view: DeviceView | None, deadline: Deadline | None) -> torch.Tensor:
         if view:
             return view.bytes_of(part.slot.slot, part.nbytes)[part.begin : part.end]
         host = torch.empty(part.end - part.begin, dtype=torch.uint8)
-        self._reader.copy(part, host.numpy())
+        self._reader.copy([(part, host.numpy())], deadline)
         return host
 
 

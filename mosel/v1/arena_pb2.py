@@ -25,29 +25,37 @@ _sym_db = _symbol_database.Default()
 from mosel.v1 import tensor_pb2 as mosel_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14mosel/v1/arena.proto\x12\x08mosel.v1\x1a\x15mosel/v1/tensor.proto\"r\n\x0cHostIdentity\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x16\n\x0etime_namespace\x18\x02 \x01(\x04\x12\x15\n\rpid_namespace\x18\x03 \x01(\x04\x12\x15\n\ripc_namespace\x18\x04 \x01(\x04\x12\x0b\n\x03pid\x18\x05 \x01(\r\"\x9e\x01\n\x10\x41renaDescription\x12\x10\n\x08\x61rena_id\x18\x01 \x01(\x06\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x1c\n\x04rung\x18\x03 \x01(\x0e\x32\x0e.mosel.v1.Rung\x12$\n\x04host\x18\x04 \x01(\x0b\x32\x16.mosel.v1.HostIdentity\x12\x13\n\x0b\x63uda_handle\x18\x05 \x01(\x0c\x12\x10\n\x08gpu_uuid\x18\x06 \x01(\t\"\x11\n\x0f\x41nnounceRequest\"8\n\x0c\x41nnouncement\x12(\n\x06\x61renas\x18\x01 \x03(\x0b\x32\x18.mosel.v1.AnnouncedArena\"J\n\x0e\x41nnouncedArena\x12)\n\x05\x61rena\x18\x01 \x01(\x0b\x32\x1a.mosel.v1.ArenaDescription\x12\r\n\x05nonce\x18\x02 \x01(\x0c\"=\n\x10OpenArenaRequest\x12)\n\x05\x61rena\x18\x01 \x01(\x0b\x32\x1a.mosel.v1.ArenaDescription\"0\n\x0fPreflightReport\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x0e\n\x06reason\x18\x02 \x01(\t\"4\n\x11\x43loseArenaRequest\x12\x10\n\x08\x61rena_id\x18\x01 \x01(\x06\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\"\x11\n\x0f\x43loseArenaReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14mosel/v1/arena.proto\x12\x08mosel.v1\x1a\x15mosel/v1/tensor.proto\"T\n\x0c\x46\x65tchRequest\x12\x10\n\x08\x61rena_id\x18\x01 \x01(\x06\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12#\n\x06ranges\x18\x03 \x03(\x0b\x32\x13.mosel.v1.SlotRange\"Y\n\tSlotRange\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\x12\r\n\x05\x62\x65gin\x18\x04 \x01(\x04\x12\x0b\n\x03\x65nd\x18\x05 \x01(\x04\"\x1a\n\nFetchReply\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"r\n\x0cHostIdentity\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x16\n\x0etime_namespace\x18\x02 \x01(\x04\x12\x15\n\rpid_namespace\x18\x03 \x01(\x04\x12\x15\n\ripc_namespace\x18\x04 \x01(\x04\x12\x0b\n\x03pid\x18\x05 \x01(\r\"\xaf\x01\n\x10\x41renaDescription\x12\x10\n\x08\x61rena_id\x18\x01 \x01(\x06\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x1c\n\x04rung\x18\x03 \x01(\x0e\x32\x0e.mosel.v1.Rung\x12$\n\x04host\x18\x04 \x01(\x0b\x32\x16.mosel.v1.HostIdentity\x12\x13\n\x0b\x63uda_handle\x18\x05 \x01(\x0c\x12\x10\n\x08gpu_uuid\x18\x06 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x07 \x01(\t\"\x11\n\x0f\x41nnounceRequest\"8\n\x0c\x41nnouncement\x12(\n\x06\x61renas\x18\x01 \x03(\x0b\x32\x18.mosel.v1.AnnouncedArena\"J\n\x0e\x41nnouncedArena\x12)\n\x05\x61rena\x18\x01 \x01(\x0b\x32\x1a.mosel.v1.ArenaDescription\x12\r\n\x05nonce\x18\x02 \x01(\x0c\"=\n\x10OpenArenaRequest\x12)\n\x05\x61rena\x18\x01 \x01(\x0b\x32\x1a.mosel.v1.ArenaDescription\"0\n\x0fPreflightReport\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x0e\n\x06reason\x18\x02 \x01(\t\"4\n\x11\x43loseArenaRequest\x12\x10\n\x08\x61rena_id\x18\x01 \x01(\x06\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\"\x11\n\x0f\x43loseArenaReply2C\n\x08Producer\x12\x37\n\x05\x46\x65tch\x12\x16.mosel.v1.FetchRequest\x1a\x14.mosel.v1.FetchReply0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mosel.v1.arena_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_HOSTIDENTITY']._serialized_start=57
-  _globals['_HOSTIDENTITY']._serialized_end=171
-  _globals['_ARENADESCRIPTION']._serialized_start=174
-  _globals['_ARENADESCRIPTION']._serialized_end=332
-  _globals['_ANNOUNCEREQUEST']._serialized_start=334
-  _globals['_ANNOUNCEREQUEST']._serialized_end=351
-  _globals['_ANNOUNCEMENT']._serialized_start=353
-  _globals['_ANNOUNCEMENT']._serialized_end=409
-  _globals['_ANNOUNCEDARENA']._serialized_start=411
-  _globals['_ANNOUNCEDARENA']._serialized_end=485
-  _globals['_OPENARENAREQUEST']._serialized_start=487
-  _globals['_OPENARENAREQUEST']._serialized_end=548
-  _globals['_PREFLIGHTREPORT']._serialized_start=550
-  _globals['_PREFLIGHTREPORT']._serialized_end=598
-  _globals['_CLOSEARENAREQUEST']._serialized_start=600
-  _globals['_CLOSEARENAREQUEST']._serialized_end=652
-  _globals['_CLOSEARENAREPLY']._serialized_start=654
-  _globals['_CLOSEARENAREPLY']._serialized_end=671
+  _globals['_FETCHREQUEST']._serialized_start=57
+  _globals['_FETCHREQUEST']._serialized_end=141
+  _globals['_SLOTRANGE']._serialized_start=143
+  _globals['_SLOTRANGE']._serialized_end=232
+  _globals['_FETCHREPLY']._serialized_start=234
+  _globals['_FETCHREPLY']._serialized_end=260
+  _globals['_HOSTIDENTITY']._serialized_start=262
+  _globals['_HOSTIDENTITY']._serialized_end=376
+  _globals['_ARENADESCRIPTION']._serialized_start=379
+  _globals['_ARENADESCRIPTION']._serialized_end=554
+  _globals['_ANNOUNCEREQUEST']._serialized_start=556
+  _globals['_ANNOUNCEREQUEST']._serialized_end=573
+  _globals['_ANNOUNCEMENT']._serialized_start=575
+  _globals['_ANNOUNCEMENT']._serialized_end=631
+  _globals['_ANNOUNCEDARENA']._serialized_start=633
+  _globals['_ANNOUNCEDARENA']._serialized_end=707
+  _globals['_OPENARENAREQUEST']._serialized_start=709
+  _globals['_OPENARENAREQUEST']._serialized_end=770
+  _globals['_PREFLIGHTREPORT']._serialized_start=772
+  _globals['_PREFLIGHTREPORT']._serialized_end=820
+  _globals['_CLOSEARENAREQUEST']._serialized_start=822
+  _globals['_CLOSEARENAREQUEST']._serialized_end=874
+  _globals['_CLOSEARENAREPLY']._serialized_start=876
+  _globals['_CLOSEARENAREPLY']._serialized_end=893
+  _globals['_PRODUCER']._serialized_start=895
+  _globals['_PRODUCER']._serialized_end=962
 # @@protoc_insertion_point(module_scope)

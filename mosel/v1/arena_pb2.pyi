@@ -22,6 +22,89 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class FetchRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARENA_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    RANGES_FIELD_NUMBER: _builtins.int
+    arena_id: _builtins.int
+    epoch: _builtins.int
+    @_builtins.property
+    def ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlotRange]:
+        """What is wanted, in this order. Without any: the arena's nonce, which proves the path."""
+
+    def __init__(
+        self,
+        *,
+        arena_id: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        ranges: _abc.Iterable[Global___SlotRange] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_id", b"arena_id", "epoch", b"epoch", "ranges", b"ranges"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchRequest: _TypeAlias = FetchRequest  # noqa: Y015
+
+@_typing.final
+class SlotRange(_message.Message):
+    """Bytes [begin, end) of the tensor in a slot."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    NBYTES_FIELD_NUMBER: _builtins.int
+    BEGIN_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    slot: _builtins.int
+    generation: _builtins.int
+    nbytes: _builtins.int
+    """Bytes of the whole tensor."""
+    begin: _builtins.int
+    end: _builtins.int
+    def __init__(
+        self,
+        *,
+        slot: _builtins.int = ...,
+        generation: _builtins.int = ...,
+        nbytes: _builtins.int = ...,
+        begin: _builtins.int = ...,
+        end: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "end", b"end", "generation", b"generation", "nbytes", b"nbytes", "slot", b"slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SlotRange: _TypeAlias = SlotRange  # noqa: Y015
+
+@_typing.final
+class FetchReply(_message.Message):
+    """The next bytes of what is wanted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchReply: _TypeAlias = FetchReply  # noqa: Y015
+
+@_typing.final
 class HostIdentity(_message.Message):
     """What a consumer must share with a producer for a rung to work. Numbers are inodes of Linux namespaces."""
 
@@ -65,14 +148,17 @@ class ArenaDescription(_message.Message):
     HOST_FIELD_NUMBER: _builtins.int
     CUDA_HANDLE_FIELD_NUMBER: _builtins.int
     GPU_UUID_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
     arena_id: _builtins.int
     epoch: _builtins.int
     rung: _tensor_pb2.Rung.ValueType
-    """POSIX_SHM or CUDA_IPC."""
+    """By which path it is opened: POSIX_SHM or CUDA_IPC as announced, or FETCH."""
     cuda_handle: _builtins.bytes
     """cudaIpcMemHandle_t of the arena's device memory, 64 bytes; only with CUDA_IPC. Never logged."""
     gpu_uuid: _builtins.str
     """The GPU that holds it; only with CUDA_IPC."""
+    address: _builtins.str
+    """Where its producer serves `Producer`, as the consumer reaches it; only with FETCH."""
     @_builtins.property
     def host(self) -> Global___HostIdentity: ...
     def __init__(
@@ -84,10 +170,11 @@ class ArenaDescription(_message.Message):
         host: Global___HostIdentity | None = ...,
         cuda_handle: _builtins.bytes = ...,
         gpu_uuid: _builtins.str = ...,
+        address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["host", b"host"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_id", b"arena_id", "cuda_handle", b"cuda_handle", "epoch", b"epoch", "gpu_uuid", b"gpu_uuid", "host", b"host", "rung", b"rung"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "arena_id", b"arena_id", "cuda_handle", b"cuda_handle", "epoch", b"epoch", "gpu_uuid", b"gpu_uuid", "host", b"host", "rung", b"rung"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

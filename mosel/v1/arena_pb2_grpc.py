@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from mosel.v1 import arena_pb2 as mosel_dot_v1_dot_arena__pb2
 
 GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
@@ -22,3 +23,85 @@ if _version_not_supported:
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
+
+
+class ProducerStub(object):
+    """Whoever has an arena, for consumers that cannot map it. Encoders serve it beside their own service, gateways on
+    listeners that they open for encoders on other hosts.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Fetch = channel.unary_stream(
+                '/mosel.v1.Producer/Fetch',
+                request_serializer=mosel_dot_v1_dot_arena__pb2.FetchRequest.SerializeToString,
+                response_deserializer=mosel_dot_v1_dot_arena__pb2.FetchReply.FromString,
+                _registered_method=True)
+
+
+class ProducerServicer(object):
+    """Whoever has an arena, for consumers that cannot map it. Encoders serve it beside their own service, gateways on
+    listeners that they open for encoders on other hosts.
+    """
+
+    def Fetch(self, request, context):
+        """Called by encoders and fusion, for the rows of one batch.
+        Sets off: the bytes are copied out of the arena and proven by the producer itself, piece by piece.
+        Deadline: that of the call for which the rows are read. Errors: INVALID_ARGUMENT (a range is wrong), ABORTED (a slot
+        was reused or its lease was over, or the arena is another one); what came before an error is worthless.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ProducerServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Fetch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Fetch,
+                    request_deserializer=mosel_dot_v1_dot_arena__pb2.FetchRequest.FromString,
+                    response_serializer=mosel_dot_v1_dot_arena__pb2.FetchReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'mosel.v1.Producer', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('mosel.v1.Producer', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Producer(object):
+    """Whoever has an arena, for consumers that cannot map it. Encoders serve it beside their own service, gateways on
+    listeners that they open for encoders on other hosts.
+    """
+
+    @staticmethod
+    def Fetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mosel.v1.Producer/Fetch',
+            mosel_dot_v1_dot_arena__pb2.FetchRequest.SerializeToString,
+            mosel_dot_v1_dot_arena__pb2.FetchReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

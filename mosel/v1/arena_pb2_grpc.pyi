@@ -7,9 +7,16 @@ only what was proven by reading a nonce through the path is used.
 
 from collections import abc as _abc
 from grpc import aio as _aio
+from mosel.v1 import arena_pb2 as _arena_pb2
 import abc as _abc_1
 import grpc as _grpc
+import sys
 import typing as _typing
+
+if sys.version_info >= (3, 11):
+    from typing import Self as _Self
+else:
+    from typing_extensions import Self as _Self
 
 _T = _typing.TypeVar("_T")
 
@@ -20,3 +27,52 @@ class _ServicerContext(_grpc.ServicerContext, _aio.ServicerContext):  # type: ig
 
 GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
+
+class ProducerStub:
+    """Whoever has an arena, for consumers that cannot map it. Encoders serve it beside their own service, gateways on
+    listeners that they open for encoders on other hosts.
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> ProducerAsyncStub: ...
+    Fetch: _grpc.UnaryStreamMultiCallable[_arena_pb2.FetchRequest, _arena_pb2.FetchReply]
+    """Called by encoders and fusion, for the rows of one batch.
+    Sets off: the bytes are copied out of the arena and proven by the producer itself, piece by piece.
+    Deadline: that of the call for which the rows are read. Errors: INVALID_ARGUMENT (a range is wrong), ABORTED (a slot
+    was reused or its lease was over, or the arena is another one); what came before an error is worthless.
+    """
+
+@_typing.type_check_only
+class ProducerAsyncStub(ProducerStub):
+    """Whoever has an arena, for consumers that cannot map it. Encoders serve it beside their own service, gateways on
+    listeners that they open for encoders on other hosts.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Fetch: _aio.UnaryStreamMultiCallable[_arena_pb2.FetchRequest, _arena_pb2.FetchReply]  # type: ignore[assignment]
+    """Called by encoders and fusion, for the rows of one batch.
+    Sets off: the bytes are copied out of the arena and proven by the producer itself, piece by piece.
+    Deadline: that of the call for which the rows are read. Errors: INVALID_ARGUMENT (a range is wrong), ABORTED (a slot
+    was reused or its lease was over, or the arena is another one); what came before an error is worthless.
+    """
+
+class ProducerServicer(metaclass=_abc_1.ABCMeta):
+    """Whoever has an arena, for consumers that cannot map it. Encoders serve it beside their own service, gateways on
+    listeners that they open for encoders on other hosts.
+    """
+
+    @_abc_1.abstractmethod
+    def Fetch(
+        self,
+        request: _arena_pb2.FetchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_arena_pb2.FetchReply], _abc.AsyncIterator[_arena_pb2.FetchReply]]:
+        """Called by encoders and fusion, for the rows of one batch.
+        Sets off: the bytes are copied out of the arena and proven by the producer itself, piece by piece.
+        Deadline: that of the call for which the rows are read. Errors: INVALID_ARGUMENT (a range is wrong), ABORTED (a slot
+        was reused or its lease was over, or the arena is another one); what came before an error is worthless.
+        """
+
+def add_ProducerServicer_to_server(servicer: ProducerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -29,6 +29,7 @@ class GatewayMessage(_message.Message):
     CANCEL_FIELD_NUMBER: _builtins.int
     ANNOUNCEMENT_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
+    FETCH_ADDRESS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def job(self) -> Global___JobDescription: ...
     @_builtins.property
@@ -39,6 +40,8 @@ class GatewayMessage(_message.Message):
 
     @_builtins.property
     def models(self) -> Global___ModelsInUse: ...
+    @_builtins.property
+    def fetch_address(self) -> Global___FetchAddress: ...
     def __init__(
         self,
         *,
@@ -46,12 +49,13 @@ class GatewayMessage(_message.Message):
         cancel: Global___CancelJob | None = ...,
         announcement: _arena_pb2.Announcement | None = ...,
         models: Global___ModelsInUse | None = ...,
+        fetch_address: Global___FetchAddress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["announcement", b"announcement", "cancel", b"cancel", "job", b"job", "message", b"message", "models", b"models"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["announcement", b"announcement", "cancel", b"cancel", "fetch_address", b"fetch_address", "job", b"job", "message", b"message", "models", b"models"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["announcement", b"announcement", "cancel", b"cancel", "job", b"job", "message", b"message", "models", b"models"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["announcement", b"announcement", "cancel", b"cancel", "fetch_address", b"fetch_address", "job", b"job", "message", b"message", "models", b"models"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["job", "cancel", "announcement", "models"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["job", "cancel", "announcement", "models", "fetch_address"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -212,6 +216,7 @@ class SelectorMessage(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
     PART_FIELD_NUMBER: _builtins.int
+    FETCH_QUESTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def result(self) -> Global___JobResult: ...
     @_builtins.property
@@ -224,6 +229,8 @@ class SelectorMessage(_message.Message):
     def transport(self) -> Global___PayloadTransport: ...
     @_builtins.property
     def part(self) -> Global___JobPart: ...
+    @_builtins.property
+    def fetch_question(self) -> Global___FetchQuestion: ...
     def __init__(
         self,
         *,
@@ -233,12 +240,13 @@ class SelectorMessage(_message.Message):
         models: Global___ModelStates | None = ...,
         transport: Global___PayloadTransport | None = ...,
         part: Global___JobPart | None = ...,
+        fetch_question: Global___FetchQuestion | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "message", b"message", "models", b"models", "part", b"part", "release", b"release", "result", b"result", "transport", b"transport"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "fetch_question", b"fetch_question", "message", b"message", "models", b"models", "part", b"part", "release", b"release", "result", b"result", "transport", b"transport"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "message", b"message", "models", b"models", "part", b"part", "release", b"release", "result", b"result", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "fetch_question", b"fetch_question", "message", b"message", "models", b"models", "part", b"part", "release", b"release", "result", b"result", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["result", "failure", "release", "models", "transport", "part"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["result", "failure", "release", "models", "transport", "part", "fetch_question"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -452,3 +460,53 @@ class PayloadTransport(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PayloadTransport: _TypeAlias = PayloadTransport  # noqa: Y015
+
+@_typing.final
+class FetchQuestion(_message.Message):
+    """An encoder could not map the gateway's arena: where can it fetch payloads from? Answered by one FetchAddress."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENCODER_FIELD_NUMBER: _builtins.int
+    encoder: _builtins.str
+    """The encoder's address, as the selector reaches it."""
+    def __init__(
+        self,
+        *,
+        encoder: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoder", b"encoder"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchQuestion: _TypeAlias = FetchQuestion  # noqa: Y015
+
+@_typing.final
+class FetchAddress(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENCODER_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    encoder: _builtins.str
+    """As in the question."""
+    address: _builtins.str
+    """host:port where the gateway serves `Producer`; empty if it cannot."""
+    reason: _builtins.str
+    """Why it cannot; empty if it can."""
+    def __init__(
+        self,
+        *,
+        encoder: _builtins.str = ...,
+        address: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "encoder", b"encoder", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchAddress: _TypeAlias = FetchAddress  # noqa: Y015

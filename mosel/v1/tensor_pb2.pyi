@@ -65,9 +65,11 @@ class _RungEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Rung.ValueType],
     RUNG_UNSPECIFIED: _Rung.ValueType  # 0
     INLINE: _Rung.ValueType  # 1
     """The bytes travel inside the messages."""
-    POSIX_SHM: _Rung.ValueType  # 2
+    FETCH: _Rung.ValueType  # 2
+    """A slot that the consumer cannot map: it fetches the rows from the producer."""
+    POSIX_SHM: _Rung.ValueType  # 3
     """A slot in POSIX shared memory."""
-    CUDA_IPC: _Rung.ValueType  # 3
+    CUDA_IPC: _Rung.ValueType  # 4
     """A slot in device memory, opened through a CUDA IPC handle."""
 
 class Rung(_Rung, metaclass=_RungEnumTypeWrapper):
@@ -76,9 +78,11 @@ class Rung(_Rung, metaclass=_RungEnumTypeWrapper):
 RUNG_UNSPECIFIED: Rung.ValueType  # 0
 INLINE: Rung.ValueType  # 1
 """The bytes travel inside the messages."""
-POSIX_SHM: Rung.ValueType  # 2
+FETCH: Rung.ValueType  # 2
+"""A slot that the consumer cannot map: it fetches the rows from the producer."""
+POSIX_SHM: Rung.ValueType  # 3
 """A slot in POSIX shared memory."""
-CUDA_IPC: Rung.ValueType  # 3
+CUDA_IPC: Rung.ValueType  # 4
 """A slot in device memory, opened through a CUDA IPC handle."""
 Global___Rung: _TypeAlias = Rung  # noqa: Y015
 

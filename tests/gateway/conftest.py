@@ -16,7 +16,7 @@ from mosel.config import FREE_PORTS, Settings
 from mosel.model_package import ModelPackage
 from mosel.transport import Publisher, SharedMemoryArena, open_arena
 from mosel.v1 import arena_pb2, gateway_pb2_grpc, tensor_pb2
-from tests.gateway.scripted import Gateway, serving
+from tests.gateway.scripted import Gateway, nowhere, serving
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ async def gateway(settings: Settings, fruit: ModelPackage, opened: Opened) -> As
         publisher.rung = rung
         rungs.put_nowait(rung)
 
-    link = SelectorLink(settings, opened.announcement, publisher.release, changed, lambda: None)
+    link = SelectorLink(settings, opened.announcement, publisher.release, changed, lambda: None, nowhere)
     async with serving(settings) as selector, link:
         plane = DataPlane(settings, {"fruit": fruit}, opened.arena, publisher, link)
         gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(plane), server)

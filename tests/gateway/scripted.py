@@ -10,6 +10,7 @@ import numpy as np
 from gateway.plane import DataPlane
 from mosel.client import AsyncClient, JobInfo
 from mosel.config import Settings
+from mosel.errors import ServiceUnavailable
 from mosel.model_package import ModelPackage, load_package
 from mosel.service import Context
 from mosel.tensors import to_proto
@@ -102,6 +103,11 @@ async def serving(settings: Settings) -> AsyncIterator[ScriptedSelector]:
         yield selector
     finally:
         await server.stop(None)
+
+
+async def nowhere(encoder: str) -> str:
+    """Every encoder is on this machine."""
+    raise ServiceUnavailable(f"nothing leads to {encoder}")
 
 
 class Gateway:

@@ -17,7 +17,7 @@ from mosel.errors import ModelNotFound, PackageError, ServiceUnavailable
 from mosel.model_package import ModelPackage, load_package
 from mosel.v1 import arena_pb2, selector_pb2
 from tests.fruit_on_disk import Fruit
-from tests.gateway.scripted import Gateway, ScriptedSelector, serving
+from tests.gateway.scripted import Gateway, ScriptedSelector, nowhere, serving
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ async def following(settings: Settings, before: ModelPackage) -> AsyncIterator[F
     announcement = arena_pb2.Announcement()
     async with (
         serving(settings) as selector,
-        SelectorLink(settings, announcement, lambda slots: None, lambda rung: None, heard.set) as link,
+        SelectorLink(settings, announcement, lambda slots: None, lambda rung: None, heard.set, nowhere) as link,
     ):
         followed = Followed(Models(settings.models_dir, {"fruit": before}, link), link, selector, heard)
         async with asyncio.timeout(30):
@@ -159,7 +159,9 @@ async def test_the_selector_s_refusals_are_passed_on(gateway: Gateway) -> None:
 
 async def test_without_a_selector_nothing_is_loaded(settings: Settings) -> None:
     announcement = arena_pb2.Announcement()
-    async with SelectorLink(settings, announcement, lambda slots: None, lambda rung: None, lambda: None) as link:
+    async with SelectorLink(
+        settings, announcement, lambda slots: None, lambda rung: None, lambda: None, nowhere
+    ) as link:
         for call in (link.load, link.unload):
             with pytest.raises(ServiceUnavailable, match=r"^service selector is not reachable$"):
                 await call("fruit")

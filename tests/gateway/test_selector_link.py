@@ -26,6 +26,12 @@ class Recorder:
         self.something_released = asyncio.Event()
         self.models_changed = asyncio.Event()
         self.rungs: asyncio.Queue[int] = asyncio.Queue()
+        self.ways = {"10.0.0.2:7": "10.0.0.1:9"}
+
+    async def fetch_address(self, encoder: str) -> str:
+        if encoder not in self.ways:
+            raise ServiceUnavailable("no way there")
+        return self.ways[encoder]
 
     def release(self, slots: Iterable[tensor_pb2.ArenaSlot]) -> None:
         self.released.extend(slots)
@@ -40,7 +46,12 @@ def settings(settings_with: Callable[..., Settings], tmp_path: Path) -> Settings
 @asynccontextmanager
 async def linked(settings: Settings, recorder: Recorder) -> AsyncIterator[SelectorLink]:
     async with SelectorLink(
-        settings, ANNOUNCEMENT, recorder.release, recorder.rungs.put_nowait, recorder.models_changed.set
+        settings,
+        ANNOUNCEMENT,
+        recorder.release,
+        recorder.rungs.put_nowait,
+        recorder.models_changed.set,
+        recorder.fetch_address,
     ) as link:
         yield link
 
@@ -155,6 +166,16 @@ async def test_the_arena_is_announced_first_and_the_transport_is_as_the_selector
         await told(recorder, tensor_pb2.INLINE)
         with pytest.raises(ServiceUnavailable, match="too slow a path"):
             link.check_connected()
+
+
+async def test_the_selector_is_told_where_an_encoder_elsewhere_can_fetch(settings: Settings) -> None:
+    recorder = Recorder()
+    async with serving(settings) as selector, linked(settings, recorder) as link:
+        await connected(link, recorder)
+        for encoder, answer in (("10.0.0.2:7", {"address": "10.0.0.1:9"}), ("10.0.0.3:7", {"reason": "no way there"})):
+            selector.say(fetch_question=selector_pb2.FetchQuestion(encoder=encoder))
+            expected = selector_pb2.FetchAddress(encoder=encoder, **answer)
+            assert (await selector.received.get()).fetch_address == expected
 
 
 async def told(recorder: Recorder, rung: int) -> None:

@@ -1,5 +1,6 @@
 """`grpc.health.v1` over a real server."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -80,6 +81,18 @@ async def test_a_watcher_that_leaves_takes_nothing_from_the_others(served: Serve
     assert await served.check("digits") == SERVING
     served.health.set("digits", False)
     assert [await watchers[i].next() for i in (0, 2)] == [NOT_SERVING] * 2
+
+
+async def test_whoever_relies_on_a_name_is_waited_for(served: Served) -> None:
+    served.health.set("digits", True)
+    watcher, other = served.watch("digits"), served.watch("other")
+    assert [await watcher.next(), await other.next()] == [SERVING, UNKNOWN]
+    waiting = asyncio.create_task(served.health.unwatched(["digits"]))
+    served.health.set("digits", False)
+    assert await watcher.next() == NOT_SERVING
+    assert not waiting.done()
+    watcher.call.cancel()
+    await asyncio.wait_for(waiting, 20)
 
 
 async def test_the_end_is_told_and_not_held_up_by_watchers(served: Served) -> None:

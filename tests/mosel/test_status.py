@@ -133,6 +133,9 @@ def test_a_peer_that_is_away_is_named_and_not_by_grpc_s_own_words() -> None:
     error = error_from_rpc(unreachable, "fusion")
     assert isinstance(error, ServiceUnavailable)
     assert str(error) == "service fusion is not reachable"
+    broken_off = error_from_rpc(failed_call(grpc.StatusCode.CANCELLED, "CANCELLED"), "fusion")
+    assert isinstance(broken_off, ServiceUnavailable)
+    assert str(broken_off) == "service fusion stopped before it answered"
     passed_on = failed_call(grpc.StatusCode.UNAVAILABLE, "service encoder/audio went away")
     assert str(error_from_rpc(passed_on, "selector")) == "service encoder/audio went away"
 
@@ -181,3 +184,11 @@ def test_a_message_that_grpc_finds_too_large_is_no_overload_and_the_setting_is_n
     error = error_from_rpc(failed_call(grpc.StatusCode.RESOURCE_EXHAUSTED, details), "gateway")
     assert isinstance(error, PayloadTooLarge)
     assert str(error) == f"{details} (setting transport.max_message_mib): send fewer items"
+
+
+def test_a_status_that_grpc_lost_is_no_bug_of_the_peer() -> None:
+    failed = failed_call(grpc.StatusCode.INTERNAL, "Internal error from Core")
+    error = error_from_rpc(failed, "gateway at here")
+    assert isinstance(error, ServiceUnavailable)
+    assert str(error) == "service gateway at here ended the call while it was being sent, and grpc lost the reason"
+    assert type(error_from_rpc(failed_call(grpc.StatusCode.INTERNAL, "x"), "gateway")) is InternalError

@@ -1,9 +1,12 @@
 """Which path each edge takes."""
 
-from mosel.v1 import arena_pb2, tensor_pb2
+import asyncio
+
+from mosel.v1 import arena_pb2, selector_pb2, tensor_pb2
 from selector.attachments import Attachments, Edge
 
 CUDA, SHM, INLINE = tensor_pb2.CUDA_IPC, tensor_pb2.POSIX_SHM, tensor_pb2.INLINE
+FETCH = tensor_pb2.FETCH
 
 
 class Consumers:
@@ -13,11 +16,26 @@ class Consumers:
         self.works: dict[tuple[str, int], bool] = {}
         self.opened: list[tuple[str, int]] = []
         self.nonces: dict[int, bytes] = {}
+        self.free = asyncio.Event()
+        self.free.set()
+        self.where = selector_pb2.FetchAddress()
+        self.fetched_at: list[str] = []
+        self.asked: list[tuple[str, str]] = []
+
+    def attachments(self) -> Attachments:
+        return Attachments(self.open, self.fetch_from)
+
+    async def fetch_from(self, producer: str, consumer: str) -> selector_pb2.FetchAddress:
+        self.asked.append((producer, consumer))
+        return self.where
 
     async def open(self, consumer: str, arena: arena_pb2.ArenaDescription) -> arena_pb2.PreflightReport:
         self.opened.append((consumer, arena.arena_id))
+        await self.free.wait()
         if not self.works.get((consumer, arena.rung), True):
             return arena_pb2.PreflightReport(reason="no GPU here")
+        if arena.rung == FETCH:
+            self.fetched_at.append(arena.address)
         return arena_pb2.PreflightReport(nonce=self.nonces[arena.arena_id])
 
     def announcement(self, *rungs: tensor_pb2.Rung.ValueType) -> arena_pb2.Announcement:
@@ -32,7 +50,7 @@ class Consumers:
 
 async def test_the_best_path_that_works_is_taken_and_what_does_not_is_explained() -> None:
     consumers = Consumers()
-    attachments = Attachments(consumers.open)
+    attachments = consumers.attachments()
     attachments.announce("image", consumers.announcement(CUDA, SHM))
     assert attachments.rung("image", "fusion") == INLINE
     assert await attachments.attach("image", "fusion") == Edge(CUDA, "")
@@ -47,7 +65,7 @@ async def test_the_best_path_that_works_is_taken_and_what_does_not_is_explained(
 
 async def test_a_path_that_shows_another_nonce_is_not_used() -> None:
     consumers = Consumers()
-    attachments = Attachments(consumers.open)
+    attachments = consumers.attachments()
     attachments.announce("image", consumers.announcement(SHM))
     consumers.nonces[1] = b"x" * 16
     edge = await attachments.attach("image", "fusion")
@@ -59,7 +77,7 @@ async def test_a_path_that_shows_another_nonce_is_not_used() -> None:
 
 async def test_a_payload_for_all_takes_the_worst_of_their_paths() -> None:
     consumers = Consumers()
-    attachments = Attachments(consumers.open)
+    attachments = consumers.attachments()
     attachments.announce("gateway-1", consumers.announcement(SHM))
     consumers.works["far", SHM] = False
     for consumer in ("near", "far"):
@@ -70,9 +88,41 @@ async def test_a_payload_for_all_takes_the_worst_of_their_paths() -> None:
     assert attachments.worst("gateway-1", []).rung == INLINE
 
 
+async def test_what_cannot_be_mapped_is_fetched_from_where_its_producer_says() -> None:
+    consumers = Consumers()
+    attachments = consumers.attachments()
+    attachments.announce("image", consumers.announcement(CUDA, SHM))
+    assert (await attachments.attach("image", "fusion")).rung == CUDA
+    assert consumers.asked == []
+    consumers.works = {("fusion", CUDA): False, ("fusion", SHM): False}
+    why = "cuda_ipc: no GPU here; posix_shm: no GPU here"
+    assert await attachments.attach("image", "fusion") == Edge(INLINE, why)
+    consumers.where.reason = "no way there"
+    assert await attachments.attach("image", "fusion") == Edge(INLINE, f"{why}; fetch: no way there")
+    consumers.where = selector_pb2.FetchAddress(address="10.0.0.1:7")
+    assert await attachments.attach("image", "fusion") == Edge(FETCH, why)
+    assert (consumers.asked[-1], consumers.fetched_at) == (("image", "fusion"), ["10.0.0.1:7"])
+    assert attachments.statistics() == {"edges.fetch": 1}
+    consumers.works["fusion", FETCH] = False
+    assert await attachments.attach("image", "fusion") == Edge(INLINE, f"{why}; fetch: no GPU here")
+
+
+async def test_a_producer_that_went_while_it_was_asked_has_no_edge() -> None:
+    consumers = Consumers()
+    attachments = consumers.attachments()
+    attachments.announce("gateway-1", consumers.announcement(SHM))
+    consumers.free.clear()
+    attachment = asyncio.create_task(attachments.attach("gateway-1", "image"))
+    await asyncio.sleep(0)
+    attachments.forget("gateway-1")
+    consumers.free.set()
+    await attachment
+    assert attachments.statuses() == []
+
+
 async def test_what_is_gone_is_forgotten_on_both_ends() -> None:
     consumers = Consumers()
-    attachments = Attachments(consumers.open)
+    attachments = consumers.attachments()
     attachments.announce("gateway-1", consumers.announcement(SHM))
     attachments.announce("image", consumers.announcement(SHM))
     await attachments.attach("gateway-1", "image")

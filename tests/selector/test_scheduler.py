@@ -252,6 +252,30 @@ def test_a_service_that_goes_loses_the_jobs_that_cannot_do_without(scheduler: Sc
     assert is_empty(scheduler)
 
 
+def test_a_service_that_is_about_to_go_serves_the_jobs_that_it_has_and_no_others(scheduler: Scheduler) -> None:
+    scheduler.submit(job("before", sent="image", size=6), 0.0)
+    scheduler.leaving("image")
+    with pytest.raises(ServiceUnavailable, match="encoder/image is away"):
+        scheduler.submit(job("after", sent="image"), 0.0)
+    flexible = scheduler.submit(job("flexible", sent="image+pen", floor=0.6, effort=Effort.BEST), 0.0)
+    assert flexible.strategy.counts == ((PEN, 1),)
+    answered: list[bytes] = []
+    while not isinstance(call := scheduler.next(0.0), Wait):
+        assert isinstance(call, EncodeCall | FuseCall)
+        answered += scheduler.completed(call, 0.01)
+    assert sorted(answered) == [b"before", b"flexible"]
+    assert scheduler.lane("image", up=False) == []
+    scheduler.lane("image", up=True)
+    scheduler.submit(job("again", sent="image"), 0.0)
+
+
+def test_with_another_encoder_new_jobs_do_not_notice_that_one_is_about_to_go(scheduler: Scheduler) -> None:
+    scheduler.lane("image/2", up=True)
+    scheduler.leaving("image")
+    scheduler.submit(job("a", sent="image"), 0.0)
+    assert encode_call(scheduler).lane == "image/2"
+
+
 def test_a_call_that_a_service_took_before_it_went_decides_over_its_job(scheduler: Scheduler) -> None:
     for name, well in (("a", True), ("b", False)):
         scheduler.submit(job(name, sent="image"), 0.0)

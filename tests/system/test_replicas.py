@@ -138,10 +138,12 @@ def test_one_with_other_files_is_left_out(
     encoders = {"addresses": {"photo": ["", ""]}, "replicas": {"photo": 1}}
     with Launcher(settings_with(transport=TRANSPORT, encoders=encoders)) as launcher:
         environment = launcher.settings.model_copy(update={"models_dir": tmp_path / "models"}).as_environment()
-        command = [sys.executable, "-P", "-m", "encoders", "--modality", "photo", "--replica", "2"]
+        command = ("encoders", "--modality", "photo", "--replica", "2")
         log = tmp_path / "second.log"
         with log.open("ab") as stream:
-            process = subprocess.Popen(command, env=os.environ | environment, stdout=stream, stderr=stream)
+            python = [sys.executable, "-P", "-m", *command]
+            process = subprocess.Popen(python, env=os.environ | environment, stdout=stream, stderr=stream)
+        launcher.children[SECOND] = Child(SECOND, command, process, log, 0)
         launcher.wait_ready(120)
         jobs = [draw(ITEMS, seed=seed) for seed in range(6)]
         for payloads, outcome in zip(jobs, outcomes_of(launcher.address, jobs), strict=True):

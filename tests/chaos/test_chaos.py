@@ -1,0 +1,22 @@
+"""A short chaos run: `python -m tests.chaos` does a long one."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from tests.chaos.run import Options, chaos
+from tests.chaos.tables import tables
+
+# On a machine that is busy; `python -m tests.chaos` holds services to what is promised.
+_LATE_S, _AGAIN_S = 10.0, 90.0
+
+
+def test_under_kills_every_request_ends_right_and_nothing_is_left(profiles_dir: Path) -> None:
+    report = chaos(Options(seconds=45, load=0.25, seed=1))
+    Console(width=160, highlight=False).print(tables(report))
+    assert report.wrong() == []
+    assert any(not ended.error and ended.full for ended in report.ended)
+    assert len(report.recoveries) >= 2
+    assert sum(report.restarts.values()) >= len(report.recoveries)
+    assert all(late < _LATE_S for late, _ in report.overshoots)
+    assert all(recovery.took_s < _AGAIN_S for recovery in report.recoveries)
