@@ -69,6 +69,8 @@ class Forecast:
         Jobs behind do not count: they join a call only as far as the slack of its first job allows.
         """
         queued: dict[Stage, _Queued] = {}
+        if self._spread:
+            queued = {stage: _Queued(stage, rows) for stage, rows in _rows(queue).items()}
         tokens = {resource: sorted(times) for resource, times in self._free_at.items()}
         answered = []
         for left in queue:
@@ -137,7 +139,7 @@ class Forecast:
             while rows:
                 count = min(rows, best_batch - joined)
                 if several and not joined:
-                    on = last.on = self._soonest(several, count, waiting, tokens, earliest)
+                    on = last.on = self._soonest(several, min(last.left, best_batch), waiting, tokens, earliest)
                     resource = self._resources[on.lane]
                     free, own = tokens[resource], self._begun(resource, waiting, tokens, earliest)
                 last.begins = last.begins if joined else own[0]
@@ -149,6 +151,7 @@ class Forecast:
                     heapq.heapreplace(free, free[0] + added)
                 end = max(end, ends, earliest + call)
                 joined = last.joined = (joined + count) % best_batch
+                last.left -= count
                 rows -= count
         return end
 
@@ -185,9 +188,10 @@ class Forecast:
 
 @dataclass
 class _Queued:
-    """The last call of a stage that is not full: on which lane, its rows, and when it begins."""
+    """What is queued for a stage, and its last call that is not full: on which lane, its rows, and when it begins."""
 
     on: Stage
+    left: int = 0
     joined: int = 0
     begins: float = -math.inf
 

@@ -5,6 +5,7 @@ is free next, in the order of the queue, so that jobs further back see how long 
 """
 
 import heapq
+from collections.abc import Callable
 from functools import cached_property
 
 from selector.resources import Resources, UnderWay
@@ -31,12 +32,13 @@ class Lanes:
         # Rows that still fit into the last call that waits.
         self._room: dict[Stage, int] = {}
 
-    def of(self, stage: Stage, rows: int) -> str:
+    def of(self, stage: Stage, rows: int, queued: Callable[[], int]) -> str:
         """The lane to be called now for rows of a job that wait for an encoder; empty if none is.
 
         Args:
             stage: the encoder's, on its first lane.
             rows: at least one.
+            queued: counts these and those of jobs behind, which fill the call.
         """
         lanes = self._resources.replicas(stage.lane)
         if not lanes:
@@ -45,14 +47,16 @@ class Lanes:
         lanes = self._resources.staying(lanes) or lanes
         if self.open.isdisjoint(lanes):
             return ""
-        rows -= self._room.get(stage, 0)
+        room, best_batch = self._room.get(stage, 0), stage.curve.best_batch
+        rows -= room
+        left = queued() - room if rows > 0 else 0
         while rows > 0:
-            lane = self._first_over(stage, lanes, min(rows, stage.curve.best_batch))
+            items = min(left, best_batch)
+            lane = self._first_over(stage, lanes, items)
             if lane in self.open:
                 return lane
-            tokens = self._tokens[self._resources.resource_of(lane)]
-            heapq.heapreplace(tokens, self._over(stage, lane, min(rows, stage.curve.best_batch)))
-            rows -= stage.curve.best_batch
+            heapq.heapreplace(self._tokens[self._resources.resource_of(lane)], self._over(stage, lane, items))
+            rows, left = rows - best_batch, left - best_batch
         self._room[stage] = -rows
         return ""
 

@@ -288,7 +288,8 @@ class Scheduler:
         for at, work in enumerate(self._queue if lanes.open else ()):
             fusable = [*work.unfused] if FUSION in lanes.open else []
             modalities = sorted(frozenset(work.unsent).union(*work.planned))
-            found = [(m, lanes.of(stage_of(work.job.model, m), work.waiting(m))) for m in modalities]
+            queued, model = partial(self._queued_rows, at), work.job.model
+            found = [(m, lanes.of(stage_of(model, m), work.waiting(m), partial(queued, m))) for m in modalities]
             encodable = {modality: lane for modality, lane in found if lane}
             # Fusion of a few items that others will follow may wait: together they take fewer calls.
             whole = [modality_set for modality_set in fusable if self._fills_a_call(work, modality_set)]
@@ -327,6 +328,11 @@ class Scheduler:
         for part in rows:
             self._works[part.job_id].calls[call.id] = set(part.items)
         return call
+
+    def _queued_rows(self, at: int, modality: str) -> int:
+        """Rows of the job at a place in the queue, and of those behind it, that could share a call."""
+        behind = islice(self._queue, at, at + _LOOK_BEHIND)
+        return sum(work.waiting(modality) for work in behind if work.job.model == self._queue[at].job.model)
 
     def _fills_a_call(self, work: Work, modality_set: ModalitySet) -> bool:
         """Whether all items of a set that a job has, or enough for the best batch, wait for fusion."""

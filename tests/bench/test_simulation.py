@@ -178,3 +178,14 @@ def test_a_profile_gives_world_and_demands() -> None:
     assert demands.full_latency_ms(1) == 15
     without = profile.model_copy(update={"end_to_end": {}})
     assert world_and_demands(without)[1].full_latency_ms(1) == 21 + 1 + 3
+
+
+def test_a_second_encoder_on_a_resource_of_its_own_answers_as_much_again() -> None:
+    # Fusion takes nothing: all that counts is the encoder.
+    rates = []
+    for resources in ({}, {"audio/2": "cpu"}, {"audio/2": "another"}):
+        world = replace(one_modality(), resources=resources)
+        arrivals = [job(0.0, deadline_ms=10_000) for _ in range(200)]
+        rates.append(200 / max(outcome.at_s for outcome in run(world, *arrivals, late_ok=True)))
+    assert rates[1] == pytest.approx(rates[0], rel=0.02)
+    assert rates[2] == pytest.approx(2 * rates[0], rel=0.05)

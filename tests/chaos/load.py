@@ -11,7 +11,7 @@ import numpy as np
 from bench.workload import Arrival, Demands
 from mosel.answers import ItemResults, JobSummary
 from mosel.client import AsyncClient
-from mosel.errors import DeadlineExceeded, Overloaded, ReadNotProven, ServiceUnavailable, Unreachable
+from mosel.errors import DeadlineExceeded, Overloaded, ServiceUnavailable, Unreachable
 from tests.chaos.truth import Truth
 
 # Deadlines from tight to loose, in full latencies of one item; and how far below full accuracy floors may be.
@@ -22,7 +22,7 @@ _PATIENCE_S = 10.0
 _TICK_S = 0.005
 _ROUNDING = 1e-5
 # What may happen to a request that is right.
-_EXPECTED = (Overloaded, DeadlineExceeded, ReadNotProven, ServiceUnavailable, Unreachable)
+_EXPECTED = (Overloaded, DeadlineExceeded, ServiceUnavailable, Unreachable)
 
 
 @dataclass(frozen=True)

@@ -290,7 +290,7 @@ def test_every_service_stops_on_a_signal_and_leaves_nothing(own: Launcher, share
         os.kill(process.pid, number)
         assert process.wait(20) == 0, name
     assert list(sockets.glob("*.sock")) == []
-    # A gateway that was killed or stopped twice leaves its arena to the next start; others remove their own.
+    # A service that was killed leaves its arena to the next start; others remove their own.
     assert list(shared_memory.iterdir()) == []
 
 
