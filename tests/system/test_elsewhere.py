@@ -132,7 +132,7 @@ def test_a_gateway_that_comes_again_is_fetched_from_where_it_is_now(
     payloads = draw(100)
     answer = system.client.predict("fruit", payloads, latency_slo_ms=60_000, timeout_s=60)
     np.testing.assert_allclose(answer.output.astype(np.float32), directly(payloads, payloads), atol=1e-5)
-    assert counters(system.client)["encoder/photo"]["arenas_open"] == 1
+    until(lambda: counters(system.client)["encoder/photo"]["arenas_open"] == 1, "the arena of before is closed")
 
 
 @dataclass

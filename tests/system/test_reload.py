@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -324,7 +325,8 @@ def test_a_modality_needs_an_encoder(
     try:
         with pytest.raises(ServiceUnavailable, match=r"^service encoder/shell does not answer at unix:.*shell\.sock$"):
             client.load_model("nut")
-        launcher.children["encoder/shell"] = launcher.children["encoder/scent"]
+        command = ("encoders", "--modality", "shell")
+        launcher.children["encoder/shell"] = replace(launcher.children["encoder/scent"], command=command)
         start_again(launcher, "encoder/shell")
         for _ in range(60):
             with contextlib.suppress(ServiceUnavailable):
