@@ -93,7 +93,7 @@ class SelectorLink:
         self._release, self._transport_changed, self._models_changed = release, transport_changed, models_changed
         self._fetch_address = fetch_address
         self._opening: set[asyncio.Task[None]] = set()
-        self._outbox: asyncio.Queue[selector_pb2.GatewayMessage] | None = None
+        self._outbox: asyncio.Queue[selector_pb2.GatewayMessage | None] | None = None
         self._answers: dict[bytes, Answers] = {}
         self._said = asyncio.Event()
 
@@ -226,7 +226,7 @@ class SelectorLink:
 
     async def _stay_connected(self) -> None:
         while True:
-            outbox: asyncio.Queue[selector_pb2.GatewayMessage] = asyncio.Queue()
+            outbox: asyncio.Queue[selector_pb2.GatewayMessage | None] = asyncio.Queue()
             outbox.put_nowait(selector_pb2.GatewayMessage(announcement=self._announcement))
             try:
                 async for message in self._stub.Connect(_drain(outbox)):
@@ -235,6 +235,8 @@ class SelectorLink:
                     self._receive(message)
             except grpc.RpcError as error:
                 log.debug("selector not reachable", extra={"reason": error.code().name})
+            # grpc leaves whoever reads from it waiting for ever.
+            outbox.put_nowait(None)
             self._disconnected()
             await asyncio.sleep(_RECONNECT_S)
 
@@ -294,7 +296,8 @@ def slots_of(description: selector_pb2.JobDescription) -> list[tensor_pb2.ArenaS
 
 
 async def _drain(
-    outbox: "asyncio.Queue[selector_pb2.GatewayMessage]",
+    outbox: "asyncio.Queue[selector_pb2.GatewayMessage | None]",
 ) -> AsyncIterator[selector_pb2.GatewayMessage]:
-    while True:
-        yield await outbox.get()
+    """What is to be sent, until None."""
+    while (message := await outbox.get()) is not None:
+        yield message

@@ -41,6 +41,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     async def SubmitJob(  # type: ignore[override] # a coroutine that writes, so that cancelling it always reaches it
         self, request_iterator: object, context: Context
     ) -> None:
+        # Before anything can interrupt it: half sent, it would keep grpc from sending how the call ended.
+        await context.send_initial_metadata(())
         with self._plane.observer.following("") as request:
             summary = await self._run(request, partial(_read, context), context)
         await context.write(summary)

@@ -44,6 +44,7 @@ class Connection:
             ("grpc.max_send_message_length", limit),
             ("grpc.max_receive_message_length", limit),
             # As short as among the services: a gateway that starts again is found at once.
+            ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 1_000),
             # Where a name stands for several gateways, calls are spread over all of them.
             ("grpc.lb_policy_name", "round_robin"),

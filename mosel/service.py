@@ -287,6 +287,9 @@ async def abort_with(context: Context, error: MoselError) -> NoReturn:
     """Ends a call with the status of an error."""
     retry = retry_after_ms(error)
     trailers = ((RETRY_AFTER, str(retry)),) if retry else ()
+    # What grpc raises here and the call refer to each other until the garbage collector comes, which may take minutes;
+    # what the error came from, such as the arena that was read, must not live as long.
+    error.__traceback__ = error.__context__ = error.__cause__ = None
     await context.abort(status_of(error), message_of(error), trailers)
 
 

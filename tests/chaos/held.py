@@ -63,16 +63,21 @@ class Held:
         )
 
     @classmethod
-    def settled(cls, launcher: Launcher, memory: SharedMemory, before: "Held | None" = None) -> "Held":
-        """When nothing is in use any more, and no more is held than before; or after a generous time."""
-        give_up = time.monotonic() + _SETTLE_S
-        while True:
+    def settled(cls, launcher: Launcher, memory: SharedMemory, before: "Held | None" = None) -> "Held | None":
+        """When nothing is in use any more, and no more is held than before, or after a generous time.
+
+        None if the gateway does not answer.
+        """
+        give_up, held = time.monotonic() + _SETTLE_S, None
+        while time.monotonic() < give_up:
+            launcher.supervise()
             with contextlib.suppress(MoselError):
                 held = cls.now(launcher, memory)
                 nothing = not (held.slots or held.jobs)
-                if time.monotonic() > give_up or (nothing and not (before and any(held.more_than(before)))):
-                    return held
+                if nothing and not (before and any(held.more_than(before))):
+                    break
             time.sleep(0.2)
+        return held
 
     def more_than(self, before: "Held") -> Iterator[str]:
         """What is not back at what it was, in words."""

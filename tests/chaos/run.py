@@ -8,10 +8,12 @@ from pathlib import Path
 
 import uvloop
 
+from bench.closed_loop import closed_loop
 from bench.items import items_of
-from bench.simulation import capacity, world_and_demands
+from bench.simulation import world_and_demands
 from bench.workload import Demands, from_trace, read_trace
 from mosel.config import FREE_PORTS, Settings, load_settings
+from mosel.errors import ServiceUnavailable
 from mosel.launcher import Launcher
 from mosel.profiles import needed_profile
 from tests.chaos.held import Held
@@ -24,6 +26,8 @@ MODEL = "digits"
 _READY_TIMEOUT_S = 300.0
 # Before anything is compared with it, a service has worked for so long.
 _WARM_UP_S = 5.0
+# About what a job of the load has, and enough of them to keep the services busy.
+_JOB_ITEMS, _IN_FLIGHT = 3, 8
 # That requests bring some of; more than the largest job has.
 _ITEMS = 256
 _GATEWAY_ARENA_MIB, _ENCODER_ARENA_MIB = 32, 16
@@ -74,7 +78,7 @@ class Report:
         restarts: by service.
         overshoots: of requests that ended late, seconds beyond the deadline and how much of it this process was busy.
         worst_lag_s: the longest time for which this process was busy.
-        before, after: what was held.
+        before, after: what was held; None if the gateway did not answer in the end.
         memory_own: whether memory could be filled.
     """
 
@@ -85,14 +89,14 @@ class Report:
     overshoots: list[tuple[float, float]]
     worst_lag_s: float
     before: Held
-    after: Held
+    after: Held | None
     memory_own: bool
 
     def wrong(self) -> list[str]:
         """Broken promises that no slow machine excuses."""
         broken = [reason for ended in self.ended for reason in ended.broken]
         broken += [f"{r.service} did not come back" for r in self.recoveries if math.isinf(r.took_s)]
-        return broken + list(self.after.more_than(self.before))
+        return broken + (list(self.after.more_than(self.before)) if self.after else ["the gateway does not answer"])
 
     def late(self) -> list[str]:
         """Promises about time that were broken, but for what this process itself was late."""
@@ -124,10 +128,12 @@ def chaos(options: Options, profiles_dir: Path | None = None) -> Report:
         package = launcher.packages[MODEL]
         items = items_of(package, at_least=_ITEMS)
         truth = Truth(package, items.payloads_of(slice(_ITEMS)))
-        world, demands = world_and_demands(needed_profile(package, launcher.settings, None))
-        rate = options.load * capacity(world, demands, "all")
+        _, demands = world_and_demands(needed_profile(package, launcher.settings, None))
+        rate = options.load * _capacity(launcher, truth)
         _Sending(launcher, truth, demands, options, rate, _WARM_UP_S).finish()
         before = Held.settled(launcher, memory)
+        if before is None:
+            raise ServiceUnavailable("the gateway does not answer after the first requests")
         killer = Killer(launcher, memory, truth, options.seed)
         # It is over when the last kill is.
         sending = _Sending(launcher, truth, demands, options, rate, 10 * options.seconds)
@@ -147,6 +153,12 @@ def chaos(options: Options, profiles_dir: Path | None = None) -> Report:
             after,
             memory.own,
         )
+
+
+def _capacity(launcher: Launcher, truth: Truth) -> float:
+    """Jobs per second that the services answer from every modality; measured, for they share cores with the load."""
+    payloads = truth.rows(0, _JOB_ITEMS)
+    return closed_loop(launcher, MODEL, payloads, _IN_FLIGHT, _WARM_UP_S).items_per_s / _JOB_ITEMS
 
 
 class _Sending:

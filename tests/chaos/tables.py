@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from tests.chaos.held import MORE_DESCRIPTORS, MORE_MEMORY, MORE_MIB
+from tests.chaos.held import MORE_DESCRIPTORS, MORE_MEMORY, MORE_MIB, Held
 from tests.chaos.kills import PHASES
 from tests.chaos.run import AGAIN_S, LATE_S, Report
 
@@ -25,7 +25,6 @@ def _figures(report: Report) -> Table:
     answered = [ended for ended in report.ended if not ended.error]
     overshoots = [late for late, _ in report.overshoots]
     net = [late - busy for late, busy in report.overshoots]
-    before, after = report.before, report.after
     kills = Counter(recovery.service for recovery in report.recoveries)
     rows = {
         "requests": f"{len(report.ended)}, half of them streamed, {report.rate:.1f}/s; {len(answered)} answered, "
@@ -40,6 +39,16 @@ def _figures(report: Report) -> Table:
         "memory was full": f"for {sum(r.memory_full for r in report.recoveries)} kills"
         if report.memory_own
         else "never: only root can mount a tmpfs",
+    }
+    if report.after:
+        rows |= _held(report.before, report.after)
+    for name, figures in rows.items():
+        shown.add_row(name, figures)
+    return shown
+
+
+def _held(before: Held, after: Held) -> dict[str, str]:
+    return {
         "processes": f"{before.processes} before, {after.processes} after",
         "slots, jobs": f"{before.slots}, {before.jobs} before, {after.slots}, {after.jobs} after",
         "files in shared memory": f"{before.files} before, {after.files} after; "
@@ -47,9 +56,6 @@ def _figures(report: Report) -> Table:
         f"file descriptors (+{MORE_DESCRIPTORS})": _by_service(before.descriptors, after.descriptors),
         f"anonymous memory, MiB (+{MORE_MEMORY:.0%} and {MORE_MIB:.0f})": _by_service(before.mib, after.mib),
     }
-    for name, figures in rows.items():
-        shown.add_row(name, figures)
-    return shown
 
 
 def _endings(report: Report) -> Table:

@@ -8,7 +8,7 @@ from tests.chaos.run import Options, chaos
 from tests.chaos.tables import tables
 
 # On a machine that is busy; `python -m tests.chaos` holds services to what is promised.
-_LATE_S, _AGAIN_S = 10.0, 90.0
+_LATE_S, _AGAIN_S = 20.0, 90.0
 
 
 def test_under_kills_every_request_ends_right_and_nothing_is_left(profiles_dir: Path) -> None:

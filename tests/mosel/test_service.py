@@ -1,5 +1,7 @@
-"""An answer that is larger than a message may be is refused in words that name the setting."""
+"""Answers that are larger than a message may be are refused, and calls that fail leave nothing behind."""
 
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 from google.protobuf.wrappers_pb2 import BytesValue
 
 from mosel.config import Settings, load_settings
+from mosel.errors import ReadNotProven
 from mosel.service import Context, RefuseGarbage, RefuseHugeAnswers, answers_with_status
 
 LIMIT = 1024 * 1024
@@ -25,6 +28,23 @@ async def write(request: BytesValue, context: Context) -> None:
     await context.write(BytesValue(value=bytes(int(request.value))))
 
 
+class Arena:
+    """Something large that a call uses."""
+
+
+used: list[weakref.ref[Arena]] = []
+
+
+@answers_with_status
+async def fail(request: BytesValue, context: Context) -> BytesValue:
+    arena = Arena()
+    used.append(weakref.ref(arena))
+    try:
+        raise KeyError(arena)
+    except KeyError as error:
+        raise ReadNotProven("the arena is not there") from error
+
+
 @pytest.fixture
 def settings() -> Settings:
     return load_settings(transport={"max_message_mib": 1})
@@ -37,6 +57,7 @@ async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
         "response_serializer": BytesValue.SerializeToString,
     }
     handlers: Any = {
+        "Fail": grpc.unary_unary_rpc_method_handler(fail, **codec),
         "Answer": grpc.unary_unary_rpc_method_handler(answer, **codec),
         "Write": grpc.unary_stream_rpc_method_handler(write, **codec),
     }
@@ -77,3 +98,14 @@ async def test_in_a_stream_those_before_it_arrive(channel: grpc.aio.Channel) -> 
     assert (await anext(answers)).value == b"first"
     with pytest.raises(grpc.aio.AioRpcError, match=r"expected at most 1048576 bytes \(setting transport"):
         await anext(answers)
+
+
+async def test_what_a_failed_call_used_is_free_at_once(channel: grpc.aio.Channel) -> None:
+    gc.disable()
+    try:
+        for _ in range(2):
+            with pytest.raises(grpc.aio.AioRpcError, match="the arena is not there"):
+                await calls(channel, "unary_unary", "Fail")(BytesValue())
+        assert used[0]() is None
+    finally:
+        gc.enable()

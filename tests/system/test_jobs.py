@@ -1,6 +1,8 @@
 """Jobs through all services: items in batches, results as they finish, plans, status, cancels."""
 
+import asyncio
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -250,3 +252,23 @@ def test_a_late_answer_is_had_if_it_is_wanted(client: Client, draw: Draw, direct
     _, results, summary = results_of(client.submit_job("fruit", payloads, latency_slo_ms=1, late_ok=True))
     check(results, payloads, directly)
     assert not summary.deadline_met
+
+
+async def test_a_deadline_that_passes_at_any_moment_ends_the_call(services: Launcher, draw: Draw) -> None:
+    patience_s, payloads = 30.0, draw(1)
+
+    async def outcome(client: AsyncClient, slo_ms: float) -> MoselError | None:
+        try:
+            async for _ in client.submit_job(
+                "fruit", iter([payloads]), size=1, latency_slo_ms=slo_ms, timeout_s=patience_s
+            ):
+                pass
+        except MoselError as error:
+            return error
+        return None
+
+    started = time.monotonic()
+    async with AsyncClient(services.address, retries=None) as client:
+        for _ in range(4):
+            await asyncio.gather(*(outcome(client, 0.3 + i / 2) for i in range(40)))
+    assert time.monotonic() - started < patience_s, "a call was ended by its caller"

@@ -1,5 +1,6 @@
 """How tensors travel between real services: proven paths, and refusals where a path is required that is not there."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -10,8 +11,10 @@ from numpy.typing import NDArray
 
 from mosel import Client
 from mosel.config import Settings
-from mosel.errors import ServiceUnavailable
+from mosel.errors import MoselError, ServiceUnavailable
 from mosel.launcher import Child, Launcher
+
+Until = Callable[..., None]
 
 Payloads = dict[str, NDArray[np.generic]]
 Draw = Callable[..., Payloads]
@@ -86,12 +89,21 @@ def _is_whole(client: Client) -> bool:
     return all(info.available for info in model.sets.values()) and rungs(client) == dict.fromkeys(EDGES, "posix_shm")
 
 
+def is_refused(client: Client) -> bool:
+    with contextlib.suppress(MoselError):
+        details = {service.name: service.detail for service in client.status()}
+        return all("transport.require" in details.get(name, "") for name in ("encoder/photo", "encoder/scent"))
+    return False
+
+
 def test_a_path_that_is_required_and_not_there_keeps_the_system_from_being_ready(
-    settings_with: Callable[..., Settings],
+    settings_with: Callable[..., Settings], until: Until
 ) -> None:
     with Launcher(settings_with(transport={"require": "cuda_ipc"})) as launcher:
+        with Client(launcher.address, retries=None) as client:
+            until(lambda: is_refused(client), "the selector has said no")
         with pytest.raises(ServiceUnavailable, match=r"encoder/photo \(transport\.require is cuda_ipc, but"):
-            launcher.wait_ready(12)
+            launcher.wait_ready(3)
         with Client(launcher.address) as client:
             assert not any(model.ready for model in client.models())
             detail = next(s.detail for s in client.status() if s.name == "encoder/scent")
