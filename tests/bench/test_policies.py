@@ -51,6 +51,7 @@ def test_a_limit_that_was_not_seen_is_nan() -> None:
     assert all(map(math.isnan, at_limit(ROWS[:1], by_items=False)))
 
 
+@pytest.mark.slow
 def test_gains_are_ordered_as_they_must_be(simulated: Simulated) -> None:
     few = replace(simulated, jobs=300)
     for_jobs, _ = gains(ROWS, few, Knees(few, 3.3))
