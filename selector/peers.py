@@ -73,6 +73,7 @@ class Peers:
         self._resources: dict[str, str] = {}
         self._all_known = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         # Their health streams.
         self._watches: dict[str, grpc.aio.UnaryStreamCall[Any, Any]] = {}
         self._refused: dict[str, str] = {}
@@ -85,9 +86,10 @@ class Peers:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        for task in self._tasks.values():
+        tasks = [*self._tasks.values(), *self._closing]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for channel in self._channels.values():
             await channel.close()
 
@@ -151,10 +153,13 @@ class Peers:
             await self.attachments.attach(gateway.name, encoder)
         self._tell_gateways()
 
-    async def gateway_went(self, name: str) -> None:
+    def gateway_went(self, name: str) -> None:
         """Has every encoder close a gateway's arena."""
         self._gateways.pop(name, None)
-        await self._close_arenas(name)
+        # By itself: whoever followed the gateway may be cancelled for the same reason, in the middle of it.
+        task = asyncio.create_task(self._close_arenas(name), name=f"close arenas of {name}")
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     async def statuses(self) -> list[service_pb2.ServiceStatus]:
         """The state of every service that computes; one that does not answer is not ready."""

@@ -44,7 +44,7 @@ class SelectorServicer(selector_pb2_grpc.SelectorServicer):
             # Nothing that the gateway said may have effects once it is forgotten.
             await asyncio.wait([reading])
             self._director.disconnect(session)
-            await self._peers.gateway_went(session.name)
+            self._peers.gateway_went(session.name)
 
     async def _read(self, session: Session, messages: AsyncIterator[selector_pb2.GatewayMessage]) -> None:
         """Answers are heard at once, for what else was said may wait for them; the rest is followed in its order."""

@@ -83,6 +83,7 @@ def test_no_policy_misses_less_than_the_bound(policy: str, load: float) -> None:
     assert real.item_miss_ratio >= items
 
 
+@pytest.mark.slow
 def test_knowing_all_arrivals_helps_and_does_not_beat_the_bound() -> None:
     arrivals = list(DEMANDS.arrivals(poisson(150, 8, 0), 0))
     blind = summarise(simulate(arrivals, new_scheduler(WORLD, "mosel"), WORLD), 8)

@@ -202,6 +202,7 @@ def test_what_was_admitted_is_answered_and_nothing_else(
     nothing_is_left(own, shared_memory, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SERVICES)
 def test_what_takes_longer_than_the_grace_is_ended(
     own: Launcher, draw: Draw, until: Until, shared_memory: Path, name: str

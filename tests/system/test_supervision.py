@@ -106,6 +106,7 @@ def fill(file: Path) -> int:
     return file.stat().st_size
 
 
+@pytest.mark.slow
 def test_a_service_whose_arena_finds_no_room_is_tried_until_there_is_some(
     small_memory: Path, running: Popen[str], until: Until
 ) -> None:
@@ -127,6 +128,7 @@ def test_a_service_whose_arena_finds_no_room_is_tried_until_there_is_some(
     assert until_ready_again(running) == []
 
 
+@pytest.mark.slow
 def test_it_is_stopped_while_a_service_waits_to_be_started_again(
     running: Popen[str], private: dict[str, str], until: Until
 ) -> None:
@@ -145,6 +147,7 @@ def test_it_is_stopped_while_a_service_waits_to_be_started_again(
     assert left_behind(private) == []
 
 
+@pytest.mark.slow
 def test_it_is_stopped_while_a_service_is_starting_again(
     running: Popen[str], private: dict[str, str], until: Until
 ) -> None:
@@ -159,6 +162,7 @@ def test_it_is_stopped_while_a_service_is_starting_again(
     assert left_behind(private) == []
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait_for_services_that_hang(running: Popen[str], private: dict[str, str]) -> None:
     ready_address(running)
     services = services_of(running)

@@ -248,6 +248,7 @@ def test_off_nothing_is_sent(services: Launcher, collector: tuple[Collector, str
     assert collector[0].trace(client.predict("fruit", draw(1)).job_id) == []
 
 
+@pytest.mark.slow
 def test_a_collector_that_is_away_harms_nobody(
     settings_with: Callable[..., Settings], draw: Draw, until: Until
 ) -> None:
