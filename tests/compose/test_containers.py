@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 SERVICES = ["fusion", "encoder-audio", "encoder-image", "encoder-pen", "selector", "gateway"]
 # Of the load: requests per second from outside, and of each the items and the deadline. A busy machine can do it.
-RATE, ITEMS, DEADLINE_MS = 20.0, 4, 20_000.0
+RATE, ITEMS, DEADLINE_MS = 10.0, 8, 20_000.0
 Eventually = Callable[..., float]
 
 
@@ -146,6 +146,12 @@ def load(stack: Stack) -> Iterator[Load]:
         thread.join()
 
 
+def is_answered_soon(sent: Load) -> bool:
+    """Whether it runs, and the machine is not so busy with other things that requests pile up."""
+    lately = sent.ended[-int(RATE) :]
+    return len(lately) == RATE and all(not ended.error and ended.ended_s - ended.sent_s < 1 for ended in lately)
+
+
 @pytest.mark.parametrize("stop", [Stack.stop, Stack.stop_at_once], ids=["in order", "all at once"])
 def test_stopping_under_load_loses_no_admitted_job_and_leaves_nothing_behind(
     stack: Stack, client: Client, eventually: Eventually, stop: Callable[..., None]
@@ -153,7 +159,7 @@ def test_stopping_under_load_loses_no_admitted_job_and_leaves_nothing_behind(
     arenas = stack.inside("memory", "ls /dev/shm").split()
     assert len(arenas) == 4, arenas
     with load(stack) as sent:
-        eventually(lambda: len(sent.ended) > RATE, "the load runs")
+        eventually(lambda: is_answered_soon(sent), "the machine does what is asked of it")
         told_s = time.monotonic()
         stop(stack, *SERVICES)
         log.info("all stopped after %.1f s", time.monotonic() - told_s)
@@ -164,6 +170,6 @@ def test_stopping_under_load_loses_no_admitted_job_and_leaves_nothing_behind(
     assert exit_codes == {"0"}
     assert left == []
     assert [ended.broken for ended in sent.ended if ended.broken] == []
-    # What had been sent a while before was admitted.
-    assert {ended.error for ended in sent.ended if ended.sent_s < told_s - 1} == {""}
+    # What had been sent a little before was admitted; what was sent last came too late.
+    assert {ended.error for ended in sent.ended if told_s - 1 < ended.sent_s < told_s - 0.2} == {""}
     assert {ended.error for ended in sent.ended} == {"", "ServiceUnavailable"}
