@@ -3,7 +3,7 @@
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 10.0
 # What was of use for so long ran well, and its next end is a new trouble.
-RAN_WELL_S = 10.0
+RAN_WELL_S = 1.0
 
 
 class Backoff:
