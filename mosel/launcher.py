@@ -161,19 +161,25 @@ class Launcher:
         ready: set[str] = set()
         details: dict[str, str] = {}
         until = time.monotonic() + timeout_s
-        while time.monotonic() < until:
-            for child in self.ended():
-                raise ServiceUnavailable(child.ending())
-            services, models = self._look()
-            ready = {service.name for service in services if service.ready}
-            details |= {service.name: f"({service.detail})" for service in services if service.detail}
-            progress([n for n in self.children if n in ready], [n for n in self.children if n not in ready])
-            if self._all_ready(services, models):
-                self._ready_since = time.monotonic()
-                return models
-            time.sleep(_POLL_S)
+        with Client(self.local_address, retries=None) as client:
+            while time.monotonic() < until:
+                for child in self.ended():
+                    raise ServiceUnavailable(child.ending())
+                services, models = _look(client)
+                ready = {service.name for service in services if service.ready}
+                details |= {service.name: f"({service.detail})" for service in services if service.detail}
+                progress([n for n in self.children if n in ready], [n for n in self.children if n not in ready])
+                if self._all_ready(services, models):
+                    self._ready_since = time.monotonic()
+                    return models
+                time.sleep(_POLL_S)
         waiting = ", ".join(f"{n} {details.get(n, '')}".strip() for n in self.children if n not in ready)
         raise ServiceUnavailable(f"not ready after {timeout_s:.0f} s: {waiting or 'measuring latencies'}")
+
+    def is_ready(self) -> bool:
+        """Whether every service is ready now, and every modality set of every model can be run."""
+        with Client(self.local_address, retries=None) as client:
+            return self._all_ready(*_look(client))
 
     def supervise(self) -> list[str]:
         """Starts services again that have ended, each after a pause that grows while it keeps ending.
@@ -197,7 +203,7 @@ class Launcher:
             except OSError as error:
                 pause_s = self._postpone(name, now, 0)
                 news.append(f"{name} cannot be started: {error} (trying again in {pause_s:g} s)")
-        if self._away_since and not self._due and self._all_ready(*self._look()):
+        if self._away_since and not self._due and self.is_ready():
             self._ready_since = time.monotonic()
             news.append(f"everything is ready again, after {self._ready_since - self._away_since:.1f} s")
             self._away_since = None
@@ -224,14 +230,6 @@ class Launcher:
         for child in self.children.values():
             if child.log.stat().st_size > _MOST_LOG_BYTES:
                 os.truncate(child.log, 0)
-
-    def _look(self) -> tuple[list[ServiceInfo], list[ModelInfo]]:
-        """Every service and model as the gateway sees them; none while it is away."""
-        with Client(self.local_address, retries=None) as client:
-            try:
-                return client.status(_LOOK_TIMEOUT_S), client.models(_LOOK_TIMEOUT_S)
-            except MoselError:
-                return [], []
 
     def _all_ready(self, services: list[ServiceInfo], models: list[ModelInfo]) -> bool:
         ready = {service.name for service in services if service.ready}
@@ -278,6 +276,14 @@ class Launcher:
             except subprocess.TimeoutExpired:
                 child.process.kill()
                 child.process.wait()
+
+
+def _look(client: Client) -> tuple[list[ServiceInfo], list[ModelInfo]]:
+    """Every service and model as the gateway sees them; none while it is away."""
+    try:
+        return client.status(_LOOK_TIMEOUT_S), client.models(_LOOK_TIMEOUT_S)
+    except MoselError:
+        return [], []
 
 
 def _runtime_folder() -> str:

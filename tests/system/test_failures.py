@@ -65,19 +65,11 @@ def own(
     """The module's services, all running and ready; at the end of the test, no slot may be held any more."""
     for child in launcher.ended():
         start_again(launcher, child.name)
-    until(lambda: is_ready(launcher), "all services are ready")
+    until(launcher.is_ready, "all services are ready")
     yield launcher
     with Client(launcher.address) as client:
         if not launcher.ended():
             until(lambda: slots_held(counters(client)) == 0, "every slot is free")
-
-
-def is_ready(launcher: Launcher) -> bool:
-    with Client(launcher.address) as client, contextlib.suppress(MoselError):
-        ready = {service.name for service in client.status() if service.ready}
-        (model,) = client.models()
-        return ready.issuperset(launcher.children) and all(info.available for info in model.sets.values())
-    return False
 
 
 def slots_held(counters: dict[str, dict[str, int]]) -> int:
@@ -200,7 +192,7 @@ def test_under_load_an_encoder_is_killed_and_started_by_hand(
             own.children["encoder/photo"].process.kill()
             own.children["encoder/photo"].process.wait()
             start_again(own, "encoder/photo")
-            until(lambda: is_ready(own), "the encoder is used again")
+            until(own.is_ready, "the encoder is used again")
             time.sleep(0.3)
         finally:
             stop = True

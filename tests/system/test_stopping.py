@@ -96,16 +96,8 @@ def own(launcher: Launcher, start_again: Callable[[Launcher, str], Child], until
     """The module's services, all of them running and ready."""
     for child in launcher.ended():
         start_again(launcher, child.name)
-    until(lambda: is_ready(launcher), "all services are ready", 120)
+    until(launcher.is_ready, "all services are ready", 120)
     return launcher
-
-
-def is_ready(launcher: Launcher) -> bool:
-    with Client(launcher.local_address) as client, contextlib.suppress(MoselError):
-        ready = {service.name for service in client.status() if service.ready}
-        (model,) = client.models()
-        return ready.issuperset(launcher.children) and all(info.available for info in model.sets.values())
-    return False
 
 
 @contextlib.contextmanager
