@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mosel.client import Client
 from mosel.config import FREE_PORTS, Settings, load_settings
-from mosel.launcher import Child, Launcher
+from mosel.launcher import Launcher
 from mosel.model_package import ModelPackage, load_package
 
 PRODUCT = ["mosel", "gateway", "selector", "encoders", "fusion"]
@@ -154,12 +154,6 @@ def until() -> Callable[..., None]:
             time.sleep(0.05)
 
     return wait
-
-
-@pytest.fixture(scope="session")
-def start_again() -> Callable[[Launcher, str], Child]:
-    """Starts a service by hand that was killed."""
-    return Launcher.start_again
 
 
 @pytest.fixture(scope="session")

@@ -59,12 +59,10 @@ def launcher(settings_with: Callable[..., Settings], shared_memory: Path) -> Ite
 
 
 @pytest.fixture
-def own(
-    launcher: Launcher, start_again: Callable[[Launcher, str], Child], until: Until, counters: Counters
-) -> Iterator[Launcher]:
+def own(launcher: Launcher, until: Until, counters: Counters) -> Iterator[Launcher]:
     """The module's services, all running and ready; at the end of the test, no slot may be held any more."""
     for child in launcher.ended():
-        start_again(launcher, child.name)
+        launcher.start_again(child.name)
     until(launcher.is_ready, "all services are ready")
     yield launcher
     with Client(launcher.address) as client:
@@ -173,7 +171,7 @@ def test_jobs_in_the_hands_of_a_dead_encoder_get_another_modality_set_that_meets
 
 
 def test_under_load_an_encoder_is_killed_and_started_by_hand(
-    own: Launcher, draw: Draw, directly: Directly, start_again: Callable[[Launcher, str], Child], until: Until
+    own: Launcher, draw: Draw, directly: Directly, until: Until
 ) -> None:
     jobs = {seed: draw(48, seed=seed) for seed in range(8)}
     expected = {seed: directly(payloads, payloads) for seed, payloads in jobs.items()}
@@ -191,7 +189,7 @@ def test_under_load_an_encoder_is_killed_and_started_by_hand(
             time.sleep(0.3)
             own.children["encoder/photo"].process.kill()
             own.children["encoder/photo"].process.wait()
-            start_again(own, "encoder/photo")
+            own.start_again("encoder/photo")
             until(own.is_ready, "the encoder is used again")
             time.sleep(0.3)
         finally:
@@ -211,7 +209,6 @@ def test_without_an_encoder_the_other_sets_are_served_until_it_is_back(
     draw: Draw,
     directly: Directly,
     counters: Counters,
-    start_again: Callable[[Launcher, str], Child],
     until: Until,
 ) -> None:
     payloads = draw(40)
@@ -234,7 +231,7 @@ def test_without_an_encoder_the_other_sets_are_served_until_it_is_back(
             client.predict("fruit", payloads, min_accuracy=0.85)
         (away,) = [service for service in client.status() if not service.ready]
         assert (away.name, away.detail) == ("encoder/photo", "does not answer: UNAVAILABLE")
-        start_again(own, "encoder/photo")
+        own.start_again("encoder/photo")
         until(lambda: client.models()[0].sets["photo+scent"].available, "the encoder is used again")
         output = client.predict("fruit", payloads).output.astype(np.float32)
         np.testing.assert_allclose(output, directly(payloads, payloads), atol=1e-5)

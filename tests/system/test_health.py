@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mosel.client import Client
 from mosel.config import Settings
-from mosel.launcher import Child, Launcher
+from mosel.launcher import Launcher
 
 Draw = Callable[..., dict[str, NDArray[Any]]]
 Until = Callable[..., None]
@@ -87,16 +87,14 @@ def launcher(settings_with: Callable[..., Settings]) -> Iterator[Launcher]:
 
 
 @pytest.mark.slow
-def test_a_model_is_ready_once_every_encoder_has_been_warm(
-    launcher: Launcher, draw: Draw, start_again: Callable[[Launcher, str], Child], until: Until
-) -> None:
+def test_a_model_is_ready_once_every_encoder_has_been_warm(launcher: Launcher, draw: Draw, until: Until) -> None:
     with Watched(launcher.address, "fruit") as model, Watched(launcher.address, "") as gateway:
         until(lambda: model.seen == [SERVING], "the model is ready")
         for name in ("encoder/scent", "selector"):
             launcher.children[name].process.kill()
             launcher.children[name].process.wait()
         until(lambda: model.last() == NOT_SERVING, "the selector is missed")
-        start_again(launcher, "selector")
+        launcher.start_again("selector")
         with Client(launcher.address) as client:
 
             def photos_are_served() -> bool:
@@ -108,7 +106,7 @@ def test_a_model_is_ready_once_every_encoder_has_been_warm(
             assert client.predict("fruit", {"photo": draw(1)["photo"]}).modality_sets == ("photo",)
             assert not client.models()[0].ready
             assert model.last() == NOT_SERVING
-            start_again(launcher, "encoder/scent")
+            launcher.start_again("encoder/scent")
             until(lambda: model.last() == SERVING, "the model is ready again")
         assert model.seen == [SERVING, NOT_SERVING, SERVING]
         assert gateway.seen == [SERVING]
@@ -118,7 +116,7 @@ def test_a_model_is_ready_once_every_encoder_has_been_warm(
         with Client(launcher.address) as client:
             until(lambda: not client.models()[0].sets["scent"].available, "the encoder is missed")
             assert client.models()[0].ready
-        start_again(launcher, "encoder/scent")
+        launcher.start_again("encoder/scent")
 
 
 def test_those_who_watch_are_told_the_end_and_do_not_hold_it_up(launcher: Launcher, until: Until) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mosel.client import Client
 from mosel.config import FREE_PORTS, Settings
 from mosel.errors import DeadlineExceeded, InternalError, InvalidRequest, MoselError, Unreachable
-from mosel.launcher import Child, Launcher
+from mosel.launcher import Launcher
 from tests.mosel.test_metrics import Samples, key, samples
 
 Draw = Callable[..., dict[str, NDArray[Any]]]
@@ -267,9 +267,7 @@ def test_a_line_about_a_failed_call_names_its_job(launcher: Launcher, draw: Draw
     assert grown(before, after, "mosel_failed_calls_total", "callee", "reason") == {("fusion", "deadline_exceeded"): 1}
 
 
-def test_a_service_that_hangs_or_is_gone_leaves_the_page_working(
-    launcher: Launcher, draw: Draw, start_again: Callable[[Launcher, str], Child], until: Until
-) -> None:
+def test_a_service_that_hangs_or_is_gone_leaves_the_page_working(launcher: Launcher, draw: Draw, until: Until) -> None:
     def up() -> Mapping[str, float]:
         return {dict(labels)["service"]: value for (n, labels), value in scrape(launcher).items() if n == "mosel_up"}
 
@@ -286,13 +284,13 @@ def test_a_service_that_hangs_or_is_gone_leaves_the_page_working(
     assert found[key("mosel_up", service="encoder/photo")] == 0
     assert not any(("service", "encoder/photo") in labels for name, labels in found if name != "mosel_up")
     assert found[key("mosel_up", service="encoder/scent")] == 1
-    start_again(launcher, "encoder/photo")
+    launcher.start_again("encoder/photo")
     until(lambda: up() == dict.fromkeys(SERVICES, 1), "the encoder answers again")
 
     launcher.children["selector"].process.kill()
     launcher.children["selector"].process.wait()
     assert up() == {"gateway": 1, "selector": 0}
-    start_again(launcher, "selector")
+    launcher.start_again("selector")
     until(lambda: up() == dict.fromkeys(SERVICES, 1), "the selector answers again")
 
 

@@ -22,7 +22,7 @@ from mosel import networks
 from mosel.client import Client, ItemResults, JobAccepted, Prediction
 from mosel.config import Settings
 from mosel.errors import InvalidRequest, ModelNotFound, MoselError, PackageError, ServiceUnavailable
-from mosel.launcher import Child, Launcher
+from mosel.launcher import Launcher
 from mosel.model_package import ModelPackage, file_sha256, load_package
 from mosel.training import save_weights
 from tests.fruit_on_disk import Fruit, Payloads, frozen, loaded_by, same, slots_held
@@ -48,10 +48,10 @@ def launcher(settings_with: Callable[..., Settings], fruit_on_disk: Fruit) -> It
 
 
 @pytest.fixture
-def client(launcher: Launcher, until: Until, start_again: Callable[[Launcher, str], Child]) -> Iterator[Client]:
+def client(launcher: Launcher, until: Until) -> Iterator[Client]:
     """A client of services that all run, with the model loaded as it is on disk."""
     for child in launcher.ended():
-        start_again(launcher, child.name)
+        launcher.start_again(child.name)
     with Client(launcher.address, retries=None) as client:
         until(lambda: is_loaded(client), "all services are ready")
         yield client
@@ -241,9 +241,7 @@ def test_unloading_finishes_what_is_under_way_and_frees_the_networks(
     until(lambda: health_of(launcher, "fruit") == health_pb2.HealthCheckResponse.SERVING, "its health says so")
 
 
-def test_unloading_ends_with_the_selector(
-    client: Client, launcher: Launcher, draw: Draw, start_again: Callable[[Launcher, str], Child]
-) -> None:
+def test_unloading_ends_with_the_selector(client: Client, launcher: Launcher, draw: Draw) -> None:
     selector = launcher.children["selector"].process
     with ThreadPoolExecutor(2) as pool:
         with frozen(launcher.children["encoder/photo"]):
@@ -257,7 +255,7 @@ def test_unloading_ends_with_the_selector(
         with pytest.raises(ServiceUnavailable, match=r"^service selector is stopping$"):
             under_way.result()
     assert selector.wait(20) == 0
-    start_again(launcher, "selector")
+    launcher.start_again("selector")
 
 
 def test_a_model_that_is_not_there_is_not_found(client: Client) -> None:
@@ -306,9 +304,7 @@ def test_a_model_that_came_later_is_served_beside_the_others(client: Client, fru
         shutil.rmtree(package.folder)
 
 
-def test_a_modality_needs_an_encoder(
-    client: Client, launcher: Launcher, fruit_on_disk: Fruit, draw: Draw, start_again: Callable[[Launcher, str], Child]
-) -> None:
+def test_a_modality_needs_an_encoder(client: Client, launcher: Launcher, fruit_on_disk: Fruit, draw: Draw) -> None:
     package = renamed(fruit_on_disk, "nut", ("[modalities.scent]", "[modalities.shell]"))
     weights = Fruit(package.folder, Path())
     weights.edit("networks.py", '"scent": nn', '"shell": nn')
@@ -327,7 +323,7 @@ def test_a_modality_needs_an_encoder(
             client.load_model("nut")
         command = ("encoders", "--modality", "shell")
         launcher.children["encoder/shell"] = replace(launcher.children["encoder/scent"], command=command)
-        start_again(launcher, "encoder/shell")
+        launcher.start_again("encoder/shell")
         for _ in range(60):
             with contextlib.suppress(ServiceUnavailable):
                 assert client.load_model("nut").ready
@@ -341,12 +337,12 @@ def test_a_modality_needs_an_encoder(
 
 
 def test_an_encoder_that_starts_again_has_what_is_loaded_and_no_more(
-    client: Client, launcher: Launcher, start_again: Callable[[Launcher, str], Child], until: Until
+    client: Client, launcher: Launcher, until: Until
 ) -> None:
     client.unload_model("fruit")
     launcher.children["encoder/photo"].process.kill()
     launcher.children["encoder/photo"].process.wait()
-    start_again(launcher, "encoder/photo")
+    launcher.start_again("encoder/photo")
     until(lambda: "encoder/photo" in {s.name for s in client.status() if s.ready}, "the encoder is there")
     until(lambda: set(loaded_by(client).values()) == {()}, "it has let go of what was unloaded")
 
@@ -357,7 +353,6 @@ def test_a_service_that_starts_again_brings_all_to_what_is_on_disk_by_then(
     launcher: Launcher,
     fruit_on_disk: Fruit,
     draw: Draw,
-    start_again: Callable[[Launcher, str], Child],
     until: Until,
     name: str,
 ) -> None:
@@ -366,7 +361,7 @@ def test_a_service_that_starts_again_brings_all_to_what_is_on_disk_by_then(
     assert same(client.predict("fruit", payloads).output, before(payloads, payloads))
     launcher.children[name].process.kill()
     launcher.children[name].process.wait()
-    start_again(launcher, name)
+    launcher.start_again(name)
 
     def settled() -> bool:
         with contextlib.suppress(MoselError):

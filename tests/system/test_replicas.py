@@ -85,7 +85,6 @@ def test_one_that_is_killed_under_load_takes_along_only_what_it_has(
     directly: Directly,
     counters: Counters,
     until: Until,
-    start_again: Callable[[Launcher, str], Child],
     name: str,
 ) -> None:
     jobs, lane = [draw(ITEMS, seed=seed) for seed in range(20, 28)], name.removeprefix("encoder/")
@@ -112,7 +111,7 @@ def test_one_that_is_killed_under_load_takes_along_only_what_it_has(
         assert all(info.available for info in client.models()[0].sets.values())
         check(outcome_of(launcher.address, jobs[0]), jobs[0], directly)
 
-        start_again(launcher, name)
+        launcher.start_again(name)
         until(lambda: name in {service.name for service in client.status() if service.ready}, "it is back")
 
         def is_used() -> bool:

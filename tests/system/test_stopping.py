@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from mosel.client import Client, Prediction
 from mosel.config import Settings
 from mosel.errors import MoselError, ServiceUnavailable
-from mosel.launcher import Child, Launcher
+from mosel.launcher import Launcher
 
 Payloads = dict[str, NDArray[Any]]
 Draw = Callable[..., Payloads]
@@ -92,10 +92,10 @@ def launcher(
 
 
 @pytest.fixture
-def own(launcher: Launcher, start_again: Callable[[Launcher, str], Child], until: Until) -> Launcher:
+def own(launcher: Launcher, until: Until) -> Launcher:
     """The module's services, all of them running and ready."""
     for child in launcher.ended():
-        start_again(launcher, child.name)
+        launcher.start_again(child.name)
     until(launcher.is_ready, "all services are ready", 120)
     return launcher
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mosel import Client
 from mosel.config import Settings
 from mosel.errors import MoselError, ServiceUnavailable
-from mosel.launcher import Child, Launcher
+from mosel.launcher import Launcher
 
 Until = Callable[..., None]
 
@@ -64,7 +64,6 @@ def restarted(settings_with: Callable[..., Settings]) -> Iterator[Launcher]:
 def test_a_producer_that_comes_again_is_attached_under_its_new_epoch(
     restarted: Launcher,
     draw: Draw,
-    start_again: Callable[[Launcher, str], Child],
     until: Callable[..., None],
 ) -> None:
     with Client(restarted.address) as client:
@@ -72,7 +71,7 @@ def test_a_producer_that_comes_again_is_attached_under_its_new_epoch(
         for name in ("encoder/photo", "fusion", "gateway"):
             os.kill(restarted.children[name].process.pid, signal.SIGKILL)
             restarted.children[name].process.wait()
-            start_again(restarted, name)
+            restarted.start_again(name)
             until(lambda: _is_whole(client), f"{name} is attached again")
             # Not to the last bit: the batches may be others.
             assert np.allclose(client.predict("fruit", draw(40)).output, expected, atol=1e-5)
