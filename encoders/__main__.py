@@ -12,13 +12,13 @@ import grpc
 from encoders.encoder import ModalityEncoder
 from encoders.servicer import EncoderServicer
 from mosel import networks
+from mosel.channels import open_blocking_channel
 from mosel.compute import Workers
 from mosel.config import Settings
-from mosel.deadline import Deadline
 from mosel.errors import ConfigError
 from mosel.modality import lane_of
 from mosel.model_package import find_packages
-from mosel.service import Service, open_blocking_channel, run_service
+from mosel.service import Service, run_service
 from mosel.tracing import open_tracing
 from mosel.transport import Reader, open_arena
 from mosel.transport.cupy_ipc import device_ipc_for
@@ -85,9 +85,7 @@ async def serve(name: str, modality: str, replica: int, listen: str, settings: S
                 await workers.run_aside(partial(encoder.networks.load, package))
             service.set_ready(True)
             await stop.wait()
-            grace = Deadline.after(settings.stop_grace_ms / 1000)
-            await service.let_go(grace)
-            await service.stop(grace)
+            await service.finish()
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ from typing import NoReturn
 from fusion.predictor import Predictor
 from fusion.servicer import FusionServicer
 from mosel import networks
+from mosel.channels import open_blocking_channel
 from mosel.compute import Workers
 from mosel.config import Settings
-from mosel.deadline import Deadline
 from mosel.model_package import find_packages
-from mosel.service import Service, open_blocking_channel, run_service
+from mosel.service import Service, run_service
 from mosel.tracing import open_tracing
 from mosel.transport import Reader
 from mosel.transport.cupy_ipc import device_ipc_for
@@ -58,9 +58,7 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
                 await workers.run_aside(partial(predictor.networks.load, package))
             service.set_ready(True)
             await stop.wait()
-            grace = Deadline.after(settings.stop_grace_ms / 1000)
-            await service.let_go(grace)
-            await service.stop(grace)
+            await service.finish()
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 
 import grpc
 
+from mosel.background import Background
+from mosel.channels import open_channel
 from mosel.config import Settings
 from mosel.deadline import Deadline
 from mosel.errors import MoselError, PackageError, ServiceUnavailable, Unreachable
-from mosel.service import MAX_DEADLINE_S, open_channel
+from mosel.service import MAX_DEADLINE_S
 from mosel.status import error_from_number, error_from_rpc
 from mosel.v1 import arena_pb2, gateway_pb2, selector_pb2, selector_pb2_grpc, service_pb2, tensor_pb2
 
@@ -92,7 +94,7 @@ class SelectorLink:
         self._settings, self._announcement = settings, announcement
         self._release, self._transport_changed, self._models_changed = release, transport_changed, models_changed
         self._fetch_address = fetch_address
-        self._opening: set[asyncio.Task[None]] = set()
+        self._work = Background()
         self._outbox: asyncio.Queue[selector_pb2.GatewayMessage | None] | None = None
         self._answers: dict[bytes, Answers] = {}
         self._said = asyncio.Event()
@@ -100,13 +102,11 @@ class SelectorLink:
     async def __aenter__(self) -> "SelectorLink":
         self._channel = open_channel(self._settings, self._settings.selector_address)
         self._stub = selector_pb2_grpc.SelectorStub(self._channel)
-        self._task = asyncio.create_task(self._stay_connected(), name="selector link")
+        self._work.start(self._stay_connected(), "selector link")
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        for task in (self._task, *self._opening):
-            task.cancel()
-        await asyncio.gather(self._task, *self._opening, return_exceptions=True)
+        await self._work.close()
         await self._channel.close()
 
     def statistics(self) -> dict[str, int]:
@@ -256,9 +256,7 @@ class SelectorLink:
             self.refused = message.transport.refused
             self._transport_changed(message.transport.rung)
         elif kind == "fetch_question":
-            task = asyncio.create_task(self._say_where(message.fetch_question.encoder))
-            self._opening.add(task)
-            task.add_done_callback(self._opening.discard)
+            self._work.start(self._say_where(message.fetch_question.encoder))
         elif kind == "models":
             self.models = {state.model: state for state in message.models.models}
             self._said.set()

@@ -22,10 +22,11 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2_grpc
 
 from mosel import leftovers
+from mosel.channels import alive_options, channel_options
 from mosel.config import Settings, load_settings
 from mosel.deadline import Deadline
 from mosel.errors import ConfigError, MoselError, PayloadTooLarge, ServiceUnavailable
-from mosel.exposure import internal_client_tls, internal_server_tls, public_tls
+from mosel.exposure import internal_server_tls, public_tls
 from mosel.health import Health
 from mosel.incoming import note_incoming
 from mosel.logs import configure_logs
@@ -51,64 +52,6 @@ MAX_DEADLINE_S = 3600.0
 _HANDSHAKE_FAILED = re.compile(r"Handshake failed with error .*?(?:OPENSSL_internal:([A-Z_0-9]+)|$)")
 
 log = logging.getLogger(__name__)
-
-
-def channel_options(settings: Settings) -> list[tuple[str, int]]:
-    """Options of every server and channel: message limits in both directions, no port shared with a stranger."""
-    limit = limit_bytes(settings.transport.max_message_mib)
-    return [
-        ("grpc.max_send_message_length", limit),
-        ("grpc.max_receive_message_length", limit),
-        ("grpc.so_reuseport", 0),
-        ("grpc.max_reconnect_backoff_ms", 1_000),
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        # Also how long one attempt may take: to a host that is cut off, it would be 20 s.
-        ("grpc.min_reconnect_backoff_ms", 5_000),
-        # A unix socket must not be looked for behind a proxy.
-        ("grpc.enable_http_proxy", 0),
-    ]
-
-
-def open_channel(settings: Settings, address: str) -> grpc.aio.Channel:
-    """A channel to another service of this system; the caller closes it.
-
-    Raises:
-        ConfigError: it would cross a network in plain text, or a file of `internal_tls` is wrong.
-    """
-    options = channel_options(settings) + _alive_options(address)
-    tls = internal_client_tls(settings, address)
-    if tls is None:
-        return grpc.aio.insecure_channel(address, options)
-    return grpc.aio.secure_channel(address, tls.channel_credentials("internal_tls"), options)
-
-
-def open_blocking_channel(settings: Settings, address: str) -> grpc.Channel:
-    """As `open_channel`, for calls that block a thread of their own."""
-    options = channel_options(settings) + _alive_options(address)
-    tls = internal_client_tls(settings, address)
-    if tls is None:
-        return grpc.insecure_channel(address, options)
-    return grpc.secure_channel(address, tls.channel_credentials("internal_tls"), options)
-
-
-def _alive_options(address: str) -> list[tuple[str, int]]:
-    """Has both ends of a connection between hosts ask each other whether they are there.
-
-    Otherwise calls to a host that was cut off would hang until their deadlines. gRPC's own threads ask and answer, so a
-    service that is busy is not taken for one that is gone. On one machine the kernel tells.
-    """
-    if address.startswith("unix:"):
-        return []
-    return [
-        ("grpc.keepalive_time_ms", 2_000),
-        # Both: without the second, an answer is waited for for a minute unless the kernel gives up before.
-        ("grpc.keepalive_timeout_ms", 5_000),
-        ("grpc.http2.ping_timeout_ms", 5_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),
-        # What a server puts up with.
-        ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
-    ]
 
 
 class Service:
@@ -149,7 +92,7 @@ class Service:
             # What is under way on an old connection is finished, however long that takes.
             options.append(("grpc.max_connection_age_ms", round(settings.gateway.max_connection_age_s * 1000)))
         else:
-            options += _alive_options(address)
+            options += alive_options(address)
         self._server = grpc.aio.server(options=options, interceptors=interceptors)
         self._health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -180,15 +123,17 @@ class Service:
         self._entered.close()
         log.info("stopped")
 
-    async def let_go(self, grace: Deadline) -> None:
-        """Says that nothing is ready, and goes on until nobody watches its health any more, at most for the grace.
+    async def finish(self) -> None:
+        """Says that nothing is ready, goes on until nobody watches its health any more, and stops; within the grace.
 
         Whoever watches has work under way that needs this service, and leaves when that is done.
         """
+        grace = Deadline.after(self._settings.stop_grace_ms / 1000)
         self.set_ready(False)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(grace.remaining, 0.0)):
                 await self._health.unwatched(self._names)
+        await self.stop(grace)
 
     async def stop(self, grace: Deadline) -> None:
         """Takes no more calls, and waits for those under way; what is not over after the grace is broken off."""

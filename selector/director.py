@@ -8,10 +8,10 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Coroutine
 
 import grpc
 
+from mosel.background import Background
 from mosel.deadline import Deadline
 from mosel.errors import (
     InternalError,
@@ -76,7 +76,8 @@ class Director:
         self._idle = asyncio.Event()
         self._idle.set()
         self._stopping = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        # Where one fails on a bug, the jobs inside fail at their deadline.
+        self._calls = Background()
         self._timer: asyncio.TimerHandle | None = None
         self._flush: asyncio.TimerHandle | None = None
         self._peers: Peers | None = None
@@ -184,9 +185,7 @@ class Director:
             self._fail(job_id, ServiceUnavailable("service selector is stopping"))
         for session in self._sessions:
             session.outbox.put_nowait(None)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._calls.close()
         await self._models.close()
 
     # What the scheduler decides
@@ -198,9 +197,9 @@ class Director:
                 self._fail(action.job_id, action.error)
             elif isinstance(action, EncodeCall):
                 rung = self._peer().attachments.rung(action.lane, FUSION)
-                self._start(self._encode(action, encode_request(action, self._jobs, rung), self._begin(action)))
+                self._calls.start(self._encode(action, encode_request(action, self._jobs, rung), self._begin(action)))
             else:
-                self._start(self._fuse(action, fuse_request(action, self._jobs), self._begin(action)))
+                self._calls.start(self._fuse(action, fuse_request(action, self._jobs), self._begin(action)))
         self._models.free_drained()
         if self._timer is not None:
             self._timer.cancel()
@@ -343,18 +342,7 @@ class Director:
             if isinstance(producer, Session):
                 producer.send(release=tensor_pb2.ReleaseSlots(slots=slots))
             else:
-                self._start(self._peer().release(producer, slots))
-
-    def _start(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
-
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            # A bug: the jobs inside fail at their deadline.
-            log.error("unexpected error", exc_info=task.exception())
+                self._calls.start(self._peer().release(producer, slots))
 
     def _peer(self) -> Peers:
         assert self._peers is not None, "use() comes before the first lane is up"

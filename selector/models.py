@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 
 import grpc
 
+from mosel.background import Background
 from mosel.config import Settings
 from mosel.errors import ModelNotFound, MoselError, ServiceUnavailable
 from mosel.modality import modality_of
@@ -57,7 +58,7 @@ class Models:
         self._freeing: dict[str, asyncio.Task[None]] = {}
         # By name, as long as somebody loads or unloads it.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._work = Background(_not_done)
         for package in packages:
             model = self._models[package.id] = self._model_of(package)
             self._current[package.name] = package.id
@@ -78,9 +79,7 @@ class Models:
 
     async def close(self) -> None:
         """Gives up what is being loaded or unloaded."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._work.close()
 
     async def load(self, name: str) -> selector_pb2.ModelState:
         """Loads a model from disk, or loads it anew; goes on if the caller goes away.
@@ -168,7 +167,7 @@ class Models:
     def free_drained(self) -> None:
         """Frees the retired models whose last jobs are over."""
         for model_id in self._scheduler.drained():
-            self._freeing[model_id] = self._start(self._free(self._models[model_id]))
+            self._freeing[model_id] = self._work.task(self._free(self._models[model_id]))
 
     def _loaded_in(self, lane: str) -> list[Model]:
         return [m for m in self._models.values() if lane in m.lanes and m.package.id not in self._freeing]
@@ -191,7 +190,7 @@ class Models:
 
     def _load_later(self, name: str) -> None:
         """Loads a model anew though nobody waits for it; what goes wrong is in the log."""
-        _ = self._start(self._load(name))
+        self._work.start(self._load(name))
 
     async def _load(self, name: str) -> selector_pb2.ModelState:
         async with self._locks.setdefault(name, asyncio.Lock()):
@@ -226,7 +225,7 @@ class Models:
             self._scheduler.load(model_id, model.profile, frontiers)
         except Exception:
             if new:
-                self._freeing[model_id] = self._start(self._free(model))
+                self._freeing[model_id] = self._work.task(self._free(model))
             raise
         finally:
             self._loading.discard(model_id)
@@ -312,7 +311,7 @@ class Models:
         )
 
     async def _result(self, work: Coroutine[Any, Any, R]) -> R:
-        task = self._start(work)
+        task = self._work.task(work)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -326,16 +325,9 @@ class Models:
         profile = ModelProfile(accuracy, stated.samples, package.default_min_accuracy)
         return Model(package, profile, lanes_of(package, self._settings))
 
-    def _start(self, work: Coroutine[Any, Any, R]) -> "asyncio.Task[R]":
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
-        return task
 
-    def _finished(self, task: "asyncio.Task[Any]") -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.warning("models stay as they are", extra={"reason": str(error)})
+def _not_done(error: BaseException) -> None:
+    log.warning("models stay as they are", extra={"reason": str(error)})
 
 
 def _read(settings: Settings, name: str) -> ModelPackage:

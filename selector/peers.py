@@ -9,10 +9,11 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from mosel.background import Background
+from mosel.channels import open_channel
 from mosel.config import Settings
 from mosel.errors import PackageError, ServiceUnavailable, Unreachable
 from mosel.modality import modality_of
-from mosel.service import open_channel
 from mosel.status import error_from_rpc
 from mosel.transport.host import host_identity
 from mosel.v1 import (
@@ -72,8 +73,7 @@ class Peers:
         self.encoders: dict[str, encoder_pb2_grpc.EncoderAsyncStub] = {}
         self._resources: dict[str, str] = {}
         self._all_known = asyncio.Event()
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._work = Background()
         # Their health streams.
         self._watches: dict[str, grpc.aio.UnaryStreamCall[Any, Any]] = {}
         self._refused: dict[str, str] = {}
@@ -86,10 +86,7 @@ class Peers:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        tasks = [*self._tasks.values(), *self._closing]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._work.close()
         for channel in self._channels.values():
             await channel.close()
 
@@ -157,9 +154,7 @@ class Peers:
         """Has every encoder close a gateway's arena."""
         self._gateways.pop(name, None)
         # By itself: whoever followed the gateway may be cancelled for the same reason, in the middle of it.
-        task = asyncio.create_task(self._close_arenas(name), name=f"close arenas of {name}")
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+        self._work.start(self._close_arenas(name), f"close arenas of {name}")
 
     async def statuses(self) -> list[service_pb2.ServiceStatus]:
         """The state of every service that computes; one that does not answer is not ready."""
@@ -195,7 +190,7 @@ class Peers:
         else:
             self.encoders[name] = encoder_pb2_grpc.EncoderStub(channel)
         self._up[name] = asyncio.Event()
-        self._tasks[name] = asyncio.create_task(self._watch(name), name=f"watch {name}")
+        self._work.start(self._watch(name), f"watch {name}")
 
     async def _metrics(self, name: str) -> service_pb2.ServiceMetrics:
         try:

@@ -15,8 +15,9 @@ from typing import Any
 import grpc
 import pytest
 
+from mosel.channels import open_channel
 from mosel.config import Settings
-from mosel.service import Context, Service, open_channel
+from mosel.service import Context, Service
 
 # Longer than a silent peer is waited for.
 BUSY_S = 9

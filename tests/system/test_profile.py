@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from mosel.channels import channel_options
 from mosel.client import Client
 from mosel.config import Settings
 from mosel.launcher import Launcher
@@ -25,7 +26,6 @@ from mosel.model_package import ModelPackage
 from mosel.profiles import Profile, load_profile, profile_file, read_profile, save_profile
 from mosel.profiling import calls_under_load, end_to_end, measured_accuracy
 from mosel.samples import Samples
-from mosel.service import channel_options
 from mosel.v1 import encoder_pb2, encoder_pb2_grpc, fusion_pb2, fusion_pb2_grpc, service_pb2
 
 Run = Callable[..., CompletedProcess[str]]
