@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from blockbuster import BlockBuster
@@ -35,6 +36,14 @@ def no_blocking_call_in_an_event_loop(request: pytest.FixtureRequest) -> Iterato
     detector.activate()
     yield
     detector.deactivate()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def grpc_stays() -> Iterator[None]:
+    """Otherwise grpc.aio ends its thread, and waits for it, whenever the garbage collector finds its last object."""
+    grpc.aio.init_grpc_aio()
+    yield
+    grpc.aio.shutdown_grpc_aio()
 
 
 @pytest.fixture(scope="session", autouse=True)
