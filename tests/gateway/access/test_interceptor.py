@@ -164,7 +164,8 @@ async def test_without_a_known_token_nothing_answers(
     name = {"unary_unary": "One", "unary_stream": "Twice", "stream_unary": "Join", "stream_stream": "Each"}[kind]
     async with serve() as served:
         for method in (name, "Nothing"):
-            request = messages(b"a") if kind.startswith("stream") else BytesValue(value=b"a")
+            # A stream is refused before it sends: grpc.aio loses a status that comes while it does (grpc issue 36066).
+            request = None if kind.startswith("stream") else BytesValue(value=b"a")
             call = served.method(kind, method, tenant)(request)
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await (anext(aiter(call)) if kind.endswith("stream") else call)
