@@ -67,6 +67,8 @@ class Peers:
         self._addresses = {lane: at for of_one in encoders for lane, at in of_one.items()}
         self._addresses[FUSION] = settings.fusion_address
         self._serving: dict[str, bool] = dict.fromkeys(self._addresses, False)
+        # Those that have their arenas opened and their models loaded.
+        self._prepared: set[str] = set()
         # Those that `changed` has called up.
         self._up: dict[str, asyncio.Event] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -202,6 +204,7 @@ class Peers:
         """A call could not reach a service: it is away from now on, until its health was asked for anew."""
         if self._up[name].is_set():
             self._watches[name].cancel()
+            self._prepared.discard(name)
             self._went(name)
 
     async def _watch(self, name: str) -> None:
@@ -246,13 +249,14 @@ class Peers:
             await self._attach(name)
             await self._all_there()
             await self._prepare(name, status.models)
-            self._check_requirement(name)
+            self._prepared.add(name)
             # First: what it cannot reach in an arena must not be sent to it as a ref.
             self._tell_gateways()
-            self._changed(name, name not in self._refused, self._resources[name] or "cpu")
-            if name not in self._refused:
-                self._up[name].set()
+            # Fusion may have come to where other embeddings reach it than before.
+            for lane in self._prepared if name == FUSION else [name]:
+                self._use_or_refuse(lane)
         else:
+            self._prepared.discard(name)
             if self._up[name].is_set():
                 self._went(name)
             self._refused.pop(name, None)
@@ -276,17 +280,26 @@ class Peers:
         for gateway in list(self._gateways):
             await self.attachments.attach(gateway, name)
 
-    def _check_requirement(self, name: str) -> None:
-        """Refuses a service whose embeddings travel worse than `transport.require` allows."""
-        if not self._serving[FUSION]:
+    def _use_or_refuse(self, name: str) -> None:
+        """Takes a service that is prepared into use, but not if its embeddings travel worse than is required."""
+        if reason := self._why_refused(name):
+            self._refused[name] = reason
+            log.error("refused", extra={"peer": name, "reason": reason})
+            if self._up[name].is_set():
+                self._went(name)
             return
+        self._refused.pop(name, None)
+        if not self._up[name].is_set():
+            self._changed(name, True, self._resources[name] or "cpu")
+            self._up[name].set()
+
+    def _why_refused(self, name: str) -> str:
         required = self._settings.transport.require
-        for encoder in self._serving_encoders() if name == FUSION else [name]:
-            edge = self.attachments.worst(encoder, [FUSION])
-            if edge.rung < tensor_pb2.Rung.Value(required.upper()):
-                rung = tensor_pb2.Rung.Name(edge.rung).lower()
-                self._refused[name] = f"transport.require is {required}, but embeddings travel {rung}: {edge.reason}"
-                log.error("refused", extra={"peer": name, "reason": self._refused[name]})
+        edge = self.attachments.worst(name, [FUSION])
+        if name == FUSION or not self._serving[FUSION] or edge.rung >= tensor_pb2.Rung.Value(required.upper()):
+            return ""
+        rung = tensor_pb2.Rung.Name(edge.rung).lower()
+        return f"transport.require is {required}, but embeddings travel {rung}: {edge.reason}"
 
     def _tell_gateways(self) -> None:
         required = self._settings.transport.require

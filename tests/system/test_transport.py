@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,11 +89,12 @@ def _is_whole(client: Client) -> bool:
     return all(info.available for info in model.sets.values()) and rungs(client) == dict.fromkeys(EDGES, "posix_shm")
 
 
-def is_refused(client: Client) -> bool:
+def refusals(client: Client) -> list[str]:
+    """What is said of both encoders; empty while they cannot be asked."""
     with contextlib.suppress(MoselError):
         details = {service.name: service.detail for service in client.status()}
-        return all("transport.require" in details.get(name, "") for name in ("encoder/photo", "encoder/scent"))
-    return False
+        return [details.get(name, "") for name in ("encoder/photo", "encoder/scent")]
+    return ["", ""]
 
 
 def test_a_path_that_is_required_and_not_there_keeps_the_system_from_being_ready(
@@ -100,10 +102,36 @@ def test_a_path_that_is_required_and_not_there_keeps_the_system_from_being_ready
 ) -> None:
     with Launcher(settings_with(transport={"require": "cuda_ipc"})) as launcher:
         with Client(launcher.address, retries=None) as client:
-            until(lambda: is_refused(client), "the selector has said no")
+            until(lambda: all("transport.require" in told for told in refusals(client)), "the selector has said no")
         with pytest.raises(ServiceUnavailable, match=r"encoder/photo \(transport\.require is cuda_ipc, but"):
             launcher.wait_ready(3)
         with Client(launcher.address) as client:
             assert not any(model.ready for model in client.models())
-            detail = next(s.detail for s in client.status() if s.name == "encoder/scent")
-            assert "embeddings travel posix_shm" in detail
+            until(lambda: all("embeddings travel posix_shm" in told for told in refusals(client)), "what there is is known")
+
+
+def test_who_no_longer_reaches_fusion_as_required_is_used_no_more_until_it_does(
+    settings_with: Callable[..., Settings], tmp_path: Path, draw: Draw, until: Until
+) -> None:
+    with (
+        Launcher(settings_with(transport={"require": "posix_shm"})) as launcher,
+        Client(launcher.address, retries=None) as client,
+    ):
+        launcher.wait_ready(120)
+
+        def move_fusion(settings: Settings) -> None:
+            launcher.settings, fusion = settings, launcher.children["fusion"].process
+            fusion.kill()
+            fusion.wait()
+            launcher.start_again("fusion")
+
+        here = launcher.settings
+        elsewhere = here.transport.model_copy(update={"shm_dir": tmp_path})
+        move_fusion(here.model_copy(update={"transport": elsewhere}))
+        until(lambda: all("but embeddings travel inline: posix_shm: " in told for told in refusals(client)), "refused")
+        assert not any(info.available for info in client.models()[0].sets.values())
+        with pytest.raises(ServiceUnavailable):
+            client.predict("fruit", draw(3))
+        move_fusion(here)
+        until(launcher.is_ready, "all is used again")
+        assert len(client.predict("fruit", draw(3)).labels) == 3
