@@ -359,6 +359,8 @@ def test_a_service_that_starts_again_brings_all_to_what_is_on_disk_by_then(
     payloads, before, after = draw(20), fruit_on_disk.directly(), fruit_on_disk.change(len(name))
     new = load_package(fruit_on_disk.folder).id
     assert same(client.predict("fruit", payloads).output, before(payloads, payloads))
+    # Else a selector that is killed leaves them to their leases.
+    until(lambda: slots_held(client) == 0, "every slot is free")
     launcher.children[name].process.kill()
     launcher.children[name].process.wait()
     launcher.start_again(name)
