@@ -18,7 +18,7 @@ demo: $(VENV)/.ready-demo ## Serve a real model and show how floors and deadline
 	@$(BIN)/mosel demo
 
 test: $(VENV)/.ready-dev ## Every test but the slow ones and those that need a GPU
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 slow: $(VENV)/.ready-dev ## The slow tests; on a machine that does nothing else
 	@$(BIN)/python -m pytest -m "slow and not gpu"

@@ -277,7 +277,8 @@ def test_a_model_without_sources_takes_the_folder_as_it_is(package: ModelPackage
 def test_the_command_gets_and_lists(package: ModelPackage, tmp_path: Path) -> None:
     models = ["--models", str(package.folder.parent)]
     listed = CliRunner().invoke(data_app, ["list", *models])
-    assert "mosel data get" in " ".join(listed.output.split())
+    # In a cell of several lines.
+    assert "mosel data get" in " ".join(listed.output.replace("│", " ").split())
     fetched = CliRunner().invoke(data_app, ["get", "toy", *models])
     assert fetched.exit_code == 0
     folder = tmp_path / "user" / "mosel" / "data" / "toys"

@@ -74,6 +74,7 @@ def test_services_time_their_networks_and_say_what_they_compute_on(services: Lau
         assert all(0 < point.p50_ms <= point.p95_ms for point in reply.points)
 
 
+@pytest.mark.slow
 def test_the_first_start_keeps_a_quick_profile_and_the_next_one_uses_it(
     settings: Settings, fruit: ModelPackage, settings_with: Callable[..., Settings]
 ) -> None:

@@ -245,7 +245,7 @@ def test_unloading_ends_with_the_selector(client: Client, launcher: Launcher, dr
     selector = launcher.children["selector"].process
     with ThreadPoolExecutor(2) as pool:
         with frozen(launcher.children["encoder/photo"]):
-            under_way = pool.submit(client.predict, "fruit", draw(64), timeout_s=10)
+            under_way = pool.submit(client.predict, "fruit", draw(64), timeout_s=6)
             time.sleep(0.3)
             unloading = pool.submit(client.unload_model, "fruit")
             time.sleep(0.3)

@@ -107,7 +107,10 @@ def test_a_path_that_is_required_and_not_there_keeps_the_system_from_being_ready
             launcher.wait_ready(3)
         with Client(launcher.address) as client:
             assert not any(model.ready for model in client.models())
-            until(lambda: all("embeddings travel posix_shm" in told for told in refusals(client)), "what there is is known")
+            until(
+                lambda: all("embeddings travel posix_shm" in told for told in refusals(client)),
+                "what there is is known",
+            )
 
 
 def test_who_no_longer_reaches_fusion_as_required_is_used_no_more_until_it_does(
