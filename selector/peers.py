@@ -24,7 +24,7 @@ from mosel.v1 import (
     service_pb2,
     tensor_pb2,
 )
-from selector.attachments import Attachments
+from selector.attachments import Attachments, Edge, Rung
 from selector.session import Session
 from selector.stages import FUSION, service_name
 
@@ -63,12 +63,11 @@ class Peers:
         let_go: Callable[[str], Coroutine[None, None, None]],
     ) -> None:
         self._settings, self._prepare, self._changed, self._let_go = settings, prepare, changed, let_go
+        self._required = tensor_pb2.Rung.Value(settings.transport.require.upper())
         encoders = [settings.encoder_addresses(modality) for modality in sorted(modalities)]
         self._addresses = {lane: at for of_one in encoders for lane, at in of_one.items()}
         self._addresses[FUSION] = settings.fusion_address
         self._serving: dict[str, bool] = dict.fromkeys(self._addresses, False)
-        # Those that have their arenas opened and their models loaded.
-        self._prepared: set[str] = set()
         # Those that `changed` has called up.
         self._up: dict[str, asyncio.Event] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -204,7 +203,6 @@ class Peers:
         """A call could not reach a service: it is away from now on, until its health was asked for anew."""
         if self._up[name].is_set():
             self._watches[name].cancel()
-            self._prepared.discard(name)
             self._went(name)
 
     async def _watch(self, name: str) -> None:
@@ -249,23 +247,24 @@ class Peers:
             await self._attach(name)
             await self._all_there()
             await self._prepare(name, status.models)
-            self._prepared.add(name)
             # First: what it cannot reach in an arena must not be sent to it as a ref.
             self._tell_gateways()
-            # Fusion may have come to where other embeddings reach it than before.
-            for lane in self._prepared if name == FUSION else [name]:
-                self._use_or_refuse(lane)
+            if name == FUSION:
+                # It may have come to where other embeddings reach it than before.
+                for encoder in [lane for lane in self.encoders if self._up[lane].is_set() or lane in self._refused]:
+                    self._use_or_refuse(encoder)
+            self._use_or_refuse(name)
         else:
-            self._prepared.discard(name)
-            if self._up[name].is_set():
-                self._went(name)
+            self._went(name)
             self._refused.pop(name, None)
             await self._close_arenas(name)
             self._tell_gateways()
 
     def _went(self, name: str) -> None:
-        self._up[name].clear()
-        self._changed(name, False, "")
+        """A service is used no more, if it was."""
+        if self._up[name].is_set():
+            self._up[name].clear()
+            self._changed(name, False, "")
 
     async def _attach(self, name: str) -> None:
         """Proves the paths to and from a service before anything is sent along them."""
@@ -282,35 +281,32 @@ class Peers:
 
     def _use_or_refuse(self, name: str) -> None:
         """Takes a service that is prepared into use, but not if its embeddings travel worse than is required."""
-        if reason := self._why_refused(name):
+        reason = ""
+        if name != FUSION and self._serving[FUSION]:
+            reason = self._why_too_slow("embeddings", self.attachments.worst(name, [FUSION]))
+        if reason:
             self._refused[name] = reason
             log.error("refused", extra={"peer": name, "reason": reason})
-            if self._up[name].is_set():
-                self._went(name)
+            self._went(name)
             return
         self._refused.pop(name, None)
         if not self._up[name].is_set():
             self._changed(name, True, self._resources[name] or "cpu")
             self._up[name].set()
 
-    def _why_refused(self, name: str) -> str:
-        required = self._settings.transport.require
-        edge = self.attachments.worst(name, [FUSION])
-        if name == FUSION or not self._serving[FUSION] or edge.rung >= tensor_pb2.Rung.Value(required.upper()):
-            return ""
-        rung = tensor_pb2.Rung.Name(edge.rung).lower()
-        return f"transport.require is {required}, but embeddings travel {rung}: {edge.reason}"
-
     def _tell_gateways(self) -> None:
-        required = self._settings.transport.require
         for name, gateway in self._gateways.items():
             edge = self.attachments.worst(name, self._serving_encoders())
-            refused = ""
             # Payloads are in host memory.
-            if edge.rung < min(tensor_pb2.Rung.Value(required.upper()), tensor_pb2.POSIX_SHM):
-                rung = tensor_pb2.Rung.Name(edge.rung).lower()
-                refused = f"transport.require is {required}, but payloads travel {rung}: {edge.reason}"
+            refused = self._why_too_slow("payloads", edge, tensor_pb2.POSIX_SHM)
             gateway.send(transport=selector_pb2.PayloadTransport(rung=edge.rung, refused=refused))
+
+    def _why_too_slow(self, tensors: str, edge: Edge, best: Rung = tensor_pb2.CUDA_IPC) -> str:
+        """Why an edge is not what `transport.require` asks for, or not `best` where that is less; empty if it is."""
+        if edge.rung >= min(self._required, best):
+            return ""
+        required, rung = (tensor_pb2.Rung.Name(rung).lower() for rung in (self._required, edge.rung))
+        return f"transport.require is {required}, but {tensors} travel {rung}: {edge.reason}"
 
     def _stub(self, name: str) -> "encoder_pb2_grpc.EncoderAsyncStub | fusion_pb2_grpc.FusionAsyncStub":
         """For what every service that computes can be asked."""
@@ -328,9 +324,8 @@ class Peers:
             return arena_pb2.PreflightReport(reason=f"the consumer does not answer: {error.code().name}")
 
     async def _fetch_from(self, producer: str, consumer: str) -> selector_pb2.FetchAddress:
-        required = self._settings.transport.require
-        if tensor_pb2.Rung.Value(required.upper()) > tensor_pb2.FETCH:
-            return selector_pb2.FetchAddress(reason=f"transport.require is {required}")
+        if self._required > tensor_pb2.FETCH:
+            return selector_pb2.FetchAddress(reason=f"transport.require is {self._settings.transport.require}")
         if producer in self._addresses:
             return selector_pb2.FetchAddress(address=self._addresses[producer])
         address = self._addresses[consumer]

@@ -5,8 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,13 +29,6 @@ def test_the_launcher_does_not_open_a_port_to_others_without_both(
             Launcher(settings_with(gateway=FREE_PORTS | {"host": "0.0.0.0", **gateway}))
 
 
-@pytest.fixture
-def run_dir() -> Iterator[Path]:
-    """Short, for the path of a socket must be."""
-    with tempfile.TemporaryDirectory(prefix="m-") as folder:
-        yield Path(folder)
-
-
 @pytest.mark.parametrize(
     ("command", "says"),
     [
@@ -47,9 +39,9 @@ def run_dir() -> Iterator[Path]:
     ],
 )
 def test_no_service_does_and_insecure_is_somebody_s_word_for_it(
-    models_dir: Path, tmp_path: Path, run_dir: Path, until: Until, command: tuple[str, ...], says: str
+    models_dir: Path, tmp_path: Path, private: dict[str, str], until: Until, command: tuple[str, ...], says: str
 ) -> None:
-    environment = os.environ | {"MOSEL_MODELS_DIR": str(models_dir), "MOSEL_RUN_DIR": str(run_dir)}
+    environment = os.environ | private | {"MOSEL_MODELS_DIR": str(models_dir)}
     arguments = [sys.executable, "-m", *command, "--listen", "0.0.0.0:0"]
     refused = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert refused.returncode == 1
