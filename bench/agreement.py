@@ -17,8 +17,8 @@ from bench.policies.compare import served
 from bench.policies.runs import Served, Setting, Simulated, at_limit
 from bench.simulation import capacity, world_and_demands
 from mosel.config import FREE_PORTS, load_settings
-from mosel.model_package import find_packages
-from mosel.profiles import needed_profile
+from mosel.packages.model_package import find_packages
+from mosel.profiles.files import needed_profile
 
 _LOADS = (0.6, 0.8, 1.3, 1.5)
 _SLACK, _T = 3.3, 0.06

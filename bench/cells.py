@@ -20,8 +20,8 @@ from bench.outcomes import summarise
 from bench.simulation import World, capacity, new_scheduler, simulate, world_and_demands
 from bench.workload import Demands
 from mosel.config import load_settings
-from mosel.model_package import find_packages
-from mosel.profiles import needed_profile
+from mosel.packages.model_package import find_packages
+from mosel.profiles.files import needed_profile
 
 _POLICY = "mosel"
 # As many cells of a number are simulated: they differ in nothing but chance.

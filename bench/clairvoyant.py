@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from bench.outcomes import Ending, Outcome, Summary, summarise
 from bench.simulation import World, new_scheduler, simulate
 from bench.workload import Arrival
-from mosel.profiles import FUSION
-from selector.frontier import Strategy
-from selector.jobs import Effort
-from selector.options import Frontiers
-from selector.profile import LatencyCurve, ModelProfile
+from mosel.profiles.files import FUSION
+from selector.core.frontier import Strategy
+from selector.core.jobs import Effort
+from selector.core.options import Frontiers
+from selector.core.profile import LatencyCurve, ModelProfile
 
 # Speeds at which the policy's plans are made, as a share of the services'.
 _SPEEDS = (1.0, 0.9, 0.8)

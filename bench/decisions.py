@@ -11,7 +11,7 @@ from bench.example import example
 from bench.machine import machine_line
 from bench.simulation import MODEL, World, new_scheduler
 from bench.workload import Demands
-from selector.jobs import Effort, Job
+from selector.core.jobs import Effort, Job
 
 _QUEUES = (20, 200)
 # Later than the scheduler waits between two plans.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from mosel import networks
-from mosel.model_package import load_package
+from mosel.compute import networks
+from mosel.packages.model_package import load_package
 
 
 class Direct:

@@ -3,8 +3,8 @@
 from bench.simulation import World
 from bench.workload import Demands
 from mosel.modality import ModalitySet, subsets
-from mosel.profiles import FUSION
-from selector.profile import LatencyCurve, ModelProfile
+from mosel.profiles.files import FUSION
+from selector.core.profile import LatencyCurve, ModelProfile
 
 _SIZES = (1, 2, 4, 8, 16, 32)
 _EDGE_MS = 2.0

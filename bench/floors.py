@@ -21,7 +21,7 @@ from mosel import AsyncClient
 from mosel.config import FREE_PORTS, load_settings
 from mosel.errors import FloorUnreachable
 from mosel.launcher import Launcher
-from mosel.model_package import ModelPackage, find_packages
+from mosel.packages.model_package import ModelPackage, find_packages
 
 # Fixed before any run, and no accuracy of a profile.
 FLOORS = (0.65, 0.70, 0.75, 0.80, 0.85, 0.90, 0.925, 0.95, 0.97)

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mosel.modality import ModalitySet, subsets
-from selector.frontier import Strategy, frontier, frontiers
-from selector.profile import LatencyCurve, ModelProfile
+from selector.core.frontier import Strategy, frontier, frontiers
+from selector.core.profile import LatencyCurve, ModelProfile
 
 # What a call costs before its first item, in items of the same modality: from, to.
 OVERHEADS = {"slight": (0.05, 0.5), "usual": (0.5, 8.0), "heavy": (8.0, 80.0)}

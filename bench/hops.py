@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mosel import Client
+from mosel.compute.networks import example_payload
 from mosel.errors import Unreachable
 from mosel.launcher import Launcher
-from mosel.model_package import ModelPackage
-from mosel.networks import example_payload
+from mosel.packages.model_package import ModelPackage
 
 _CALLS = 300
 

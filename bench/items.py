@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.accuracy import Scored
-from mosel.answers import ModalityInfo
-from mosel.datasets import find
+from mosel.client.answers import ModalityInfo
+from mosel.data.datasets import find
+from mosel.data.samples import Samples, example_rows
 from mosel.errors import ConfigError, DatasetError
-from mosel.model_package import ModalitySpec, ModelPackage
-from mosel.samples import Samples, example_rows
+from mosel.packages.model_package import ModalitySpec, ModelPackage
 
 _RANDOM_ITEMS = 64
 

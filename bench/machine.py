@@ -4,7 +4,7 @@ import os
 import platform
 import time
 
-from mosel.profiles import Profile
+from mosel.profiles.files import Profile
 
 
 def machine_line() -> str:

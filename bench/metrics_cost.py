@@ -22,10 +22,10 @@ from rich.table import Table
 
 from bench.closed_loop import Load, closed_loop
 from bench.null_model import NAME, write_null_model
+from mosel.compute.networks import example_payload
 from mosel.config import FREE_PORTS, Settings, load_settings
 from mosel.launcher import Launcher
-from mosel.model_package import ModelPackage, find_packages
-from mosel.networks import example_payload
+from mosel.packages.model_package import ModelPackage, find_packages
 
 # Prometheus asks every 15 s, or less often; here that would be once in some windows and never in others.
 _SCRAPE_EVERY_S = 1.0

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mosel.model_package import ModelPackage, load_package
-from mosel.networks import example_payload
-from mosel.samples import Samples
-from mosel.training import save_weights, write_accuracy
+from mosel.compute.networks import example_payload
+from mosel.compute.training import save_weights, write_accuracy
+from mosel.data.samples import Samples
+from mosel.packages.model_package import ModelPackage, load_package
 
 NAME = "nothing"
 _BUSY = """

@@ -22,10 +22,10 @@ from bench.direct import Direct
 from bench.hops import measure_hops
 from bench.null_model import NAME as NOTHING
 from bench.null_model import write_null_model
+from mosel.compute.networks import example_payload
 from mosel.config import FREE_PORTS, Settings, load_settings
 from mosel.launcher import Launcher
-from mosel.model_package import ModelPackage, find_packages
-from mosel.networks import example_payload
+from mosel.packages.model_package import ModelPackage, find_packages
 
 # Jobs in flight that saturate the services, by job size; a single one shows the latency of an unloaded system.
 _IN_FLIGHT = {1: 16, 8: 8, 32: 6}

@@ -31,7 +31,7 @@ from bench.serving import Gateway, Jobs
 from mosel.config import FREE_PORTS, Settings, load_settings
 from mosel.errors import ConfigError
 from mosel.launcher import Launcher
-from mosel.model_package import ModelPackage, find_packages
+from mosel.packages.model_package import ModelPackage, find_packages
 
 # Offered loads that are tried for the peak, in multiples of what the model's core can compute.
 _LOADS = (0.6, 0.8, 0.9, 1.0, 1.2, 1.5)

@@ -17,7 +17,7 @@ from bench.outcomes import summarise
 from bench.simulation import World, capacity, new_scheduler, simulate
 from bench.workload import Demands, poisson
 from mosel.modality import lane_of
-from mosel.profiles import FUSION
+from mosel.profiles.files import FUSION
 
 _POLICY = "mosel"
 _COSTLY, _SECOND = "video", "second"

@@ -15,7 +15,7 @@ from bench.workload import Arrival
 from mosel import AsyncClient, Tls
 from mosel.errors import DeadlineExceeded, MoselError, Overloaded, Unreachable
 from mosel.launcher import Launcher
-from mosel.model_package import ModelPackage
+from mosel.packages.model_package import ModelPackage
 
 # How long the client itself waits, which is beyond every deadline.
 _TIMEOUT_S = 60.0

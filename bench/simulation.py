@@ -21,12 +21,12 @@ from bench.workload import Arrival, Demands, demands
 from mosel.config import Settings
 from mosel.errors import Overloaded, Unreachable
 from mosel.modality import format_set
-from mosel.profiles import FUSION, Point, Profile
-from selector.jobs import Call, Effort, EncodeCall, Ended, Job, Wait
-from selector.profile import ModelProfile
-from selector.profiles import model_profile
-from selector.scheduler import Scheduler
-from selector.work import Work
+from mosel.profiles.files import FUSION, Point, Profile
+from selector.core.jobs import Call, Effort, EncodeCall, Ended, Job, Wait
+from selector.core.profile import ModelProfile
+from selector.core.scheduler import Scheduler
+from selector.core.work import Work
+from selector.services.profiles import model_profile
 
 # What the simulated model is called.
 MODEL = "model"

@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from mosel.channels import channel_options
 from mosel.config import Settings, load_settings
+from mosel.runtime.channels import channel_options
 from mosel.transport import Reader, SharedMemoryArena, slice_rows
 from mosel.transport.exchange import set_slot
 from mosel.transport.layout import KIB, MIB

@@ -3,7 +3,7 @@
 import runpy
 import sys
 
-from mosel.metrics import Distribution
+from mosel.observability.metrics import Distribution
 
 
 def _observe_nothing(self: Distribution, value: float, *labels: str) -> None:

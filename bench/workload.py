@@ -16,8 +16,8 @@ import numpy as np
 
 from mosel.errors import ConfigError
 from mosel.modality import format_set
-from mosel.profiles import Profile
-from selector.profile import ModelProfile
+from mosel.profiles.files import Profile
+from selector.core.profile import ModelProfile
 
 SLACKS = (1.0, 3.3, 20.0)
 TS = (0.03, 0.06, 0.09, 0.12)

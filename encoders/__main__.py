@@ -11,15 +11,15 @@ import grpc
 
 from encoders.encoder import ModalityEncoder
 from encoders.servicer import EncoderServicer
-from mosel import networks
-from mosel.channels import open_blocking_channel
-from mosel.compute import Workers
+from mosel.compute import networks
+from mosel.compute.workers import Workers
 from mosel.config import Settings
 from mosel.errors import ConfigError
 from mosel.modality import lane_of
-from mosel.model_package import find_packages
-from mosel.service import Service, run_service
-from mosel.tracing import open_tracing
+from mosel.observability.tracing import open_tracing
+from mosel.packages.model_package import find_packages
+from mosel.runtime.channels import open_blocking_channel
+from mosel.runtime.service import Service, run_service
 from mosel.transport import Reader, open_arena
 from mosel.transport.cupy_ipc import device_ipc_for
 from mosel.transport.device_arena import DeviceArena

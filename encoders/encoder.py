@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from mosel import networks
+from mosel.compute import networks
 from mosel.deadline import Deadline
 from mosel.errors import ModelNotFound
-from mosel.model_package import ModelPackage
+from mosel.packages.model_package import ModelPackage
 from mosel.transport import Reader
 from mosel.transport.torch_exchange import TensorPublisher
 from mosel.v1 import tensor_pb2

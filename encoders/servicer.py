@@ -5,14 +5,14 @@ import os
 from functools import partial
 
 from encoders.encoder import ModalityEncoder
-from mosel.compute import Workers
+from mosel.compute.timing import latency_points
+from mosel.compute.workers import Workers
 from mosel.config import Settings
-from mosel.metrics import Metrics, show_arenas, show_fetched, single
-from mosel.model_package import find_package
-from mosel.service import Context, answers_with_status, deadline_of
-from mosel.steps import Steps
-from mosel.timing import latency_points
-from mosel.tracing import OFF, Tracing
+from mosel.observability.metrics import Metrics, show_arenas, show_fetched, single
+from mosel.observability.steps import Steps
+from mosel.observability.tracing import OFF, Tracing
+from mosel.packages.model_package import find_package
+from mosel.runtime.service import Context, answers_with_status, deadline_of
 from mosel.transport import Reader
 from mosel.transport.host import host_identity
 from mosel.transport.preflight import preflight

@@ -8,13 +8,13 @@ from typing import NoReturn
 
 from fusion.predictor import Predictor
 from fusion.servicer import FusionServicer
-from mosel import networks
-from mosel.channels import open_blocking_channel
-from mosel.compute import Workers
+from mosel.compute import networks
+from mosel.compute.workers import Workers
 from mosel.config import Settings
-from mosel.model_package import find_packages
-from mosel.service import Service, run_service
-from mosel.tracing import open_tracing
+from mosel.observability.tracing import open_tracing
+from mosel.packages.model_package import find_packages
+from mosel.runtime.channels import open_blocking_channel
+from mosel.runtime.service import Service, run_service
 from mosel.transport import Reader
 from mosel.transport.cupy_ipc import device_ipc_for
 from mosel.transport.torch_exchange import TensorReader

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from mosel import networks
+from mosel.compute import networks
 from mosel.deadline import Deadline
 from mosel.errors import InvalidRequest, ModelNotFound
 from mosel.modality import ModalitySet, format_set, parse_set, subsets
-from mosel.model_package import ModelPackage
+from mosel.packages.model_package import ModelPackage
 from mosel.tensors import DTYPES, to_proto
 from mosel.transport.torch_exchange import TensorReader
 from mosel.v1 import tensor_pb2

@@ -6,14 +6,14 @@ from functools import partial
 from pathlib import Path
 
 from fusion.predictor import Predictor
-from mosel.compute import Workers
-from mosel.metrics import MIXED, Metrics, show_fetched
+from mosel.compute.timing import latency_points
+from mosel.compute.workers import Workers
 from mosel.modality import format_set
-from mosel.model_package import find_package
-from mosel.service import Context, answers_with_status, deadline_of
-from mosel.steps import Steps
-from mosel.timing import latency_points
-from mosel.tracing import OFF, Tracing
+from mosel.observability.metrics import MIXED, Metrics, show_fetched
+from mosel.observability.steps import Steps
+from mosel.observability.tracing import OFF, Tracing
+from mosel.packages.model_package import find_package
+from mosel.runtime.service import Context, answers_with_status, deadline_of
 from mosel.transport.host import host_identity
 from mosel.transport.preflight import preflight
 from mosel.transport.torch_exchange import TensorReader

@@ -15,22 +15,22 @@ from grpc_reflection.v1alpha import reflection
 from gateway.access.guarding import guarding
 from gateway.access.interceptor import OnlyTenants
 from gateway.access.middleware import OnlyTenantsHttp
+from gateway.data_plane import DataPlane
 from gateway.fetching import FetchListeners
 from gateway.inference.http import InferenceHttp
 from gateway.inference.messages import POOL, SERVICE
 from gateway.inference.servicer import InferenceServicer, handlers
 from gateway.metrics_page import MetricsPage
-from gateway.plane import DataPlane
 from gateway.selector_link import SelectorLink
 from gateway.servicer import GatewayServicer
 from mosel.config import Settings
 from mosel.deadline import Deadline
-from mosel.exposure import check_public, public_tls
-from mosel.http import HttpServer
-from mosel.model_package import find_packages
-from mosel.service import RefuseGarbage, RefuseHugeAnswers, Service, run_service
+from mosel.observability.tracing import open_tracing
+from mosel.packages.model_package import find_packages
+from mosel.runtime.exposure import check_public, public_tls
+from mosel.runtime.http import HttpServer
+from mosel.runtime.service import RefuseGarbage, RefuseHugeAnswers, Service, run_service
 from mosel.tls import handshake_refused
-from mosel.tracing import open_tracing
 from mosel.transport import open_arena
 from mosel.v1 import arena_pb2, gateway_pb2, gateway_pb2_grpc, tensor_pb2
 

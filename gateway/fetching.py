@@ -6,8 +6,8 @@ from functools import partial
 
 from mosel.config import Settings
 from mosel.errors import ServiceUnavailable
-from mosel.exposure import host_of
-from mosel.service import Service
+from mosel.runtime.exposure import host_of
+from mosel.runtime.service import Service
 from mosel.transport import SharedMemoryArena
 from mosel.transport.servicer import PRODUCER, ProducerServicer
 from mosel.v1 import arena_pb2_grpc

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping
 
 from gateway.inferences import Inferences
-from gateway.registry import JobRegistry
+from gateway.jobs.registry import JobRegistry
+from gateway.jobs.upload import ArrivingBytes
 from gateway.selector_link import SelectorLink
-from gateway.upload import ArrivingBytes
-from mosel.metrics import Metrics, Values, show_arenas, single
-from mosel.model_package import ModelPackage
+from mosel.observability.metrics import Metrics, Values, show_arenas, single
+from mosel.packages.model_package import ModelPackage
 from mosel.transport import Publisher
 
 

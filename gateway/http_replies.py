@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mosel.errors import MoselError
-from mosel.incoming import note_incoming
+from mosel.runtime.incoming import note_incoming
 from mosel.status import http_headers_of, http_status_of, message_of, one_line
 
 P = ParamSpec("P")

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway.selector_link import SelectorLink
-from mosel.metrics import CONTENT_TYPE, Metrics, merged, up
+from mosel.observability.metrics import CONTENT_TYPE, Metrics, merged, up
 
 
 class MetricsPage:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gateway.selector_link import SelectorLink
 from mosel.errors import MoselError
-from mosel.model_package import ModelPackage, find_package
+from mosel.packages.model_package import ModelPackage, find_package
 
 log = logging.getLogger(__name__)
 

@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from gateway.inferences import Inferences
-from gateway.jobs import CheckedJob, Times
+from gateway.jobs.checks import CheckedJob, Times
 from mosel.errors import Cancelled, DeadlineExceeded, JobCancelled, MoselError
-from mosel.incoming import incoming
-from mosel.logs import about_jobs
-from mosel.metrics import MIXED, Metrics, reason_of, refusals
-from mosel.model_package import ModelPackage
+from mosel.observability.logs import about_jobs
+from mosel.observability.metrics import MIXED, Metrics, reason_of, refusals
+from mosel.observability.tracing import OFF, Attributes, Span, Tracing
+from mosel.packages.model_package import ModelPackage
+from mosel.runtime.incoming import incoming
 from mosel.status import status_of
-from mosel.tracing import OFF, Attributes, Span, Tracing
 from mosel.v1 import selector_pb2
 
 # A caller that goes away so shortly before its deadline has missed it.

@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 
 import grpc
 
-from mosel.background import Background
-from mosel.channels import open_channel
 from mosel.config import Settings
 from mosel.deadline import Deadline
 from mosel.errors import MoselError, PackageError, ServiceUnavailable, Unreachable
-from mosel.service import MAX_DEADLINE_S
+from mosel.runtime.background import Background
+from mosel.runtime.channels import open_channel
+from mosel.runtime.service import MAX_DEADLINE_S
 from mosel.status import error_from_number, error_from_rpc
 from mosel.v1 import arena_pb2, gateway_pb2, selector_pb2, selector_pb2_grpc, service_pb2, tensor_pb2
 

@@ -9,16 +9,16 @@ from functools import partial
 import grpc
 from google.protobuf.message import DecodeError
 
-from gateway.answers import accepted_event, predict_reply, results_event, summary_event
-from gateway.intake import OFF_LOOP_ELEMENTS, description_of, elements_of
-from gateway.jobs import CheckedJob, Times, check_request, check_spec, times_of
+from gateway.data_plane import DataPlane
+from gateway.jobs.answers import accepted_event, predict_reply, results_event, summary_event
+from gateway.jobs.checks import CheckedJob, Times, check_request, check_spec, times_of
+from gateway.jobs.intake import OFF_LOOP_ELEMENTS, description_of, elements_of
+from gateway.jobs.registry import OpenJob
+from gateway.jobs.upload import Read, Upload, read_batch, read_end, read_spec
 from gateway.observer import Request
-from gateway.plane import DataPlane
-from gateway.registry import OpenJob
-from gateway.upload import Read, Upload, read_batch, read_end, read_spec
 from mosel.deadline import Deadline
 from mosel.errors import InvalidRequest, MoselError
-from mosel.service import MAX_DEADLINE_S, Context, answers_with_status, deadline_of
+from mosel.runtime.service import MAX_DEADLINE_S, Context, answers_with_status, deadline_of
 from mosel.tensors import dtype_value
 from mosel.v1 import gateway_pb2, gateway_pb2_grpc, selector_pb2, service_pb2
 

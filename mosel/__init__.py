@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 from mosel import errors
 
 if TYPE_CHECKING:
-    from mosel.answers import ItemResults, JobAccepted, JobSummary
     from mosel.client import AsyncClient, Client, Prediction
-    from mosel.retry import Retry
+    from mosel.client.answers import ItemResults, JobAccepted, JobSummary
+    from mosel.client.retry import Retry
     from mosel.tls import Tls
 
 __all__ = ["AsyncClient", "Client", "ItemResults", "JobAccepted", "JobSummary", "Prediction", "Retry", "Tls", "errors"]
 
 _MODULES = {
-    "mosel.answers": ("ItemResults", "JobAccepted", "JobSummary"),
+    "mosel.client.answers": ("ItemResults", "JobAccepted", "JobSummary"),
     "mosel.client": ("AsyncClient", "Client", "Prediction"),
-    "mosel.retry": ("Retry",),
+    "mosel.client.retry": ("Retry",),
     "mosel.tls": ("Tls",),
 }
 

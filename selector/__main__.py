@@ -7,17 +7,17 @@ from typing import NoReturn
 
 from mosel.config import Settings
 from mosel.deadline import Deadline
-from mosel.messages import ENVELOPE_BYTES, limit_bytes
-from mosel.model_package import find_packages
-from mosel.service import Service, run_service
-from mosel.tracing import open_tracing
+from mosel.observability.tracing import open_tracing
+from mosel.packages.model_package import find_packages
+from mosel.runtime.messages import ENVELOPE_BYTES, limit_bytes
+from mosel.runtime.service import Service, run_service
 from mosel.v1 import selector_pb2_grpc
-from selector.director import Director
-from selector.models import Models
+from selector.core.scheduler import Scheduler
+from selector.dispatcher import Dispatcher
 from selector.observer import Observer
-from selector.peers import Peers
-from selector.scheduler import Scheduler
 from selector.servicer import SelectorServicer
+from selector.services.compute_services import ComputeServices
+from selector.services.models import Models
 
 
 def main() -> NoReturn:
@@ -43,9 +43,9 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
     with open_tracing(settings, "selector") as tracing:
         observer = Observer(models.versions, tracing)
         most = limit_bytes(settings.transport.max_message_mib) - ENVELOPE_BYTES
-        director = Director(scheduler, models, most, observer)
+        director = Dispatcher(scheduler, models, most, observer)
         told = director.lane_changed, director.let_go
-        async with Peers(settings, models.modalities, models.prepare, *told) as peers:
+        async with ComputeServices(settings, models.modalities, models.prepare, *told) as peers:
             director.use(peers)
             models.use(peers, director.models_changed)
             servicer = SelectorServicer(director, models, peers, address, observer.metrics)

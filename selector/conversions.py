@@ -7,10 +7,10 @@ from mosel.modality import format_set
 from mosel.status import retry_after_ms, status_number
 from mosel.transport import slice_rows
 from mosel.v1 import gateway_pb2, selector_pb2, tensor_pb2
-from selector.frontier import Strategy
-from selector.jobs import NORMAL_PRIORITY, Effort, Job
-from selector.profile import ModelProfile
-from selector.refusals import Plan
+from selector.core.frontier import Strategy
+from selector.core.jobs import NORMAL_PRIORITY, Effort, Job
+from selector.core.profile import ModelProfile
+from selector.core.refusals import Plan
 
 _EFFORTS = {gateway_pb2.CHEAPEST: Effort.CHEAPEST, gateway_pb2.BEST: Effort.BEST}
 # One row of a tensor.

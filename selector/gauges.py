@@ -5,13 +5,13 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from mosel.metrics import Values, parts, single
-from mosel.model_package import name_of
-from selector.attachments import Attachments
-from selector.ledger import Ledger
+from mosel.observability.metrics import Values, parts, single
+from mosel.packages.model_package import name_of
+from selector.core.ledger import Ledger
+from selector.core.scheduler import Scheduler
+from selector.core.stages import service_name
 from selector.observer import Observer
-from selector.scheduler import Scheduler
-from selector.stages import service_name
+from selector.services.attachments import Attachments
 
 
 def show_jobs(observer: Observer, scheduler: Scheduler) -> None:

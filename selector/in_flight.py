@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from mosel.v1 import encoder_pb2, fusion_pb2, selector_pb2, tensor_pb2
 from selector.conversions import Place, slices
-from selector.emission import Emission
-from selector.jobs import EncodeCall, FuseCall
-from selector.session import Session
-from selector.work import Work
+from selector.core.emission import Emission
+from selector.core.jobs import EncodeCall, FuseCall
+from selector.core.work import Work
+from selector.gateway_session import GatewaySession
 
 
 @dataclass(eq=False)
@@ -28,7 +28,7 @@ class JobInFlight:
         over: set when it is, well or not.
     """
 
-    session: Session
+    session: GatewaySession
     work: Work
     payloads: Mapping[str, tensor_pb2.TensorRef]
     emission: Emission[selector_pb2.ItemGroup] | None

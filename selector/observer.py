@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mosel.errors import JobCancelled, MoselError
-from mosel.logs import job_field
-from mosel.metrics import MIXED, RATIOS, Metrics, reason_of, refusals
 from mosel.modality import format_set
-from mosel.model_package import name_of
-from mosel.tracing import OFF, Attributes, Span, Tracing
+from mosel.observability.logs import job_field
+from mosel.observability.metrics import MIXED, RATIOS, Metrics, reason_of, refusals
+from mosel.observability.tracing import OFF, Attributes, Span, Tracing
+from mosel.packages.model_package import name_of
 from mosel.v1 import encoder_pb2, fusion_pb2, selector_pb2
-from selector.frontier import Strategy
-from selector.jobs import Call, EncodeCall, FuseCall
-from selector.stages import service_name
-from selector.work import Work
+from selector.core.frontier import Strategy
+from selector.core.jobs import Call, EncodeCall, FuseCall
+from selector.core.stages import service_name
+from selector.core.work import Work
 
 _CANCELLED = reason_of(JobCancelled())
 # Why jobs are degraded.

@@ -1,17 +1,17 @@
-"""gRPC in front of `Director`: convert, call, convert back."""
+"""gRPC in front of `Dispatcher`: convert, call, convert back."""
 
 import asyncio
 import itertools
 import os
 from collections.abc import AsyncIterator
 
-from mosel.metrics import Metrics
-from mosel.service import Context, answers_with_status
+from mosel.observability.metrics import Metrics
+from mosel.runtime.service import Context, answers_with_status
 from mosel.v1 import gateway_pb2, selector_pb2, selector_pb2_grpc, service_pb2
-from selector.director import Director
-from selector.models import Models
-from selector.peers import Peers
-from selector.session import Session
+from selector.dispatcher import Dispatcher
+from selector.gateway_session import GatewaySession
+from selector.services.compute_services import ComputeServices
+from selector.services.models import Models
 
 
 class SelectorServicer(selector_pb2_grpc.SelectorServicer):
@@ -25,7 +25,9 @@ class SelectorServicer(selector_pb2_grpc.SelectorServicer):
         metrics: of this process.
     """
 
-    def __init__(self, director: Director, models: Models, peers: Peers, address: str, metrics: Metrics) -> None:
+    def __init__(
+        self, director: Dispatcher, models: Models, peers: ComputeServices, address: str, metrics: Metrics
+    ) -> None:
         self._director, self._models, self._peers = director, models, peers
         self._address, self._metrics = address, metrics
         self._numbers = itertools.count(1)
@@ -33,7 +35,7 @@ class SelectorServicer(selector_pb2_grpc.SelectorServicer):
     async def Connect(
         self, request_iterator: AsyncIterator[selector_pb2.GatewayMessage], context: Context
     ) -> AsyncIterator[selector_pb2.SelectorMessage]:
-        session = Session(f"gateway-{next(self._numbers)}")
+        session = GatewaySession(f"gateway-{next(self._numbers)}")
         self._director.connect(session)
         reading = asyncio.create_task(self._read(session, request_iterator))
         try:
@@ -46,7 +48,7 @@ class SelectorServicer(selector_pb2_grpc.SelectorServicer):
             self._director.disconnect(session)
             self._peers.gateway_went(session.name)
 
-    async def _read(self, session: Session, messages: AsyncIterator[selector_pb2.GatewayMessage]) -> None:
+    async def _read(self, session: GatewaySession, messages: AsyncIterator[selector_pb2.GatewayMessage]) -> None:
         """Answers are heard at once, for what else was said may wait for them; the rest is followed in its order."""
         rest: asyncio.Queue[selector_pb2.GatewayMessage] = asyncio.Queue()
         try:
@@ -61,7 +63,7 @@ class SelectorServicer(selector_pb2_grpc.SelectorServicer):
         finally:
             session.outbox.put_nowait(None)
 
-    async def _follow(self, session: Session, messages: "asyncio.Queue[selector_pb2.GatewayMessage]") -> None:
+    async def _follow(self, session: GatewaySession, messages: "asyncio.Queue[selector_pb2.GatewayMessage]") -> None:
         while True:
             message = await messages.get()
             if message.HasField("job"):

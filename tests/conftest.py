@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mosel.client import Client
 from mosel.config import FREE_PORTS, Settings, load_settings
 from mosel.launcher import Launcher
-from mosel.model_package import ModelPackage, load_package
+from mosel.packages.model_package import ModelPackage, load_package
 
 PRODUCT = ["mosel", "gateway", "selector", "encoders", "fusion"]
 YOUR_MODEL = Path(__file__).parents[1] / "docs" / "your-model.md"
@@ -131,7 +131,7 @@ def directly(fruit: ModelPackage) -> Callable[[Payloads, Iterable[str]], Output]
     """Calls the networks in this process with the modalities named: what the services must answer."""
     import torch
 
-    from mosel import networks
+    from mosel.compute import networks
 
     cpu = torch.device("cpu")
     encoders = {name: networks.load_encoder(fruit, name, cpu) for name in fruit.modalities}

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mosel import networks
 from mosel.client import Client
+from mosel.compute import networks
+from mosel.compute.training import save_weights
 from mosel.launcher import Child
-from mosel.model_package import file_sha256, load_package
-from mosel.training import save_weights
+from mosel.packages.model_package import file_sha256, load_package
 
 Payloads = dict[str, NDArray[Any]]
 # Payloads and the modalities to run, to outputs.

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from bench.items import Items, items_of
 from gateway.inference.messages import ModelInferRequest
+from mosel.client.demands import Demand, Upload, predict_request
 from mosel.config import load_settings
-from mosel.demands import Demand, Upload, predict_request
-from mosel.model_package import ModelPackage, find_packages
+from mosel.packages.model_package import ModelPackage, find_packages
 
 PAYLOADS = Path(__file__).parent / "payloads"
 # Messages of a file, and items of one batch of a job.

@@ -16,9 +16,9 @@ from bench.machine import machine_line
 from bench.outcomes import Ending
 from bench.serving import Gateway, Jobs
 from mosel import Client
-from mosel.answers import ModelInfo
+from mosel.client.answers import ModelInfo
 from mosel.errors import ModelNotFound, MoselError
-from mosel.model_package import find_packages
+from mosel.packages.model_package import find_packages
 
 console = Console(width=140, highlight=False)
 _COLUMNS = ("offered /s", "jobs", "goodput /s", "items /s in time", "missed", "p50 ms", "p90 ms", "p99 ms", "accuracy")

@@ -17,8 +17,8 @@ from bench.simulation import world_and_demands
 from bench.workload import SLACKS, TS, mean_size
 from mosel.config import Settings
 from mosel.launcher import Launcher
-from mosel.model_package import ModelPackage
-from mosel.profiles import Profile
+from mosel.packages.model_package import ModelPackage
+from mosel.profiles.files import Profile
 
 # The load at which completion times are compared, with shedding off, and for how long.
 _SATURATED, _SATURATED_S = 1.2, 290.0

@@ -15,7 +15,7 @@ from bench.serving import serve
 from bench.simulation import World, capacity, new_scheduler, simulate
 from bench.workload import Arrival, Demands, from_trace, poisson, read_trace
 from mosel.launcher import Launcher
-from mosel.model_package import ModelPackage
+from mosel.packages.model_package import ModelPackage
 
 # The loads of real runs around a simulated knee, and how many there may be until misses are seen on both sides of 5 %.
 _AROUND, _STEP, _MOST_RUNS = (0.9, 1.08), 1.15, 6

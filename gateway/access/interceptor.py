@@ -9,7 +9,7 @@ import grpc
 
 from gateway.access.guard import Guard
 from mosel.errors import MoselError
-from mosel.service import Context, abort_with
+from mosel.runtime.service import Context, abort_with
 
 # Whoever restarts or routes to a gateway must be able to ask how it is.
 _OPEN = "/grpc.health.v1.Health/"

@@ -10,10 +10,10 @@ from functools import partial
 
 from starlette.requests import ClientDisconnect, Request
 
-from gateway.upload import ArrivingBytes
+from gateway.jobs.upload import ArrivingBytes
 from mosel.config import Settings
 from mosel.errors import Cancelled, DeadlineExceeded, InvalidRequest
-from mosel.messages import check_message, limit_bytes
+from mosel.runtime.messages import check_message, limit_bytes
 
 # The most that is decompressed at once, so that a little of a bomb shows what it is.
 _STEP = 256 * 1024

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from gateway.data_plane import DataPlane
 from gateway.http_replies import JsonReply, answers_with_error, not_routed
 from gateway.inference import metadata
 from gateway.inference.bodies import Bodies, compressed
@@ -21,11 +22,10 @@ from gateway.inference.json_messages import IndexRequestJson, LoadRequestJson, r
 from gateway.inference.openapi import document
 from gateway.inference.requests import served
 from gateway.inference.words import InferRequest, InferResponse
-from gateway.plane import DataPlane
 from mosel.deadline import Deadline
 from mosel.errors import Cancelled, InvalidRequest, PayloadTooLarge
-from mosel.model_package import ModelPackage
-from mosel.service import MAX_DEADLINE_S
+from mosel.packages.model_package import ModelPackage
+from mosel.runtime.service import MAX_DEADLINE_S
 
 T = TypeVar("T")
 Endpoint = Callable[[Request], Awaitable[Response]]

@@ -2,10 +2,10 @@
 
 from functools import partial
 
+from gateway.data_plane import DataPlane
 from gateway.inference.requests import call_deadline, check, elements_of
 from gateway.inference.responses import respond
 from gateway.inference.words import InferRequest, InferResponse
-from gateway.plane import DataPlane
 from mosel.deadline import Deadline
 
 

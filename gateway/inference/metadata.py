@@ -3,12 +3,12 @@
 from importlib.metadata import version
 from typing import Any
 
+from gateway.data_plane import DataPlane
 from gateway.inference.requests import served
 from gateway.inference.responses import output_tensors
 from gateway.inferences import Total
-from gateway.plane import DataPlane
 from mosel.errors import ServiceUnavailable
-from mosel.model_package import ModelPackage
+from mosel.packages.model_package import ModelPackage
 
 Json = dict[str, Any]
 

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from gateway.inference.responses import check_outputs
 from gateway.inference.words import InferRequest, InputTensor, Parameter, Parameters
-from gateway.jobs import CheckedJob, Payloads, Sent, check_demand, check_payloads, checked_priority, package_of
+from gateway.jobs.checks import CheckedJob, Payloads, Sent, check_demand, check_payloads, checked_priority, package_of
 from mosel.config import Settings
 from mosel.deadline import Deadline
 from mosel.errors import InvalidRequest, ModelNotFound
-from mosel.model_package import ModelPackage
+from mosel.packages.model_package import ModelPackage
 from mosel.tensors import DTYPES, from_bytes
 from mosel.v1 import gateway_pb2
 

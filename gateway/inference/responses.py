@@ -3,10 +3,10 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from gateway.answers import Answer, labels_of
 from gateway.inference.words import InferRequest, InferResponse, OutputTensor, Parameter
+from gateway.jobs.answers import Answer, labels_of
 from mosel.errors import InvalidRequest
-from mosel.model_package import ModelPackage
+from mosel.packages.model_package import ModelPackage
 
 # Outputs of every model, given only to those who ask for them. The model's own output wins if it has such a name.
 _MODALITIES, _LABELS = "modalities", "labels"

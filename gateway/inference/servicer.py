@@ -8,17 +8,17 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from gateway.data_plane import DataPlane
 from gateway.inference import metadata
 from gateway.inference.conversions import message_from, request_from
 from gateway.inference.infer import infer
 from gateway.inference.messages import SERVICE, ModelInferResponse, ModelStreamInferResponse, class_of, message
 from gateway.inference.requests import served
-from gateway.intake import OFF_LOOP_ELEMENTS
-from gateway.plane import DataPlane
+from gateway.jobs.intake import OFF_LOOP_ELEMENTS
 from mosel.deadline import Deadline
 from mosel.errors import InvalidRequest, MoselError
-from mosel.model_package import ModelPackage
-from mosel.service import Context, answers_with_status, deadline_of
+from mosel.packages.model_package import ModelPackage
+from mosel.runtime.service import Context, answers_with_status, deadline_of
 from mosel.status import message_of
 
 # Requests of one stream that wait for their answers; no more is read until the first has it.

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mosel.data.samples import Samples, load_arrays
 from mosel.errors import DatasetError
-from mosel.samples import Samples, load_arrays
 
 AUDIO_SAMPLES = 8_000  # one second at 8 kHz
 AUDIO_RMS = 0.1

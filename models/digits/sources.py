@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mosel.datasets import Arrays, DataFile, Dataset
-from mosel.downloads import Downloads
+from mosel.data.datasets import Arrays, DataFile, Dataset
+from mosel.data.downloads import Downloads
+from mosel.data.samples import load_arrays
 from mosel.errors import DatasetError
-from mosel.samples import load_arrays
 
 MNIST = ("https://yann.lecun.com/exdb/mnist/{}.gz", "https://ossci-datasets.s3.amazonaws.com/mnist/{}.gz")
 FSDD = ("https://github.com/Jakobovski/free-spoken-digit-dataset/archive/26eb9aaf.tar.gz",)

@@ -12,9 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from mosel.compute.training import measure_accuracy, save_weights, write_accuracy, write_report
+from mosel.data.samples import Samples
 from mosel.modality import subsets
-from mosel.samples import Samples
-from mosel.training import measure_accuracy, save_weights, write_accuracy, write_report
 
 from .networks import CLASSES, AudioEncoder, Fusion, ImageEncoder, PenEncoder
 from .samples import AUDIO_SAMPLES, Floats, Recordings, load, mix, read_recordings

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mosel.data.samples import Samples
 from mosel.errors import DatasetError
-from mosel.samples import Samples
 
 LABELS = ("walk", "upstairs", "downstairs", "sit", "stand", "lie")
 TEST_PEOPLE = (2, 4, 9, 10, 12, 13, 18, 20, 24)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mosel.datasets import DataFile, Dataset
-from mosel.downloads import Downloads
+from mosel.data.datasets import DataFile, Dataset
+from mosel.data.downloads import Downloads
 from mosel.errors import DatasetError
 
 from .inert_pickle import load, to_array

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from mosel.compute.training import save_weights, write_accuracy, write_report
+from mosel.data.samples import Samples
 from mosel.modality import subsets
-from mosel.samples import Samples
-from mosel.training import save_weights, write_accuracy, write_report
 
 from . import samples
 from .networks import AccelerationEncoder, Fusion, MotionEncoder, RotationEncoder

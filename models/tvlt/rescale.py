@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mosel.errors import PackageError
-from mosel.model_package import load_package
+from mosel.packages.model_package import load_package
 
 if TYPE_CHECKING:
     from .geometry import Geometry

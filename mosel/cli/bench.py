@@ -96,8 +96,8 @@ def policies_command(
     from bench.policies.compare import Options, compare
     from mosel.cli.options import settings_from
     from mosel.config import FREE_PORTS
-    from mosel.model_package import find_packages
-    from mosel.profiles import needed_profile
+    from mosel.packages.model_package import find_packages
+    from mosel.profiles.files import needed_profile
 
     options = Options(
         policies=_policies(policies),
@@ -131,7 +131,7 @@ def _address(address: str, settings: "Settings") -> Iterator[str]:
 
 def _policies(names: str) -> tuple[str, ...]:
     from mosel.errors import ConfigError
-    from selector.policies import POLICIES
+    from selector.core.policies import POLICIES
 
     listed = _listed("--policies", names, str)
     for policy in listed:

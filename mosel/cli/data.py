@@ -19,8 +19,8 @@ def get_command(name: Name, data: Data = None, models: Models = None) -> None:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from mosel.config import reference_models
-    from mosel.datasets import describe, get
-    from mosel.model_package import find_packages
+    from mosel.data.datasets import describe, get
+    from mosel.packages.model_package import find_packages
 
     package = find_packages(models or reference_models(), (name,))[name]
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
@@ -38,9 +38,9 @@ def list_command(data: Data = None, models: Models = None) -> None:
     from rich.table import Table
 
     from mosel.config import reference_models
-    from mosel.datasets import describe, find
+    from mosel.data.datasets import describe, find
     from mosel.errors import DatasetError
-    from mosel.model_package import find_packages
+    from mosel.packages.model_package import find_packages
 
     table = Table("model")
     for column in ("recordings", "licence"):

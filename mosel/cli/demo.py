@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
     from mosel.client import Client, ModelInfo
     from mosel.config import Settings
-    from mosel.datasets import FoundData
+    from mosel.data.datasets import FoundData
+    from mosel.data.samples import Samples
     from mosel.demo.measure import Row
-    from mosel.model_package import ModelPackage
-    from mosel.samples import Samples
+    from mosel.packages.model_package import ModelPackage
 
 _JOB_ITEMS, _IN_FLIGHT = 4, 4
 # Under the tight deadline a job is large and alone, so that its time is computation, not hops or other jobs.
@@ -59,9 +59,9 @@ def demo(
 
 def _choose(settings: "Settings", model: str | None, data: Path | None) -> "tuple[ModelPackage, FoundData, str]":
     """The model, its recordings, and one line that says why these."""
-    from mosel.datasets import find
+    from mosel.data.datasets import find
     from mosel.errors import DatasetError
-    from mosel.model_package import find_packages
+    from mosel.packages.model_package import find_packages
 
     names = ("digits", "har") if model is None else (model,)
     packages = find_packages(settings.models_dir, names)
@@ -81,7 +81,7 @@ def _get(package: "ModelPackage", data: Path | None) -> "FoundData":
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from mosel.cli.starting import console
-    from mosel.datasets import get
+    from mosel.data.datasets import get
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -10,9 +10,9 @@ from mosel.cli.options import Device, ModelsFolder
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mosel.model_package import ModelPackage
-    from mosel.profiles import Profile
-    from selector.refusals import Plan
+    from mosel.packages.model_package import ModelPackage
+    from mosel.profiles.files import Profile
+    from selector.core.refusals import Plan
 
 
 def plan(
@@ -29,8 +29,8 @@ def plan(
     """Print the frontier of a job on an idle system, and mark what the job would get. Starts nothing."""
     from mosel.cli.options import settings_from
     from mosel.cli.starting import console
-    from mosel.model_package import find_packages
-    from mosel.profiles import needed_profile
+    from mosel.packages.model_package import find_packages
+    from mosel.profiles.files import needed_profile
 
     settings = settings_from(models, [model], device)
     package = find_packages(settings.models_dir, (model,))[model]
@@ -57,10 +57,10 @@ def _plan(
     effort: str | None,
 ) -> "Plan":
     from mosel.errors import InvalidRequest
-    from mosel.profiles import FUSION
-    from selector.jobs import Effort, Job
-    from selector.profiles import model_profile
-    from selector.scheduler import Scheduler
+    from mosel.profiles.files import FUSION
+    from selector.core.jobs import Effort, Job
+    from selector.core.scheduler import Scheduler
+    from selector.services.profiles import model_profile
 
     if effort not in (None, *Effort):
         raise InvalidRequest(f"--effort is '{effort}'; expected {' or '.join(Effort)}")
@@ -83,8 +83,8 @@ def _plan(
 def _table(planned: "Plan", rows: int) -> "Table":
     from rich.table import Table
 
-    from selector.frontier import thin
-    from selector.refusals import format_strategy
+    from selector.core.frontier import thin
+    from selector.core.refusals import format_strategy
 
     predicted = dict(planned.frontier)
     strategies = set(thin(tuple(predicted), rows))

@@ -16,10 +16,10 @@ from mosel.cli.options import Device, ModelsFolder
 if TYPE_CHECKING:
     from mosel.client import Client
     from mosel.config import Settings
+    from mosel.data.samples import Samples
     from mosel.launcher import Launcher
-    from mosel.model_package import ModelPackage
-    from mosel.profiles import Profile
-    from mosel.samples import Samples
+    from mosel.packages.model_package import ModelPackage
+    from mosel.profiles.files import Profile
 
 _READY_TIMEOUT_S = 600.0
 _REPEATS = 30
@@ -41,8 +41,8 @@ def profile(
     from mosel.cli.starting import console, started
     from mosel.client import Client
     from mosel.config import FREE_PORTS
-    from mosel.model_package import find_packages
-    from mosel.profiles import profile_file, save_profile
+    from mosel.packages.model_package import find_packages
+    from mosel.profiles.files import profile_file, save_profile
 
     kept = settings_from(models, [model], device, **FREE_PORTS)
     package = find_packages(kept.models_dir, (model,))[model]
@@ -63,9 +63,9 @@ def profile(
 
 def _validation(package: "ModelPackage", data: Path | None) -> "tuple[Samples | None, str]":
     """Labelled samples that the training has not seen, if they can be had here; and where accuracies come from."""
-    from mosel.datasets import find
+    from mosel.data.datasets import find
     from mosel.errors import DatasetError
-    from mosel.profiles import package_accuracy_source
+    from mosel.profiles.files import package_accuracy_source
 
     try:
         if package.samples is None:
@@ -107,7 +107,7 @@ def _sizes(text: str) -> tuple[int, ...]:
 def _quick(package: "ModelPackage", settings: "Settings") -> "Profile":
     """What the selector measured when it started."""
     from mosel.errors import ConfigError
-    from mosel.profiles import load_profile
+    from mosel.profiles.files import load_profile
 
     quick = load_profile(package, settings)
     if quick is None:
@@ -121,7 +121,7 @@ def _steps(quick: "Profile", samples: "Samples | None", settings: "Settings") ->
 
 
 def _job_sizes(settings: "Settings") -> tuple[int, ...]:
-    from mosel.profiling import JOB_SIZES
+    from mosel.profiles.measurement import JOB_SIZES
 
     return tuple(size for size in JOB_SIZES if size <= settings.gateway.max_items_per_job)
 
@@ -134,8 +134,8 @@ def _measure(
     launcher: "Launcher",
     advance: Callable[[str], None],
 ) -> "Profile":
-    from mosel import networks
-    from mosel.profiling import calls_under_load, end_to_end, measured_accuracy
+    from mosel.compute import networks
+    from mosel.profiles.measurement import calls_under_load, end_to_end, measured_accuracy
 
     sizes = _job_sizes(launcher.settings)
     payloads = {m: networks.example_payload(package, m, sizes[-1]) for m in package.modalities}
@@ -199,11 +199,11 @@ def _show(measured: "Profile") -> None:
 def _plot(measured: "Profile", package: "ModelPackage", file: Path) -> None:
     from mosel.cli.starting import console
     from mosel.modality import format_set
-    from selector.frontier import frontier
-    from selector.profiles import model_profile
+    from selector.core.frontier import frontier
+    from selector.services.profiles import model_profile
 
     try:
-        from mosel.profile_plot import write_plot
+        from mosel.profiles.plot import write_plot
 
         known = model_profile(measured, package.default_min_accuracy)
         costs = {format_set(s): known.cost_ms(s, _PLOTTED_ITEMS) for s in known.accuracy}

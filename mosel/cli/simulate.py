@@ -8,7 +8,7 @@ import typer
 from mosel.cli.options import Device, ModelsFolder
 
 if TYPE_CHECKING:
-    from mosel.profiles import Profile
+    from mosel.profiles.files import Profile
 
 
 def simulate(
@@ -34,7 +34,7 @@ def simulate(
     from bench.workload import from_trace, poisson, read_trace
     from mosel.cli.starting import console
     from mosel.errors import ConfigError
-    from selector.policies import POLICIES
+    from selector.core.policies import POLICIES
 
     if policy not in POLICIES:
         raise ConfigError(f"--policy is '{policy}'; expected one of {', '.join(POLICIES)}")
@@ -56,8 +56,8 @@ def _profile(name: str, models: Path | None, device: str | None) -> "Profile":
         ConfigError: there is none.
     """
     from mosel.cli.options import settings_from
-    from mosel.model_package import find_packages
-    from mosel.profiles import needed_profile, read_profile
+    from mosel.packages.model_package import find_packages
+    from mosel.profiles.files import needed_profile, read_profile
 
     if Path(name).suffix == ".json":
         return read_profile(Path(name))

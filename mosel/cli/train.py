@@ -17,9 +17,9 @@ def train(
 ) -> None:
     """Train a model again and write its weights and accuracies to a folder of their own."""
     from mosel.config import reference_models
-    from mosel.datasets import find
+    from mosel.data.datasets import find
     from mosel.errors import PackageError
-    from mosel.model_package import find_packages
+    from mosel.packages.model_package import find_packages
 
     package = find_packages(models or reference_models(), (model,))[model]
     if package.train is None:

@@ -64,7 +64,7 @@ def up(
 
 def _report_quick_profiles(files: Iterable[Path]) -> None:
     """Says which models the selector has measured just now."""
-    from mosel.profiles import read_profile
+    from mosel.profiles.files import read_profile
 
     for name in sorted(read_profile(file).model for file in files):
         typer.echo(

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mosel.client import Client, Prediction
+from mosel.data.samples import Samples
 from mosel.demo.plan import Setting
 from mosel.errors import DeadlineExceeded, MoselError, Overloaded, Unreachable
-from mosel.samples import Samples
 
 
 @dataclass(frozen=True)

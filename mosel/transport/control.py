@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mosel import leftovers
 from mosel.errors import ConfigError, ReadNotProven
+from mosel.runtime import leftovers
 from mosel.transport.host import monotonic_ns
 from mosel.transport.layout import HEADER_BYTES, MAX_SLOTS, MIB, SLOT_SIZES, Layout
 

@@ -1,7 +1,7 @@
 """The producer's side of fetching: serves bytes of its arena to consumers that cannot map it."""
 
 from mosel.errors import ReadNotProven
-from mosel.service import Context, answers_with_status
+from mosel.runtime.service import Context, answers_with_status
 from mosel.transport.shared_memory import SharedMemoryArena
 from mosel.v1 import arena_pb2, arena_pb2_grpc
 

@@ -11,7 +11,7 @@ from bench.example import example
 from bench.outcomes import summarise
 from bench.simulation import World, new_scheduler, simulate
 from bench.workload import Arrival, poisson
-from selector.profile import LatencyCurve, ModelProfile
+from selector.core.profile import LatencyCurve, ModelProfile
 
 WORLD, DEMANDS = example()
 EDGELESS = World(WORLD.profile)

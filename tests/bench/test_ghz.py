@@ -21,9 +21,9 @@ from bench.ghz import payloads
 from bench.ghz.payloads import write_payloads
 from bench.items import Items, random_items
 from gateway.inference.messages import SERVICE, ModelInferRequest, ModelInferResponse
-from mosel.demands import Demand
+from mosel.client.demands import Demand
 from mosel.launcher import Launcher
-from mosel.model_package import ModelPackage
+from mosel.packages.model_package import ModelPackage
 from mosel.v1 import gateway_pb2
 
 ROOT = Path(__file__).parents[2]

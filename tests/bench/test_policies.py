@@ -18,7 +18,7 @@ from bench.policies.tables import gains_table, runs_table, speedups_table, write
 from bench.serving import serve
 from bench.workload import Arrival, Demands, poisson
 from mosel.launcher import Launcher
-from mosel.model_package import ModelPackage
+from mosel.packages.model_package import ModelPackage
 
 SUMMARY = summarise([Outcome(Arrival(0, 2, 100, 0.9), Ending.ANSWERED, 0.05, (("audio", 2),), 0.92)], 1.0)
 

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from mosel.cli import app
 from mosel.errors import ConfigError
-from mosel.profiles import Call, Hardware, Point, Profile, Versions, save_profile, wilson
+from mosel.profiles.files import Call, Hardware, Point, Profile, Versions, save_profile, wilson
 
 
 @pytest.fixture

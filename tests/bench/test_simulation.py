@@ -11,9 +11,9 @@ from bench.example import example
 from bench.outcomes import Ending, Outcome, Summary, summarise
 from bench.simulation import World, capacity, new_scheduler, simulate, world_and_demands
 from bench.workload import Arrival, Demands, poisson
-from mosel.profiles import Call, Hardware, JobPoint, Point, Profile, Versions, wilson
-from selector.jobs import Effort
-from selector.profile import LatencyCurve, ModelProfile
+from mosel.profiles.files import Call, Hardware, JobPoint, Point, Profile, Versions, wilson
+from selector.core.jobs import Effort
+from selector.core.profile import LatencyCurve, ModelProfile
 
 WORLD, DEMANDS = example()
 CAPACITY = 58.0  # of `all`, about

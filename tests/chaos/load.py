@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from bench.workload import Arrival, Demands
-from mosel.answers import ItemResults, JobSummary
 from mosel.client import AsyncClient
+from mosel.client.answers import ItemResults, JobSummary
 from mosel.errors import DeadlineExceeded, Overloaded, ServiceUnavailable, Unreachable
 from tests.chaos.truth import Truth
 

@@ -15,7 +15,7 @@ from bench.workload import Demands, from_trace, read_trace
 from mosel.config import FREE_PORTS, Settings, load_settings
 from mosel.errors import ServiceUnavailable
 from mosel.launcher import Launcher
-from mosel.profiles import needed_profile
+from mosel.profiles.files import needed_profile
 from tests.chaos.held import Held
 from tests.chaos.kills import Killer, Recovery
 from tests.chaos.load import Ended, Load, mixed

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mosel import networks
+from mosel.compute import networks
 from mosel.modality import format_set
-from mosel.model_package import ModelPackage
+from mosel.packages.model_package import ModelPackage
 
 # Two outputs this close may change places when an item is computed together with others.
 _TIE = 1e-4

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from bench.workload import Arrival, poisson
-from mosel import networks
 from mosel.client import Client
+from mosel.compute import networks
 from mosel.config import reference_models
 from mosel.errors import MoselError, ServiceUnavailable
-from mosel.model_package import load_package
+from mosel.packages.model_package import load_package
 from tests.chaos.load import Load
 from tests.chaos.truth import Truth
 from tests.compose.stack import UP_S, Stack

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mosel.config import Settings, load_settings
-from mosel.model_package import find_packages
+from mosel.packages.model_package import find_packages
 from mosel.transport.layout import MIB, Layout
 from tests.deploy.support import ROOT, Started
 

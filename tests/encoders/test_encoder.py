@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from encoders.encoder import ModalityEncoder
-from mosel import networks
+from mosel.compute import networks
 from mosel.config import TransportSettings
 from mosel.errors import InvalidRequest, ModelNotFound, PackageError
-from mosel.model_package import ModelPackage
+from mosel.packages.model_package import ModelPackage
 from mosel.transport import Publisher, Reader, SharedMemoryArena, open_arena, slice_rows
 from mosel.transport.torch_exchange import TensorPublisher
 from mosel.v1 import tensor_pb2

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from fusion.predictor import Predictor
-from mosel import networks
+from mosel.compute import networks
 from mosel.errors import InvalidRequest, ModelNotFound, PackageError
-from mosel.model_package import ModelPackage
+from mosel.packages.model_package import ModelPackage
 from mosel.tensors import from_proto
 from mosel.transport import Reader, slice_rows
 from mosel.transport.torch_exchange import TensorReader

@@ -8,12 +8,12 @@ from pathlib import Path
 import grpc
 import pytest
 
+from gateway.data_plane import DataPlane
 from gateway.inference.servicer import InferenceServicer, handlers
-from gateway.plane import DataPlane
 from gateway.selector_link import SelectorLink
 from gateway.servicer import GatewayServicer
 from mosel.config import FREE_PORTS, Settings
-from mosel.model_package import ModelPackage
+from mosel.packages.model_package import ModelPackage
 from mosel.transport import Publisher, SharedMemoryArena, open_arena
 from mosel.v1 import arena_pb2, gateway_pb2_grpc, tensor_pb2
 from tests.gateway.scripted import Gateway, nowhere, serving

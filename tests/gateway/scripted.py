@@ -7,12 +7,12 @@ from contextlib import asynccontextmanager
 import grpc
 import numpy as np
 
-from gateway.plane import DataPlane
+from gateway.data_plane import DataPlane
 from mosel.client import AsyncClient, JobInfo
 from mosel.config import Settings
 from mosel.errors import ServiceUnavailable
-from mosel.model_package import ModelPackage, load_package
-from mosel.service import Context
+from mosel.packages.model_package import ModelPackage, load_package
+from mosel.runtime.service import Context
 from mosel.tensors import to_proto
 from mosel.v1 import gateway_pb2, gateway_pb2_grpc, selector_pb2, selector_pb2_grpc, service_pb2, tensor_pb2
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from gateway.fetching import FetchListeners
-from mosel.channels import open_blocking_channel
 from mosel.config import Settings
 from mosel.errors import ReadNotProven, ServiceUnavailable
+from mosel.runtime.channels import open_blocking_channel
 from mosel.transport import Publisher, Reader, SharedMemoryArena, open_arena, slice_rows
 from mosel.v1 import tensor_pb2
 

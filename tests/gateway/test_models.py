@@ -14,7 +14,7 @@ from gateway.models import Models
 from gateway.selector_link import SelectorLink
 from mosel.config import Settings
 from mosel.errors import ModelNotFound, PackageError, ServiceUnavailable
-from mosel.model_package import ModelPackage, load_package
+from mosel.packages.model_package import ModelPackage, load_package
 from mosel.v1 import arena_pb2, selector_pb2
 from tests.fruit_on_disk import Fruit
 from tests.gateway.scripted import Gateway, ScriptedSelector, nowhere, serving

@@ -16,7 +16,7 @@ from mosel.status import status_number
 from mosel.tensors import to_proto
 from mosel.v1 import gateway_pb2, selector_pb2
 from tests.gateway.scripted import Gateway
-from tests.mosel.test_metrics import Samples, key, samples
+from tests.mosel.observability.test_metrics import Samples, key, samples
 
 Draw = Callable[..., dict[str, NDArray[Any]]]
 HERE = {"service": "gateway"}

@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mosel.compute.networks import load_encoder, load_fusion
+from mosel.compute.training import measure_accuracy
+from mosel.data.samples import Samples
 from mosel.errors import DatasetError
 from mosel.modality import ModalitySet, format_set, subsets
-from mosel.model_package import ModelPackage, file_sha256, load_package
-from mosel.networks import load_encoder, load_fusion
-from mosel.samples import Samples
-from mosel.training import measure_accuracy
+from mosel.packages.model_package import ModelPackage, file_sha256, load_package
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "models" / "digits"

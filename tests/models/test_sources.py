@@ -20,12 +20,12 @@ import pytest
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from mosel import datasets
-from mosel.datasets import content_sha256, get
-from mosel.downloads import Downloads
+from mosel.data import datasets
+from mosel.data.datasets import content_sha256, get
+from mosel.data.downloads import Downloads
+from mosel.data.samples import load_arrays
 from mosel.errors import DatasetError
-from mosel.model_package import load_package
-from mosel.samples import load_arrays
+from mosel.packages.model_package import load_package
 
 ROOT = Path(__file__).resolve().parents[2]
 PREPARED = ROOT.parent / "shared" / "data"

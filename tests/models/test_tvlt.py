@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mosel.compute.networks import example_payload, load_encoder, load_fusion
 from mosel.errors import PackageError
 from mosel.modality import ModalitySet, format_set, subsets
-from mosel.model_package import ModelPackage, find_packages, load_package
-from mosel.networks import example_payload, load_encoder, load_fusion
+from mosel.packages.model_package import ModelPackage, find_packages, load_package
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 CPU = torch.device("cpu")

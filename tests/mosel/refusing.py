@@ -3,7 +3,7 @@
 import grpc
 
 from mosel.errors import MoselError
-from mosel.service import Context, answers_with_status
+from mosel.runtime.service import Context, answers_with_status
 from mosel.v1 import gateway_pb2, tensor_pb2
 
 

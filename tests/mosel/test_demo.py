@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mosel import datasets
 from mosel.client import ModelInfo, Prediction, SetInfo
 from mosel.config import reference_models
+from mosel.data import datasets
 from mosel.demo.measure import Answer, percentile, summarise
 from mosel.demo.plan import (
     PREFERRED_FLOORS,
@@ -27,7 +27,7 @@ from mosel.demo.plan import (
 from mosel.demo.plot import write_plot
 from mosel.demo.tables import deadline_table, floors_table, share, size
 from mosel.errors import DatasetError, DeadlineExceeded, DeadlineUnreachable
-from mosel.model_package import load_package
+from mosel.packages.model_package import load_package
 
 SETTING = Setting(0.85, 4, 2)
 

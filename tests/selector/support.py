@@ -5,10 +5,10 @@ import math
 from collections.abc import Callable, Mapping
 
 from mosel.modality import ModalitySet, parse_set
-from selector.jobs import Call, Effort, EncodeCall, Ended, FuseCall, Job, Wait
-from selector.profile import LatencyCurve, ModelProfile
-from selector.scheduler import Scheduler
-from selector.stages import FUSION
+from selector.core.jobs import Call, Effort, EncodeCall, Ended, FuseCall, Job, Wait
+from selector.core.profile import LatencyCurve, ModelProfile
+from selector.core.scheduler import Scheduler
+from selector.core.stages import FUSION
 
 Points = tuple[tuple[int, float], ...]
 

@@ -6,9 +6,9 @@ from mosel.errors import FloorUnreachable, InvalidRequest, MoselError, Overloade
 from mosel.modality import parse_set
 from mosel.v1 import gateway_pb2, selector_pb2, tensor_pb2
 from selector import conversions
-from selector.frontier import Strategy
-from selector.jobs import Effort, Job
-from selector.refusals import Plan
+from selector.core.frontier import Strategy
+from selector.core.jobs import Effort, Job
+from selector.core.refusals import Plan
 
 JOB_ID = bytes(range(16))
 

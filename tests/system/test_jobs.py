@@ -23,7 +23,7 @@ from mosel.errors import (
 )
 from mosel.launcher import Launcher
 from mosel.modality import format_set, parse_set
-from mosel.model_package import ModelPackage
+from mosel.packages.model_package import ModelPackage
 
 Payloads = dict[str, NDArray[Any]]
 Draw = Callable[..., Payloads]

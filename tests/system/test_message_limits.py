@@ -13,7 +13,7 @@ from mosel.client import Client
 from mosel.config import Settings
 from mosel.errors import InvalidRequest, PayloadTooLarge
 from mosel.launcher import Launcher
-from mosel.model_package import ModelPackage
+from mosel.packages.model_package import ModelPackage
 from mosel.status import error_from_rpc
 from mosel.v1 import gateway_pb2_grpc, tensor_pb2
 from mosel.v1.gateway_pb2 import PredictRequest

@@ -21,7 +21,7 @@ from mosel.client import Client
 from mosel.config import FREE_PORTS, Settings
 from mosel.errors import DeadlineExceeded, InternalError, InvalidRequest, MoselError, Unreachable
 from mosel.launcher import Launcher
-from tests.mosel.test_metrics import Samples, key, samples
+from tests.mosel.observability.test_metrics import Samples, key, samples
 
 Draw = Callable[..., dict[str, NDArray[Any]]]
 Until = Callable[..., None]
@@ -319,7 +319,7 @@ def test_a_log_that_has_grown_large_is_forgotten_and_goes_on(
 ) -> None:
     with Client(launcher.address) as client:
         client.predict("fruit", draw(1))
-        monkeypatch.setattr("mosel.launcher._MOST_LOG_BYTES", 50)
+        monkeypatch.setattr("mosel.launcher.launcher._MOST_LOG_BYTES", 50)
         launcher.trim_logs()
         assert launcher.children["gateway"].log.read_text() == ""
         job_id = client.predict("fruit", draw(1)).job_id

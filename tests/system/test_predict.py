@@ -13,7 +13,7 @@ from mosel.client import AsyncClient, Client, Prediction
 from mosel.errors import DeadlineExceeded, PayloadTooLarge, RequestError, Unreachable
 from mosel.launcher import Launcher
 from mosel.modality import format_set, subsets
-from mosel.model_package import ModelPackage
+from mosel.packages.model_package import ModelPackage
 
 Payloads = dict[str, NDArray[Any]]
 Draw = Callable[..., Payloads]

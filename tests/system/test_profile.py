@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mosel.channels import channel_options
 from mosel.client import Client
 from mosel.config import Settings
+from mosel.data.samples import Samples
 from mosel.launcher import Launcher
-from mosel.model_package import ModelPackage
-from mosel.profiles import Profile, load_profile, profile_file, read_profile, save_profile
-from mosel.profiling import calls_under_load, end_to_end, measured_accuracy
-from mosel.samples import Samples
+from mosel.packages.model_package import ModelPackage
+from mosel.profiles.files import Profile, load_profile, profile_file, read_profile, save_profile
+from mosel.profiles.measurement import calls_under_load, end_to_end, measured_accuracy
+from mosel.runtime.channels import channel_options
 from mosel.v1 import encoder_pb2, encoder_pb2_grpc, fusion_pb2, fusion_pb2_grpc, service_pb2
 
 Run = Callable[..., CompletedProcess[str]]

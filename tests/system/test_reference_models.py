@@ -12,13 +12,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mosel import Client, datasets, networks
+from mosel import Client
+from mosel.compute import networks
 from mosel.config import FREE_PORTS, load_settings, reference_models
+from mosel.data import datasets
+from mosel.data.samples import Samples
 from mosel.errors import DatasetError
 from mosel.launcher import Launcher
 from mosel.modality import format_set, subsets
-from mosel.model_package import ModelPackage, load_package
-from mosel.samples import Samples
+from mosel.packages.model_package import ModelPackage, load_package
 
 MODELS = ("digits", "har")
 JOB_ITEMS, ITEMS = 50, 300

@@ -18,13 +18,13 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from mosel import networks
 from mosel.client import Client, ItemResults, JobAccepted, Prediction
+from mosel.compute import networks
+from mosel.compute.training import save_weights
 from mosel.config import Settings
 from mosel.errors import InvalidRequest, ModelNotFound, MoselError, PackageError, ServiceUnavailable
 from mosel.launcher import Launcher
-from mosel.model_package import ModelPackage, file_sha256, load_package
-from mosel.training import save_weights
+from mosel.packages.model_package import ModelPackage, file_sha256, load_package
 from tests.fruit_on_disk import Fruit, Payloads, frozen, loaded_by, same, slots_held
 
 Draw = Callable[..., Payloads]

@@ -14,8 +14,8 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 from mosel.client import Client, JobSummary
+from mosel.client.demands import predict_request
 from mosel.config import Settings
-from mosel.demands import predict_request
 from mosel.errors import Unreachable
 from mosel.launcher import Launcher
 from mosel.v1 import gateway_pb2_grpc

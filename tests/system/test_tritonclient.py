@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mosel.launcher import Launcher
-from mosel.model_package import ModelPackage
+from mosel.packages.model_package import ModelPackage
 
 ROOT = Path(__file__).parents[2]
 CALLS = Path(__file__).parent / "triton"

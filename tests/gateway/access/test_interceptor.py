@@ -16,7 +16,7 @@ from gateway.access.caller import caller
 from gateway.access.guard import Guard
 from gateway.access.interceptor import OnlyTenants, needs_admin
 from mosel.errors import InvalidRequest
-from mosel.service import Context, RefuseGarbage, answers_with_status
+from mosel.runtime.service import Context, RefuseGarbage, answers_with_status
 
 MakeGuard = Callable[..., Guard]
 SERVICE = "test.Echo"

@@ -19,7 +19,7 @@ from gateway.access.caller import caller
 from gateway.access.guard import Guard
 from gateway.access.middleware import OnlyTenantsHttp, needs_admin
 from mosel.errors import ConfigError
-from mosel.http import HttpServer
+from mosel.runtime.http import HttpServer
 from mosel.tls import ServerTls
 
 MakeGuard = Callable[..., Guard]

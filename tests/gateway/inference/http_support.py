@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from gateway.inference.http import InferenceHttp
-from mosel.http import HttpServer
+from mosel.runtime.http import HttpServer
 from mosel.v1 import selector_pb2
 from tests.gateway.inference.json_support import Body
 from tests.gateway.scripted import Gateway

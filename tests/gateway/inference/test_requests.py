@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from gateway.inference.requests import call_deadline, check, elements_of
 from gateway.inference.words import InferRequest, InputTensor
-from gateway.jobs import CheckedJob, Payloads
+from gateway.jobs.checks import CheckedJob, Payloads
 from mosel.config import Settings
 from mosel.deadline import Deadline
 from mosel.errors import InvalidRequest, ModelNotFound, MoselError, PayloadTooLarge
-from mosel.model_package import ModalitySpec, ModelPackage
+from mosel.packages.model_package import ModalitySpec, ModelPackage
 from mosel.tensors import DTYPES, name_of
 from mosel.v1 import gateway_pb2
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gateway.answers import Answer
 from gateway.inference.responses import output_tensors, raw_of, respond
 from gateway.inference.words import InferRequest, OutputTensor
-from gateway.jobs import check_spec
-from mosel.model_package import ModelPackage
+from gateway.jobs.answers import Answer
+from gateway.jobs.checks import check_spec
+from mosel.packages.model_package import ModelPackage
 from mosel.v1 import gateway_pb2
 
 ROWS = np.array([[0.2, 0.7, 0.1], [0.5, 0.3, 0.2], [0.1, 0.1, 0.8]], np.float32)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mosel.channels import open_blocking_channel
 from mosel.config import Settings, TransportSettings
 from mosel.deadline import Deadline
 from mosel.errors import DeadlineExceeded, InvalidRequest, MoselError, ReadNotProven
-from mosel.service import Context, Service
+from mosel.runtime.channels import open_blocking_channel
+from mosel.runtime.service import Context, Service
 from mosel.status import error_from_rpc
 from mosel.transport import Reader, SharedMemoryArena, slice_rows
 from mosel.transport.host import host_identity

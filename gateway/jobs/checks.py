@@ -1,0 +1,267 @@
+"""From request to checked job. Knows no gRPC and no sockets."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mosel.deadline import Deadline
+from mosel.errors import InvalidRequest, ModelNotFound, PayloadTooLarge
+from mosel.packages.model_package import ModalitySpec, ModelPackage
+from mosel.tensors import DTYPES, byte_count, dtype_name, from_proto
+from mosel.v1 import gateway_pb2, tensor_pb2
+
+Payloads = Mapping[str, NDArray[np.generic]]
+# What both say of a job.
+Demand = gateway_pb2.PredictRequest | gateway_pb2.JobSpec
+_LAST_PRIORITY = 9
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One payload as its caller's protocol names and describes it; nothing of it is checked yet.
+
+    Attributes:
+        modality: its name.
+        field: names it in messages.
+        dtype_field: what the protocol calls its data type.
+        dtype: the name of its data type, whatever the caller wrote.
+        shape: [items, ...].
+        read: its elements, once dtype and shape are known to be sound; raises InvalidRequest.
+    """
+
+    modality: str
+    field: str
+    dtype_field: str
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class CheckedJob:
+    """What a caller asks for, known to be sound.
+
+    Attributes:
+        size: items.
+        modalities: those that may be run, sorted.
+        min_accuracy: the floor, 0..1, or None.
+        latency_slo_ms: the caller's deadline in milliseconds, or None.
+        exact: the caller named the modalities and gave no floor: all of them are run.
+        late_ok: a late answer is wanted, too.
+        priority: 1 to 9, or 0: the selector's default.
+    """
+
+    package: ModelPackage
+    size: int
+    modalities: tuple[str, ...]
+    min_accuracy: float | None
+    latency_slo_ms: float | None
+    exact: bool
+    effort: gateway_pb2.Effort.ValueType
+    late_ok: bool
+    priority: int = 0
+
+    def payload_bytes(self) -> dict[str, int]:
+        """Bytes of each payload."""
+        specs = {name: self.package.modalities[name] for name in self.modalities}
+        return {name: byte_count(spec.dtype, (self.size, *spec.shape)) for name, spec in specs.items()}
+
+
+@dataclass(frozen=True)
+class Times:
+    """What a job is planned for, and when nobody waits for it any more; the same unless a late answer is wanted."""
+
+    deadline: Deadline
+    ends: Deadline
+
+
+def times_of(job: CheckedJob, call: Deadline, default_s: float) -> Times:
+    """When a job that arrives now is due.
+
+    Args:
+        job: the job.
+        call: when the caller's own call ends.
+        default_s: seconds for callers that state no deadline.
+    """
+    slo = Deadline.after(default_s if job.latency_slo_ms is None else job.latency_slo_ms / 1000)
+    deadline = min(slo, call, key=attrgetter("at"))
+    return Times(deadline, call if job.late_ok else deadline)
+
+
+def check_request(
+    request: gateway_pb2.PredictRequest, packages: Mapping[str, ModelPackage], max_items: int
+) -> tuple[CheckedJob, Payloads]:
+    """Checks every field of a request that brings its items along.
+
+    Args:
+        request: what the caller sent.
+        packages: the models by name.
+        max_items: bound on the items of one job.
+
+    Returns:
+        The job, and arrays [size, *shape] by modality over the bytes of the request.
+
+    Raises:
+        ModelNotFound: there is no such model.
+        PayloadTooLarge: more items than one job may have.
+        InvalidRequest: names the field, what it holds and what was expected.
+    """
+    package = package_of(request.model, packages)
+    payloads = check_payloads("payloads", sent_in("payloads", request.payloads), package, max_items)
+    return check_demand("payloads", request, package, payloads), payloads
+
+
+def check_demand(field: str, demand: Demand, package: ModelPackage, payloads: Payloads) -> CheckedJob:
+    """Checks what is asked for items whose payloads are known to be sound.
+
+    Args:
+        field: names the payloads in messages.
+        demand: what is asked for.
+        package: the model.
+        payloads: by modality.
+
+    Raises:
+        InvalidRequest: names the field, what it holds and what was expected.
+    """
+    for name in demand.modalities:
+        if name not in payloads:
+            raise InvalidRequest(f"modalities has '{name}'; expected some of the {field}: {', '.join(payloads)}")
+    modalities = tuple(sorted(set(demand.modalities) or payloads))
+    exact = bool(demand.modalities) and not demand.HasField("min_accuracy")
+    return _job(demand, package, size_of(payloads), modalities, exact)
+
+
+def check_spec(spec: gateway_pb2.JobSpec, packages: Mapping[str, ModelPackage], max_items: int) -> CheckedJob:
+    """Checks every field of a job whose items are elsewhere; arguments and errors as of `check_request`."""
+    package = package_of(spec.model, packages)
+    if spec.size < 1:
+        raise InvalidRequest("size is 0; expected at least one item")
+    if spec.size > max_items:
+        raise PayloadTooLarge(
+            f"size is {spec.size}; expected at most {max_items} in one job (setting gateway.max_items_per_job)"
+        )
+    for name in spec.modalities:
+        if name not in package.modalities:
+            raise InvalidRequest(f"modalities has '{name}'; expected some of {', '.join(package.modalities)}")
+    modalities = tuple(sorted(set(spec.modalities) or package.modalities))
+    return _job(spec, package, spec.size, modalities, exact=False)
+
+
+def sent_in(field: str, tensors: Mapping[str, tensor_pb2.Tensor]) -> Iterator[Sent]:
+    """The payloads of a `mosel.v1` message, whose field names them in messages."""
+    for name in sorted(tensors):
+        tensor, own = tensors[name], f"{field}.{name}"
+        dtype = dtype_name(tensor.dtype) if tensor.dtype else "missing"
+        yield Sent(name, own, "dtype", dtype, tuple(tensor.shape), partial(from_proto, tensor, own))
+
+
+def check_payloads(field: str, sent: Iterable[Sent], package: ModelPackage, max_items: int) -> Payloads:
+    """Checks payloads of the same items.
+
+    Args:
+        field: names all of them in messages.
+        sent: the payloads, each of another modality.
+        package: the model.
+        max_items: bound on the items.
+
+    Returns:
+        Arrays [items, *shape] by modality, sorted, over the bytes of the tensors.
+
+    Raises:
+        PayloadTooLarge: there are more items.
+        InvalidRequest: names the field, what it holds and what was expected.
+    """
+    payloads: dict[str, NDArray[np.generic]] = {}
+    for payload in sent:
+        if payload.modality not in package.modalities:
+            known = ", ".join(package.modalities)
+            raise InvalidRequest(f"{field} has '{payload.modality}'; expected some of {known}")
+        payloads[payload.modality] = _payload(payload, package.modalities[payload.modality], max_items)
+    if not payloads:
+        raise InvalidRequest(f"{field} is empty; expected some of {', '.join(package.modalities)}")
+    sizes = {name: len(array) for name, array in payloads.items()}
+    if len(set(sizes.values())) != 1:
+        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise InvalidRequest(f"{field} have different numbers of items ({listed}); expected the same in all")
+    return dict(sorted(payloads.items()))
+
+
+def size_of(payloads: Payloads) -> int:
+    """Items of payloads that were checked."""
+    return len(next(iter(payloads.values())))
+
+
+def package_of(model: str, packages: Mapping[str, ModelPackage]) -> ModelPackage:
+    """The model of this name.
+
+    Raises:
+        ModelNotFound: there is none.
+    """
+    package = packages.get(model)
+    if package is None:
+        raise ModelNotFound(f"model is '{model}'; expected one of {', '.join(sorted(packages))}")
+    return package
+
+
+def checked_priority(priority: int) -> int:
+    """Returns the priority if it is one; raises InvalidRequest otherwise."""
+    if not 0 <= priority <= _LAST_PRIORITY:
+        raise InvalidRequest(f"priority is {priority}; expected 1 to {_LAST_PRIORITY}, or 0 for the default")
+    return priority
+
+
+def _job(
+    request: Demand,
+    package: ModelPackage,
+    size: int,
+    modalities: tuple[str, ...],
+    exact: bool,
+) -> CheckedJob:
+    floor = request.min_accuracy if request.HasField("min_accuracy") else None
+    if floor is not None and not 0 <= floor <= 1:
+        raise InvalidRequest(f"min_accuracy is {floor}; expected a number from 0 to 1")
+    slo = request.latency_slo_ms if request.HasField("latency_slo_ms") else None
+    if slo is not None and not (slo > 0 and math.isfinite(slo)):
+        raise InvalidRequest(f"latency_slo_ms is {slo}; expected a positive number of milliseconds")
+    if request.effort not in gateway_pb2.Effort.values():
+        raise InvalidRequest(f"effort is {request.effort}; expected CHEAPEST, BEST or none")
+    priority = checked_priority(request.priority)
+    return CheckedJob(package, size, modalities, floor, slo, exact, request.effort, request.late_ok, priority)
+
+
+def _payload(sent: Sent, spec: ModalitySpec, max_items: int) -> NDArray[np.generic]:
+    field, shape = sent.field, list(sent.shape)
+    if sent.dtype != spec.dtype:
+        raise InvalidRequest(f"{field}.{sent.dtype_field} is {sent.dtype}; expected {spec.dtype}")
+    expected = f"[{', '.join(map(str, ('items', *spec.shape)))}]"
+    if tuple(shape[1:]) != spec.shape or not shape:
+        raise InvalidRequest(f"{field}.shape is {shape}; expected {expected}")
+    if shape[0] < 1:
+        raise InvalidRequest(f"{field}.shape is {shape}, a batch of no items; expected {expected} with at least one")
+    if shape[0] > max_items:
+        raise PayloadTooLarge(
+            f"{field}.shape is {shape}: {shape[0]} items; expected at most {max_items} "
+            f"in one job (setting gateway.max_items_per_job)"
+        )
+    array = sent.read()
+    _check_finite(field, array, spec.dtype)
+    return array
+
+
+def _check_finite(field: str, array: NDArray[np.generic], dtype: str) -> None:
+    if dtype == "BF16":
+        # The exponent bits of infinity and NaN are all ones.
+        finite = np.bitwise_and(array.view(np.uint16), 0x7F80) != 0x7F80
+    elif DTYPES[dtype].kind == "f":
+        finite = np.isfinite(array)
+    else:
+        return
+    if not finite.all():
+        item = int(np.argwhere(~finite)[0][0])
+        value = "a value" if dtype == "BF16" else str(array[tuple(np.argwhere(~finite)[0])])
+        raise InvalidRequest(f"{field} has {value} in item {item}; expected finite numbers")

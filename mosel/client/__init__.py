@@ -1,0 +1,42 @@
+"""The Python client: numpy arrays or tensors in, dataclasses out. Needs grpcio, protobuf and numpy only."""
+
+from mosel.client.answers import (
+    EdgeInfo,
+    ItemResults,
+    JobAccepted,
+    JobEvent,
+    JobInfo,
+    JobSummary,
+    ModalityInfo,
+    ModelInfo,
+    PlanInfo,
+    Prediction,
+    ServiceInfo,
+    SetInfo,
+    StrategyInfo,
+)
+from mosel.client.client import AsyncClient, Client
+from mosel.client.demands import Demand
+from mosel.client.retry import Retry
+from mosel.tls import Tls
+
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "Demand",
+    "EdgeInfo",
+    "ItemResults",
+    "JobAccepted",
+    "JobEvent",
+    "JobInfo",
+    "JobSummary",
+    "ModalityInfo",
+    "ModelInfo",
+    "PlanInfo",
+    "Prediction",
+    "Retry",
+    "ServiceInfo",
+    "SetInfo",
+    "StrategyInfo",
+    "Tls",
+]

@@ -1,0 +1,328 @@
+"""The Python client: numpy arrays or tensors in, dataclasses out. Needs grpcio, protobuf and numpy only."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Generator, Iterable, Mapping
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+
+from mosel.client.answers import (
+    JobEvent,
+    JobInfo,
+    ModelInfo,
+    PlanInfo,
+    Prediction,
+    ServiceInfo,
+    event_from,
+    job_from,
+    model_from,
+    models_from,
+    plan_from,
+    prediction_from,
+    services_from,
+)
+from mosel.client.connection import Connection
+from mosel.client.demands import Demand, Payloads, Upload, predict_request, spec_of
+from mosel.client.retry import Retry
+from mosel.errors import JobNotFound, ModelNotFound, MoselError, PackageError, Unreachable
+from mosel.tls import Tls
+from mosel.v1 import gateway_pb2, gateway_pb2_grpc, service_pb2
+
+Reply = TypeVar("Reply")
+Instead = Mapping[type[MoselError], type[MoselError]]
+
+# What a status means in calls that name a job and no model, and in those that load a model.
+_ABOUT_A_JOB: Instead = {ModelNotFound: JobNotFound}
+_ABOUT_A_PACKAGE: Instead = {Unreachable: PackageError}
+_LOAD_TIMEOUT_S = 600.0
+_RETRY = Retry()
+
+
+class Client:
+    """Calls a gateway; usable from several threads; a context manager.
+
+    Args:
+        address: `host:port` or `unix:/path`.
+        token: says who calls, where the gateway asks for it.
+        tls: what to trust, and how to show who calls; None: plain text.
+        max_message_mib: the largest message in either direction; the gateway has the same setting.
+        retries: which calls are made again; None: none.
+
+    Raises:
+        InvalidRequest: the token cannot be sent.
+        ConfigError: a file of `tls` is wrong.
+
+    Example:
+        >>> with Client("127.0.0.1:8001") as client:
+        ...     prediction = client.predict("digits", {"image": images, "pen": pens}, min_accuracy=0.85)
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        tls: Tls | None = None,
+        max_message_mib: int = 64,
+        retries: Retry | None = _RETRY,
+    ) -> None:
+        self._connection = at = Connection(address, token, tls, max_message_mib, retries)
+        if (credentials := at.credentials) is None:
+            self._channel = grpc.insecure_channel(address, at.options)
+        else:
+            self._channel = grpc.secure_channel(address, credentials, at.options)
+        self._stub = gateway_pb2_grpc.GatewayStub(self._channel)
+
+    def predict(
+        self, model: str, payloads: Payloads, *, timeout_s: float = 30.0, **demand: Unpack[Demand]
+    ) -> Prediction:
+        """Predicts one job.
+
+        Args:
+            model: its name.
+            payloads: arrays or tensors [items, ...] by modality; any non-empty subset of the model's.
+            timeout_s: seconds after which the call is given up, further attempts included.
+            demand: floor, deadline and more, see `Demand`; a deadline counts from the first attempt.
+
+        Raises:
+            MoselError: the kind says what went wrong (see mosel.errors).
+        """
+        request = predict_request(model, payloads, demand, self._connection.max_message_mib)
+        return prediction_from(self._call(self._stub.Predict, request, timeout_s))
+
+    def submit_job(
+        self,
+        model: str,
+        items: Payloads | Iterable[Payloads],
+        *,
+        size: int | None = None,
+        timeout_s: float = 30.0,
+        **demand: Unpack[Demand],
+    ) -> Generator[JobEvent, None, None]:
+        """Predicts one job and gives its results as they finish. Closing the iterator cancels the job.
+
+        It is sent once, whatever `retries` say: its items may be gone.
+
+        Args:
+            model: its name.
+            items: arrays or tensors [items, ...] by modality, all at once or in batches, all of the same modalities.
+            size: items of the job; needed if they come in batches.
+            timeout_s: seconds after which the call is given up.
+            demand: floor, deadline and more, see `Demand`; without `modalities`, batches bring all of the model's.
+
+        Yields:
+            JobAccepted, then ItemResults until each item is in one, then JobSummary.
+
+        Raises:
+            MoselError: the kind says what went wrong (see mosel.errors).
+        """
+        upload = Upload(model, items, size, demand, self._connection.max_message_mib)
+        call = self._stub.SubmitJob(upload.requests(), timeout=timeout_s, metadata=self._connection.metadata)
+        try:
+            yield from map(event_from, call)
+        except grpc.RpcError as error:
+            raise upload.error or self._connection.error(error) from None
+        finally:
+            call.cancel()
+
+    def plan(self, model: str, size: int, *, timeout_s: float = 5.0, **demand: Unpack[Demand]) -> PlanInfo:
+        """What a job of so many items would get if it were sent now; runs nothing.
+
+        Raises:
+            MoselError: the kind says what went wrong (see mosel.errors).
+        """
+        request = gateway_pb2.PlanRequest(job=spec_of(model, size, demand))
+        return plan_from(self._call(self._stub.Plan, request, timeout_s))
+
+    def job(self, job_id: str, timeout_s: float = 5.0) -> JobInfo:
+        """Where a job is.
+
+        Raises:
+            JobNotFound: there is no such job.
+            MoselError: the kind says what else went wrong (see mosel.errors).
+        """
+        request = gateway_pb2.GetJobRequest(job_id=job_id)
+        return job_from(self._call(self._stub.GetJob, request, timeout_s, _ABOUT_A_JOB))
+
+    def cancel(self, job_id: str, timeout_s: float = 5.0) -> JobInfo:
+        """Ends a job unless it is over, whoever sent it, and says where it is then; errors as of `job`."""
+        request = gateway_pb2.CancelJobRequest(job_id=job_id)
+        return job_from(self._call(self._stub.CancelJob, request, timeout_s, _ABOUT_A_JOB))
+
+    def models(self, timeout_s: float = 5.0) -> list[ModelInfo]:
+        """The served models.
+
+        Raises:
+            MoselError: the gateway cannot be reached.
+        """
+        return models_from(self._call(self._stub.ListModels, gateway_pb2.ListModelsRequest(), timeout_s))
+
+    def load_model(self, name: str, timeout_s: float = _LOAD_TIMEOUT_S) -> ModelInfo:
+        """Has a model loaded from the server's models folder, or loaded anew; returns when new jobs get it.
+
+        Nothing is interrupted: jobs under way end with what they began with.
+
+        Args:
+            name: the model's.
+            timeout_s: seconds after which the call is given up; the server goes on.
+
+        Raises:
+            ModelNotFound: the folder has no such package.
+            PackageError: it is wrong; the model stays as it was.
+            MoselError: the kind says what else went wrong (see mosel.errors).
+        """
+        request = gateway_pb2.LoadModelRequest(model=name)
+        return model_from(self._call(self._stub.LoadModel, request, timeout_s, _ABOUT_A_PACKAGE))
+
+    def unload_model(self, name: str, timeout_s: float = _LOAD_TIMEOUT_S) -> None:
+        """Has the server take no more jobs for a model; returns when those under way are over and its memory is free.
+
+        Args:
+            name: the model's.
+            timeout_s: seconds after which the call is given up; the server goes on.
+
+        Raises:
+            ModelNotFound: it is not loaded.
+            MoselError: the kind says what else went wrong (see mosel.errors).
+        """
+        self._call(self._stub.UnloadModel, gateway_pb2.UnloadModelRequest(model=name), timeout_s)
+
+    def status(self, timeout_s: float = 5.0) -> list[ServiceInfo]:
+        """The state of every service.
+
+        Raises:
+            MoselError: the gateway cannot be reached.
+        """
+        return services_from(self._call(self._stub.Status, service_pb2.StatusRequest(), timeout_s))
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _call(
+        self, method: Callable[..., Reply], request: Any, timeout_s: float, instead: Instead | None = None
+    ) -> Reply:
+        attempts = self._connection.attempts(request, timeout_s)
+        while True:
+            try:
+                return method(request, timeout=attempts.begin(), metadata=self._connection.metadata)
+            except grpc.RpcError as error:
+                if (wait_s := attempts.wait_s(error)) is None:
+                    raise self._connection.error(error, instead) from None
+            time.sleep(wait_s)
+
+
+class AsyncClient:
+    """As `Client`, for asyncio; an async context manager, and with `tls` it is connected when it is entered."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        tls: Tls | None = None,
+        max_message_mib: int = 64,
+        retries: Retry | None = _RETRY,
+    ) -> None:
+        self._connection = Connection(address, token, tls, max_message_mib, retries)
+        if tls is None:
+            self._open(None)
+
+    async def predict(
+        self, model: str, payloads: Payloads, *, timeout_s: float = 30.0, **demand: Unpack[Demand]
+    ) -> Prediction:
+        """As `Client.predict`; cancelling the task cancels the job."""
+        request = predict_request(model, payloads, demand, self._connection.max_message_mib)
+        return prediction_from(await self._call(self._stub.Predict, request, timeout_s))
+
+    async def submit_job(
+        self,
+        model: str,
+        items: Payloads | Iterable[Payloads] | AsyncIterable[Payloads],
+        *,
+        size: int | None = None,
+        timeout_s: float = 30.0,
+        **demand: Unpack[Demand],
+    ) -> AsyncGenerator[JobEvent, None]:
+        """As `Client.submit_job`; cancelling the task cancels the job."""
+        upload = Upload(model, items, size, demand, self._connection.max_message_mib)
+        call = self._stub.SubmitJob(upload.async_requests(), timeout=timeout_s, metadata=self._connection.metadata)
+        try:
+            async for event in call:
+                yield event_from(event)
+        except grpc.RpcError as error:
+            raise upload.error or self._connection.error(error) from None
+        finally:
+            call.cancel()
+
+    async def plan(self, model: str, size: int, *, timeout_s: float = 5.0, **demand: Unpack[Demand]) -> PlanInfo:
+        """As `Client.plan`."""
+        request = gateway_pb2.PlanRequest(job=spec_of(model, size, demand))
+        return plan_from(await self._call(self._stub.Plan, request, timeout_s))
+
+    async def job(self, job_id: str, timeout_s: float = 5.0) -> JobInfo:
+        """As `Client.job`."""
+        request = gateway_pb2.GetJobRequest(job_id=job_id)
+        return job_from(await self._call(self._stub.GetJob, request, timeout_s, _ABOUT_A_JOB))
+
+    async def cancel(self, job_id: str, timeout_s: float = 5.0) -> JobInfo:
+        """As `Client.cancel`."""
+        request = gateway_pb2.CancelJobRequest(job_id=job_id)
+        return job_from(await self._call(self._stub.CancelJob, request, timeout_s, _ABOUT_A_JOB))
+
+    async def models(self, timeout_s: float = 5.0) -> list[ModelInfo]:
+        """As `Client.models`."""
+        return models_from(await self._call(self._stub.ListModels, gateway_pb2.ListModelsRequest(), timeout_s))
+
+    async def load_model(self, name: str, timeout_s: float = _LOAD_TIMEOUT_S) -> ModelInfo:
+        """As `Client.load_model`."""
+        request = gateway_pb2.LoadModelRequest(model=name)
+        return model_from(await self._call(self._stub.LoadModel, request, timeout_s, _ABOUT_A_PACKAGE))
+
+    async def unload_model(self, name: str, timeout_s: float = _LOAD_TIMEOUT_S) -> None:
+        """As `Client.unload_model`."""
+        await self._call(self._stub.UnloadModel, gateway_pb2.UnloadModelRequest(model=name), timeout_s)
+
+    async def status(self, timeout_s: float = 5.0) -> list[ServiceInfo]:
+        """As `Client.status`."""
+        return services_from(await self._call(self._stub.Status, service_pb2.StatusRequest(), timeout_s))
+
+    async def close(self) -> None:
+        """Closes the connection."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        if self._connection.tls is not None:
+            # There are files to read.
+            self._open(await asyncio.to_thread(lambda: self._connection.credentials))
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    def _open(self, credentials: grpc.ChannelCredentials | None) -> None:
+        at = self._connection
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(at.address, at.options)
+        else:
+            self._channel = grpc.aio.secure_channel(at.address, credentials, at.options)
+        self._stub = gateway_pb2_grpc.GatewayStub(self._channel)
+
+    async def _call(
+        self, method: Callable[..., Awaitable[Reply]], request: Any, timeout_s: float, instead: Instead | None = None
+    ) -> Reply:
+        attempts = self._connection.attempts(request, timeout_s)
+        while True:
+            try:
+                return await method(request, timeout=attempts.begin(), metadata=self._connection.metadata)
+            except grpc.RpcError as error:
+                if (wait_s := attempts.wait_s(error)) is None:
+                    raise self._connection.error(error, instead) from None
+            await asyncio.sleep(wait_s)

@@ -1,0 +1,1 @@
+"""Networks of model packages, and the threads that run them. Imports torch."""

@@ -1,0 +1,198 @@
+"""A model package's networks, with their weights. Imports torch, so only encoders, fusion and training import this."""
+
+import ctypes
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import torch
+from numpy.typing import NDArray
+
+from mosel.data.samples import example_rows
+from mosel.errors import ConfigError, PackageError
+from mosel.packages.model_modules import forget_modules
+from mosel.packages.model_package import ModelPackage
+
+
+def load_encoder(package: ModelPackage, modality: str, device: torch.device) -> torch.nn.Module:
+    """The encoder network of a modality, ready for inference.
+
+    Raises:
+        PackageError: the class or its weights are missing or do not fit.
+    """
+    return _load(package, package.modalities[modality].encoder, f"encoders.{modality}.", device)
+
+
+def load_fusion(package: ModelPackage, device: torch.device) -> torch.nn.Module:
+    """The fusion network, ready for inference.
+
+    Raises:
+        PackageError: the class or its weights are missing or do not fit.
+    """
+    return _load(package, package.fusion, "fusion.", device)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network that is ready to be called, and the package that it is of."""
+
+    package: ModelPackage
+    network: torch.nn.Module
+
+
+class Hosted:
+    """The networks of a service, by the ids of their models. Thread-safe; load from one thread at a time.
+
+    Args:
+        make: makes the network of a package.
+        warm: calls it once and checks what it returns.
+        device: where it is.
+    """
+
+    def __init__(
+        self, make: Callable[[ModelPackage], torch.nn.Module], warm: Callable[[Loaded], object], device: torch.device
+    ) -> None:
+        self._make, self._warm, self._device = make, warm, device
+        self._loaded: dict[str, Loaded] = {}
+
+    def load(self, package: ModelPackage) -> None:
+        """Loads and warms a network beside those that are there; one that is there already stays as it is.
+
+        Raises:
+            PackageError: the network or its weights are wrong, or the files changed meanwhile.
+        """
+        if package.id in self._loaded:
+            return
+        forget_modules(package.name)
+        loaded = Loaded(package, self._make(package))
+        self._warm(loaded)
+        package.check_unchanged()
+        self._loaded[package.id] = loaded
+
+    def unload(self, model: str) -> None:
+        """Frees a network once no call uses it any more; one that is not there is passed over."""
+        if self._loaded.pop(model, None):
+            _give_memory_back(self._device)
+
+    def get(self, model: str) -> Loaded | None:
+        """The network of a model, None if it is not here."""
+        return self._loaded.get(model)
+
+    @property
+    def models(self) -> list[str]:
+        """The ids of the models that are here."""
+        return list(self._loaded)
+
+
+def choose_device(setting: str) -> torch.device:
+    """The device that the setting `device` names; `auto` takes a GPU if there is one.
+
+    Raises:
+        ConfigError: `cuda` is asked for and there is none.
+    """
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: 'cuda' is asked for, but torch finds no CUDA device; use 'auto' or 'cpu'")
+    return torch.device("cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def resource_of(device: torch.device) -> str:
+    """What services on this device compete for: "cpu", or the GPU's UUID."""
+    return "cpu" if device.type == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
+
+
+def to_tensor(array: NDArray[np.generic], dtype: str, device: torch.device) -> torch.Tensor:
+    """A gathered array as a torch tensor; the bits of BF16 arrive as uint16."""
+    tensor = torch.from_numpy(array)
+    return (tensor.view(torch.bfloat16) if dtype == "BF16" else tensor).to(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until what this thread started on a GPU is complete, so that its time can be read."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def example_payload(package: ModelPackage, modality: str, rows: int) -> NDArray[np.generic]:
+    """Ordinary-looking rows [rows, *shape] for warming up and timing."""
+    spec = package.modalities[modality]
+    return example_rows(spec.dtype, (rows, *spec.shape))
+
+
+def check_shape(package: ModelPackage, what: str, got: torch.Tensor, rows: int, expected: Iterable[int]) -> None:
+    """Checks what a network returned.
+
+    Raises:
+        PackageError: its shape is not [rows, *expected].
+    """
+    if tuple(got.shape) != (rows, *expected):
+        raise PackageError(
+            f"{package.folder / 'model.toml'}: {what} returned {list(got.shape)}; expected {[rows, *expected]}"
+        )
+
+
+def check_runs(
+    package: ModelPackage, what: str, run: Callable[[], torch.Tensor], rows: int, expected: Iterable[int]
+) -> None:
+    """Runs a network once and checks what it returns.
+
+    Raises:
+        PackageError: it fails, or its shape is not [rows, *expected].
+    """
+    try:
+        output = run()
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise PackageError(
+            f"{package.folder / 'model.toml'}: {what} fails on an input of the shape stated there: {reason}"
+        ) from error
+    check_shape(package, what, output, rows, expected)
+
+
+def _give_memory_back(device: torch.device) -> None:
+    """What was freed goes back to the GPU, or to the system, which Python alone would keep for later."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
+def _load(package: ModelPackage, path: str, prefix: str, device: torch.device) -> torch.nn.Module:
+    network_class = package.load_attribute(path)
+    if not (isinstance(network_class, type) and issubclass(network_class, torch.nn.Module)):
+        raise PackageError(f"{package.folder / 'model.toml'}: '{path}' is no torch.nn.Module class")
+    try:
+        network = _seeded(network_class, prefix) if package.random_weights else network_class()
+    except Exception as error:
+        raise PackageError(
+            f"{package.folder / 'model.toml'}: '{path}' cannot be made without arguments: {error}"
+        ) from error
+    if not package.random_weights:
+        _fill(network, package.weights, prefix, path)
+    return network.to(device).eval().requires_grad_(False)
+
+
+def _seeded(network_class: type[torch.nn.Module], name: str) -> torch.nn.Module:
+    """Makes a network whose random weights are the same in every process; the state of torch's generator stays."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(zlib.crc32(name.encode()))
+        return network_class()
+
+
+def _fill(network: torch.nn.Module, file: Path, prefix: str, path: str) -> None:
+    try:
+        network.load_state_dict(_weights(file, prefix))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise PackageError(f"{file}: keys '{prefix}*' do not fit {path}: {reason}") from None
+
+
+def _weights(file: Path, prefix: str) -> dict[str, torch.Tensor]:
+    try:
+        with safetensors.safe_open(file, framework="pt") as content:
+            keys = [key for key in content.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a mapping)
+            return {key.removeprefix(prefix): content.get_tensor(key) for key in keys}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise PackageError(f"{file}: cannot be read as safetensors: {error}") from None

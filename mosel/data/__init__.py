@@ -1,0 +1,1 @@
+"""Labelled recordings and samples of models."""

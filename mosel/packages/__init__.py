@@ -1,0 +1,1 @@
+"""Model packages: read, checked, and their Python modules imported."""

@@ -1,0 +1,335 @@
+"""Model packages: a folder with `model.toml`, the Python modules it names, weights and measured accuracies.
+
+A package runs code: only trusted folders may be loaded.
+"""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mosel.errors import ConfigError, ModelNotFound, PackageError
+from mosel.modality import ModalitySet, format_set, parse_set, subsets
+from mosel.packages.model_modules import import_module
+from mosel.packages.toml_table import Table
+
+_ACCURACY_HINT = "write it with mosel.compute.training.write_accuracy"
+
+
+@dataclass(frozen=True)
+class ModalitySpec:
+    """One named input.
+
+    Attributes:
+        dtype: name of the payload's data type, `FP32`.
+        shape: payload shape of one item.
+        encoder: `module:Class` of the encoder network.
+        embedding: embedding shape of one item, FP32.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    encoder: str
+    embedding: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """What the fusion network returns, per item; `labels` name the last axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Accuracy of each modality set, 0..1, measured on `samples` items of the validation split.
+
+    Where the figures were not measured on these weights, `source` says where they are from; `samples` is 0 if unknown.
+    """
+
+    samples: int
+    sets: Mapping[ModalitySet, float]
+    source: str = ""
+
+
+def name_of(model: str) -> str:
+    """The name in a model's id; a name is its own."""
+    return model.partition("@")[0]
+
+
+@dataclass(frozen=True)
+class ModelPackage:
+    """A parsed and checked `model.toml`. `samples`, `sources` and `train` name modules of the folder, or are None.
+
+    With `random_weights` the networks are made under a fixed seed, and `weights` is not read. `parameters` are for
+    the package's own modules. `revision` is a digest of everything that the package consists of, `code` one of its
+    modules alone.
+    """
+
+    folder: Path
+    revision: str
+    code: str
+    name: str
+    version: str
+    description: str
+    metric: str
+    modalities: Mapping[str, ModalitySpec]
+    fusion: str
+    output: OutputSpec
+    weights: Path
+    accuracy_file: Path
+    default_min_accuracy: float | None
+    samples: str | None
+    sources: str | None
+    train: str | None
+    random_weights: bool
+    serve_by_default: bool
+    parameters: Mapping[str, float]
+
+    @property
+    def id(self) -> str:
+        """Names the model as these files have it, `digits@3f9a0c4e5d6b7a81`: what services load, and calls name."""
+        return f"{self.name}@{self.revision}"
+
+    def has_networks_of(self, other: "ModelPackage") -> bool:
+        """Whether the networks of both are the same but for their weights, so that they take the same time."""
+        mine, theirs = (
+            (p.code, p.modalities, p.fusion, p.output.dtype, p.output.shape, p.parameters) for p in (self, other)
+        )
+        return mine == theirs
+
+    def check_unchanged(self) -> None:
+        """Checks that the files are still those that this was read from, the weights included.
+
+        Raises:
+            PackageError: they are not, or the accuracies were measured on other weights.
+        """
+        # They hold the hash of the weights, and the revision is a digest of them.
+        _ = self.accuracy
+        if load_package(self.folder).revision != self.revision:
+            raise PackageError(f"{self.folder}: the files changed while they were read; load the model again")
+
+    @cached_property
+    def accuracy(self) -> Accuracy:
+        """The accuracies of this package's weights, or those that stand in for them.
+
+        Raises:
+            PackageError: the file is missing, malformed, lacks a set, or was measured on other weights.
+        """
+        return _load_accuracy(self)
+
+    def load_module(self, name: str) -> ModuleType:
+        """Imports a module of the folder as `mosel_models.<model>.<name>`; relative imports work inside it.
+
+        Raises:
+            PackageError: there is no such file.
+        """
+        return import_module(self.name, self.folder, name)
+
+    def load_attribute(self, path: str) -> Any:
+        """Imports `module:Attribute`.
+
+        Raises:
+            PackageError: the module or the attribute does not exist.
+        """
+        module_name, _, attribute = path.partition(":")
+        module = self.load_module(module_name)
+        if not hasattr(module, attribute):
+            raise PackageError(
+                f"{self.folder / module_name}.py has no '{attribute}', which model.toml names as '{path}'"
+            )
+        return getattr(module, attribute)
+
+
+def load_package(folder: Path) -> ModelPackage:
+    """Reads and checks `folder/model.toml`; imports none of its code.
+
+    Raises:
+        PackageError: names the file, the key, what it holds and what was expected.
+    """
+    file = folder / "model.toml"
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = tomllib.loads(text)
+    except FileNotFoundError:
+        raise PackageError(f"{file}: no such file; a model package is a folder with a model.toml") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise PackageError(f"{file}: not valid TOML: {error}") from None
+    root = Table(file, "", content)
+    modalities = {name: _modality(table) for name, table in root.tables("modalities")}
+    output, fusion = root.table("output"), root.table("fusion")
+    samples, train = root.optional_table("samples"), root.optional_table("train")
+    parameters = root.optional_table("parameters")
+    accuracy_file = folder / root.text("accuracy", default="accuracy.json")
+    modules = sorted(folder.rglob("*.py"))
+    code = _digest(part for module in modules for part in (str(module.relative_to(folder)), module))
+    package = ModelPackage(
+        folder=folder.resolve(),
+        revision=_digest((text, accuracy_file, code)),
+        code=code,
+        name=root.identifier("name"),
+        version=root.text("version"),
+        description=root.text("description", default=""),
+        metric=root.text("metric", default="accuracy"),
+        modalities=modalities,
+        fusion=fusion.code_path("class"),
+        output=OutputSpec(
+            name=output.text("name", default="output"),
+            dtype=output.dtype(default="FP32"),
+            shape=output.shape("shape"),
+            labels=output.texts("labels", default=()),
+        ),
+        weights=folder / root.text("weights", default="weights.safetensors"),
+        accuracy_file=accuracy_file,
+        default_min_accuracy=root.fraction("default_min_accuracy"),
+        samples=samples.text("module") if samples else None,
+        sources=samples.text("sources", default="") or None if samples else None,
+        train=train.text("module") if train else None,
+        random_weights=root.flag("random_weights", default=False),
+        serve_by_default=root.flag("serve_by_default", default=True),
+        parameters=parameters.numbers() if parameters else {},
+    )
+    for table in (output, fusion, samples, train, root):
+        if table:
+            table.refuse_unknown()
+    _check_output(file, package.output)
+    if package.random_weights and "weights" in content:
+        raise PackageError(
+            f"{file}: key 'weights' holds {content['weights']!r}; expected no such key beside random_weights = true"
+        )
+    return package
+
+
+def find_packages(models: Path, only: tuple[str, ...] = ()) -> dict[str, ModelPackage]:
+    """Loads the packages in a folder of model folders, by name.
+
+    Args:
+        models: the folder of folders.
+        only: names to load; if empty, all that are served by default.
+
+    Raises:
+        ConfigError: the folder is not there, holds no package, or lacks one of `only`.
+        PackageError: a package is wrong, or two have the same name.
+    """
+    if not models.is_dir():
+        raise ConfigError(f"models folder {models}: no such folder")
+    packages: dict[str, ModelPackage] = {}
+    for file in sorted(models.glob("*/model.toml")):
+        if only and file.parent.name not in only:
+            continue
+        package = load_package(file.parent)
+        if package.name != file.parent.name:
+            raise PackageError(f"{file}: name is '{package.name}'; expected the folder's name, '{file.parent.name}'")
+        if only or package.serve_by_default:
+            packages[package.name] = package
+    missing = [name for name in only if name not in packages]
+    if missing or not packages:
+        wanted = f"model '{missing[0]}'" if missing else "a model package (a folder with a model.toml) to serve"
+        known = ", ".join(sorted(f.parent.name for f in models.glob("*/model.toml"))) or "none"
+        raise ConfigError(f"models folder {models}: {wanted} is not there; found: {known}")
+    return packages
+
+
+def find_package(models: Path, model: str) -> ModelPackage:
+    """The package of a model, from a folder of model folders.
+
+    Args:
+        models: the folder of folders.
+        model: its name, or its id: then the files must still be what the id stands for.
+
+    Raises:
+        ModelNotFound: there is no such package.
+        PackageError: it is wrong, or the files are not what the id stands for.
+    """
+    name, _, revision = model.partition("@")
+    try:
+        package = find_packages(models, (name,))[name]
+    except ConfigError as error:
+        raise ModelNotFound(str(error)) from None
+    if revision and package.revision != revision:
+        raise PackageError(f"{package.folder}: the files are {package.id}; expected {model}")
+    return package
+
+
+def _modality(table: Table) -> ModalitySpec:
+    spec = ModalitySpec(
+        dtype=table.dtype(),
+        shape=table.shape("shape"),
+        encoder=table.code_path("encoder"),
+        embedding=table.shape("embedding"),
+    )
+    table.refuse_unknown()
+    return spec
+
+
+def _check_output(file: Path, output: OutputSpec) -> None:
+    if output.dtype == "BF16":
+        raise PackageError(
+            f"{file}: key 'output.dtype' holds 'BF16'; expected a type that callers can hold, such as FP32"
+        )
+    if output.labels and len(output.shape) != 1:
+        raise PackageError(f"{file}: key 'output.shape' holds {list(output.shape)}; expected one dimension with labels")
+    if output.labels and len(output.labels) != output.shape[0]:
+        raise PackageError(
+            f"{file}: key 'output.labels' holds {len(output.labels)} labels; "
+            f"expected {output.shape[0]}, the dimension of output.shape"
+        )
+
+
+def _load_accuracy(package: ModelPackage) -> Accuracy:
+    file = package.accuracy_file
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        samples = int(content["validation"]["samples"])
+        sets = {parse_set(key): float(value) for key, value in content["validation"]["sets"].items()}
+        source = str(content.get("source", ""))
+        measured_on = None if package.random_weights else str(content["weights_sha256"])
+    except FileNotFoundError:
+        raise PackageError(f"{file}: no such file; {_ACCURACY_HINT}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PackageError(
+            f"{file}: {type(error).__name__} {error}; expected what mosel.compute.training writes; {_ACCURACY_HINT}"
+        ) from None
+    expected = subsets(package.modalities)
+    if wrong := sorted(map(format_set, {*expected} ^ sets.keys())):
+        raise PackageError(
+            f"{file}: key 'validation.sets.{wrong[0]}' is {'unknown' if parse_set(wrong[0]) in sets else 'missing'}; "
+            f"expected every set: {', '.join(map(format_set, expected))}"
+        )
+    if any(not 0 <= value <= 1 for value in sets.values()):
+        raise PackageError(f"{file}: key 'validation.sets' holds a number outside 0 to 1")
+    if measured_on is not None and measured_on != file_sha256(package.weights):
+        raise PackageError(
+            f"{file}: key 'weights_sha256' is not the hash of {package.weights.name}: measure again; {_ACCURACY_HINT}"
+        )
+    return Accuracy(samples=samples, sets=sets, source=source)
+
+
+def _digest(parts: Iterable[str | Path]) -> str:
+    """16 hexadecimal digits for texts and the contents of files; one that is not there counts as empty."""
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part.encode() if isinstance(part, str) else part.read_bytes() if part.is_file() else b""
+        digest.update(len(content).to_bytes(8, "big") + content)
+    return digest.hexdigest()[:16]
+
+
+def file_sha256(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        PackageError: the file is not there.
+    """
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise PackageError(f"{file}: no such file; expected the model's weights as safetensors") from None

@@ -1,0 +1,1 @@
+"""Profiles: what was measured of a model on one kind of hardware."""

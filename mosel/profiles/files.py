@@ -1,0 +1,379 @@
+"""Profile files: what was measured of a model on one kind of hardware, and where that is kept."""
+
+import hashlib
+import importlib.metadata
+import logging
+import math
+import os
+import platform
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from mosel.config import Settings
+from mosel.errors import ConfigError
+from mosel.modality import format_set, parse_set
+from mosel.packages.model_package import ModelPackage, file_sha256
+
+# The lane of fusion in `Profile.calls`; those of encoders are named after their modalities.
+FUSION = "fusion"
+_Z95 = 1.959964
+_GPUS = Path("/proc/driver/nvidia/gpus")
+
+log = logging.getLogger(__name__)
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Milliseconds = Annotated[float, Field(ge=0)]
+
+
+class Accuracy(_Value):
+    """Accuracy of a modality set, 0..1, on so many samples, and its 95 % interval."""
+
+    value: Fraction
+    samples: int = Field(ge=0)
+    low: Fraction
+    high: Fraction
+
+
+class Point(_Value):
+    """Time of the network alone for one batch, with `Profile.concurrency` of them at the same time."""
+
+    batch_size: PositiveInt
+    p50_ms: Milliseconds
+    p95_ms: Milliseconds
+
+
+class JobPoint(_Value):
+    """Time of one job at the client, on an idle system."""
+
+    size: PositiveInt
+    p50_ms: Milliseconds
+    p95_ms: Milliseconds
+
+
+class Call(_Value):
+    """What a call costs as the selector sees it: `overhead_ms + factor * Point.p50_ms`."""
+
+    overhead_ms: Milliseconds
+    factor: float = Field(1.0, gt=0)
+
+
+class Hardware(_Value):
+    """What latencies belong to; a profile is used where all of it is the same.
+
+    Attributes:
+        cpu: its model name.
+        cores: how many of them this process may use.
+        device: what the networks compute on: "cpu", or the GPU's name.
+        workers: calls that a service computes at the same time.
+        torch_threads: threads of each call, by lane; 1 where nothing is stated.
+    """
+
+    cpu: str
+    cores: float
+    device: str
+    workers: int
+    torch_threads: dict[str, int]
+
+
+class Versions(_Value):
+    """Of the software that was measured with."""
+
+    python: str
+    torch: str
+    mosel: str
+
+
+def _rising(points: tuple[Point, ...]) -> tuple[Point, ...]:
+    sizes = [point.batch_size for point in points]
+    if sizes != sorted(set(sizes)):
+        raise ValueError(f"batch sizes are {sizes}; expected them to rise")
+    return points
+
+
+Points = Annotated[tuple[Point, ...], Field(min_length=1), AfterValidator(_rising)]
+
+
+class Profile(_Value):
+    """A model's profile.
+
+    Attributes:
+        weights_sha256: of the weights file; of model.toml if the weights are random.
+        measured_on: day of the measurement, UTC.
+        quick: made by the selector at its first start: no end-to-end times, calls never seen under load.
+        concurrency: calls that ran at the same time while networks were timed.
+        accuracy_source: where `accuracy` comes from, in words.
+        accuracy_measured: it was measured with this profile, through the services; else it is the model package's.
+        accuracy: by modality set, such as `audio+image`.
+        encoders: by modality.
+        fusion: by modality set.
+        end_to_end: by modality set; empty if quick.
+        calls: on an idle system, by lane: a modality, or `fusion`.
+        loaded_calls: the same while the services are saturated, relative to `calls`; empty if quick.
+        edge_ms: what client and gateway add to a job of one item.
+        edge_item_ms: what each further item adds to that.
+        edge_cpu_ms: processor time that client, gateway and selector spend on a job; 0 if quick.
+    """
+
+    model: str
+    version: str
+    weights_sha256: str
+    hardware: Hardware
+    versions: Versions
+    measured_on: date
+    quick: bool
+    concurrency: PositiveInt
+    accuracy_source: str
+    accuracy_measured: bool
+    accuracy: dict[str, Accuracy]
+    encoders: dict[str, Points]
+    fusion: dict[str, Points]
+    end_to_end: dict[str, tuple[JobPoint, ...]] = {}
+    calls: dict[str, Call]
+    loaded_calls: dict[str, Call] = {}
+    edge_ms: Milliseconds = 0.0
+    edge_item_ms: Milliseconds = 0.0
+    edge_cpu_ms: Milliseconds = 0.0
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        modalities = {m for name in self.accuracy for m in parse_set(name)}
+        _same("encoders", self.encoders, modalities)
+        _same("fusion", self.fusion, self.accuracy)
+        _same("calls", self.calls, modalities | {FUSION})
+        return self
+
+
+def wilson(value: float, samples: int) -> Accuracy:
+    """An accuracy with its 95 % interval, see `wilson_interval`. Without samples it is everything."""
+    low, high = wilson_interval(value, samples, _Z95) if samples else (0.0, 1.0)
+    return Accuracy(value=value, samples=samples, low=low, high=high)
+
+
+def wilson_interval(value: float, samples: int, z: float) -> tuple[float, float]:
+    """The interval of z standard errors around a share that was measured on at least one sample.
+
+    It is Wilson's: `(p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)` (E. B. Wilson, "Probable inference, the law
+    of succession, and statistical inference", JASA 22, 1927).
+    """
+    centre = value + z**2 / (2 * samples)
+    spread = z * math.sqrt(value * (1 - value) / samples + (z / (2 * samples)) ** 2)
+    scale = 1 + z**2 / samples
+    low, high = (centre - spread) / scale, (centre + spread) / scale
+    # Rounding must not put the value itself outside.
+    return max(0.0, min(low, value)), min(1.0, max(high, value))
+
+
+def package_accuracy(package: ModelPackage) -> dict[str, Accuracy]:
+    """The accuracies that a model package states.
+
+    Raises:
+        PackageError: it states none, or not for every set.
+    """
+    accuracy = package.accuracy
+    return {format_set(s): wilson(value, accuracy.samples) for s, value in accuracy.sets.items()}
+
+
+def package_accuracy_source(package: ModelPackage) -> str:
+    """Where these are from, in words."""
+    accuracy = package.accuracy
+    samples = f"{accuracy.samples} samples" if accuracy.samples else "an unknown number of samples"
+    return f"the model package: {accuracy.source or 'validation split'}, {samples}"
+
+
+def quick_profile(
+    package: ModelPackage,
+    hardware: Hardware,
+    encoders: Mapping[str, tuple[Point, ...]],
+    fusion: Mapping[str, tuple[Point, ...]],
+    calls: Mapping[str, Call],
+) -> Profile:
+    """A profile of what the selector measures by itself; accuracies are the model package's."""
+    versions = Versions(
+        python=platform.python_version(),
+        torch=importlib.metadata.version("torch"),
+        mosel=importlib.metadata.version("mosel-server"),
+    )
+    return Profile(
+        model=package.name,
+        version=package.version,
+        weights_sha256=_weights_sha256(package),
+        hardware=hardware,
+        versions=versions,
+        measured_on=datetime.now(UTC).date(),
+        quick=True,
+        concurrency=hardware.workers,
+        accuracy_source=package_accuracy_source(package),
+        accuracy_measured=False,
+        accuracy=package_accuracy(package),
+        encoders=dict(encoders),
+        fusion=dict(fusion),
+        calls=dict(calls),
+    )
+
+
+def this_hardware(settings: Settings, device: str) -> Hardware:
+    """The hardware of this machine, as services with these settings use it.
+
+    Args:
+        settings: the effective settings.
+        device: what the networks compute on, see `device_name`.
+    """
+    threads = settings.encoders.torch_threads | {FUSION: settings.fusion.torch_threads}
+    return Hardware(
+        cpu=_cpu_name(),
+        cores=_cores(),
+        device=device,
+        workers=settings.workers,
+        torch_threads={lane: count for lane, count in threads.items() if count != 1},
+    )
+
+
+def device_name(resources: Iterable[str]) -> str:
+    """What services compute on, in words, from the `resource` of their states: "cpu", GPU names, or both."""
+    return " and ".join(sorted({r if r == "cpu" else _gpu_name(r) for r in resources}))
+
+
+def profile_file(package: ModelPackage, hardware: Hardware, settings: Settings) -> Path:
+    """Where the profile of a model's weights on this hardware is kept."""
+    key = hashlib.sha256(hardware.model_dump_json().encode()).hexdigest()[:12]
+    return settings.profiles_dir / f"{_stem(package)}-{key}.json"
+
+
+def load_profile(package: ModelPackage, settings: Settings, device: str | None = None) -> Profile | None:
+    """The kept profile of a model's weights on this hardware, None if there is none. Damaged files are passed over.
+
+    Args:
+        package: the model.
+        settings: the effective settings.
+        device: what the networks compute on; None: whatever `settings.device` allows, a full profile before a quick
+            one, the newest before others.
+    """
+    found = []
+    for file in sorted(settings.profiles_dir.glob(f"{_stem(package)}-*.json")):
+        try:
+            profile = read_profile(file, package)
+        except ConfigError as error:
+            log.warning("profile ignored", extra={"reason": str(error)})
+            continue
+        if _is_of(profile.hardware, settings, device):
+            found.append(profile)
+    return max(found, key=lambda profile: (not profile.quick, profile.measured_on), default=None)
+
+
+def needed_profile(package: ModelPackage, settings: Settings, file: Path | None) -> Profile:
+    """The profile in a file, or the kept one of this hardware.
+
+    Raises:
+        ConfigError: there is none, or the file is of something else.
+    """
+    profile = load_profile(package, settings) if file is None else read_profile(file, package)
+    if profile is None:
+        raise ConfigError(
+            f"no profile of {package.name} for this hardware in {settings.profiles_dir}; "
+            f"`mosel profile {package.name}` makes one"
+        )
+    return profile
+
+
+def read_profile(file: Path, package: ModelPackage | None = None) -> Profile:
+    """Reads a profile file.
+
+    Args:
+        file: as `save_profile` wrote it.
+        package: the model that it is expected to be of, with these weights; None: any.
+
+    Raises:
+        ConfigError: the file is not there, damaged, or of something else; names the file and the key.
+    """
+    try:
+        profile = Profile.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"profile {file}: {error.strerror}; `mosel profile` makes one") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        raise ConfigError(f"profile {file}: key '{key}': {first['msg']}") from None
+    if package is None:
+        return profile
+    expected = {"model": package.name, "version": package.version, "weights_sha256": _weights_sha256(package)}
+    for key, value in expected.items():
+        if getattr(profile, key) != value:
+            raise ConfigError(f"profile {file}: key '{key}' holds {getattr(profile, key)!r}; expected {value!r}")
+    return profile
+
+
+def save_profile(profile: Profile, file: Path) -> None:
+    """Writes a profile file, whole or not at all, readable by this user alone; missing folders are made.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=file.parent) as scratch:
+            partial = Path(scratch) / file.name
+            partial.touch(mode=0o600)
+            partial.write_text(profile.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            partial.replace(file)
+    except OSError as error:
+        raise ConfigError(f"profile {file}: cannot be written: {error.strerror}") from None
+
+
+def _same(key: str, holds: Iterable[str], expected: Iterable[str]) -> None:
+    if sorted(holds) != sorted(expected):
+        raise ValueError(f"{key} has {', '.join(sorted(holds))}; expected {', '.join(sorted(expected))}")
+
+
+def _stem(package: ModelPackage) -> str:
+    return f"{package.name}-{_weights_sha256(package)[:12]}"
+
+
+def _weights_sha256(package: ModelPackage) -> str:
+    return file_sha256(package.folder / "model.toml" if package.random_weights else package.weights)
+
+
+def _is_of(hardware: Hardware, settings: Settings, device: str | None) -> bool:
+    if device is None:
+        device = hardware.device
+        if settings.device != "auto" and (settings.device == "cpu") != (device == "cpu"):
+            return False
+    return hardware == this_hardware(settings, device)
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _cores() -> float:
+    """Cores that this process may use: by its affinity, and by its control group's quota (cgroup v2, `cpu.max`)."""
+    cores = float(len(os.sched_getaffinity(0)))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except OSError:
+        return cores
+    return cores if quota == "max" else min(cores, int(quota) / int(period))
+
+
+def _gpu_name(uuid: str) -> str:
+    """A GPU's name as the driver states it, else its UUID."""
+    for file in _GPUS.glob("*/information"):
+        text = file.read_text()
+        name = re.search(r"^Model:\s*(.+)$", text, re.MULTILINE)
+        if name and uuid in text:
+            return name[1]
+    return f"GPU {uuid}"

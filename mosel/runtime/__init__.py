@@ -1,0 +1,1 @@
+"""What every service does the same way: listen, talk to others, answer health checks, stop."""

@@ -1,0 +1,205 @@
+"""When queued jobs will be answered: their calls, list-scheduled in deadline order on the tokens of each resource.
+
+A *resource* is what services compete for (the cores of a host, a GPU); its *tokens* are the calls that run on it at the
+same time. Calls of several jobs to the same stage share batches, so a job costs what it adds to the calls of the jobs
+in front of it.
+"""
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from selector.core.stages import Remaining, Stage, Steps
+
+# Instead of nothing, where calls are divided by their time.
+_NO_TIME_S = 1e-6
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one job asks of the system.
+
+    Attributes:
+        seconds: how much longer every job behind it waits, by resource.
+        alone_s: the least time from its first call to its answer, with every token at its service.
+    """
+
+    seconds: Mapping[str, float]
+    alone_s: float
+
+
+class Forecast:
+    """The state of the resources at one moment.
+
+    Args:
+        now: seconds on the driver's clock.
+        free_at: when each token is free, in seconds, by resource; at least one token each.
+        resources: the resource of each lane.
+        reply_s: seconds that an answer takes back to the caller.
+        reserve: the share 0..1 of each resource that jobs need which have not come yet.
+        spread: where calls of a modality may be made, if not just on its first lane: a lane on each resource.
+        cautious: calls take as long as on what the reserve leaves.
+    """
+
+    def __init__(
+        self,
+        now: float,
+        free_at: Mapping[str, Sequence[float]],
+        resources: Mapping[str, str],
+        reply_s: float = 0.0,
+        reserve: Mapping[str, float] | None = None,
+        spread: Mapping[str, Sequence[str]] | None = None,
+        *,
+        cautious: bool = False,
+    ) -> None:
+        self.now, self._reply_s = now, reply_s
+        self._reserve, self._spread, self._cautious = reserve or {}, spread or {}, cautious
+        self._free_at, self._resources = free_at, resources
+        self._call_s: dict[tuple[Stage, int], float] = {}
+
+    def cautious(self) -> "Forecast":
+        """The same, for a plan that leaves the reserve to the jobs to come."""
+        known = self._free_at, self._resources, self._reply_s, self._reserve, self._spread
+        return Forecast(self.now, *known, cautious=True)
+
+    def finish(self, queue: Sequence[Remaining]) -> list[float]:
+        """When each job is answered, in seconds on the driver's clock, if the queue is served in this order.
+
+        Jobs behind do not count: they join a call only as far as the slack of its first job allows.
+        """
+        queued: dict[Stage, _Queued] = {}
+        if self._spread:
+            queued = {stage: _Queued(stage, rows) for stage, rows in _rows(queue).items()}
+        tokens = {resource: sorted(times) for resource, times in self._free_at.items()}
+        answered = []
+        for left in queue:
+            encoded = self._run(left.encode, queued, tokens, self.now)
+            done = self._run(left.fuse, queued, tokens, max(encoded, left.not_before))
+            answered.append(done + self._reply_s)
+        return answered
+
+    def loads(self, jobs: Iterable[Sequence[Remaining]], queue: Sequence[Remaining]) -> list[list[Load]]:
+        """What each job asks with each of its options, if it is one of this queue."""
+        rows = _rows(queue)
+        return [[self._load(option, rows) for option in options] for options in jobs]
+
+    def busy_s(self, resource: str) -> float:
+        """Seconds from now until a token of the resource is free, the mean over its tokens."""
+        times = self._free_at[resource]
+        return sum(max(at - self.now, 0.0) for at in times) / len(times)
+
+    def _load(self, left: Remaining, queued: Mapping[Stage, int]) -> Load:
+        seconds: dict[str, float] = {}
+        longest = []
+        for steps in (left.encode, left.fuse):
+            path = 0.0
+            for stage, rows in steps:
+                batch = min(max(queued.get(stage, 0), rows), stage.curve.best_batch)
+                if stage.lane in self._spread:
+                    path = max(path, self._load_spread(stage, rows, batch, seconds))
+                    continue
+                resource = self._resources[stage.lane]
+                tokens = len(self._free_at[resource])
+                call = self._expected_s(stage, batch)
+                seconds[resource] = seconds.get(resource, 0.0) + rows / batch * call / tokens
+                path = max(path, math.ceil(math.ceil(rows / batch) / tokens) * call)
+            longest.append(path)
+        return Load(seconds, max(sum(longest), *seconds.values(), 0.0) + self._reply_s)
+
+    def _load_spread(self, stage: Stage, rows: int, batch: int, seconds: dict[str, float]) -> float:
+        """Adds what a stage asks of each of several resources, as they share it when all are busy; returns its path."""
+        stages = self._stages_of(stage)
+        calls = [self._expected_s(one, batch) for one in stages]
+        tokens = [len(self._free_at[self._resources[one.lane]]) for one in stages]
+        each = rows / batch / sum(count / max(call, _NO_TIME_S) for count, call in zip(tokens, calls, strict=True))
+        for one in stages:
+            resource = self._resources[one.lane]
+            seconds[resource] = seconds.get(resource, 0.0) + each
+        return math.ceil(math.ceil(rows / batch) / sum(tokens)) * min(calls)
+
+    def _stages_of(self, stage: Stage) -> list[Stage]:
+        """The stage on each lane where its calls may be made; never empty."""
+        lanes = [lane for lane in self._spread[stage.lane] if lane not in stage.lacking]
+        return [stage.on(lane) for lane in lanes or self._spread[stage.lane]]
+
+    def _run(
+        self, steps: Steps, queued: dict[Stage, "_Queued"], tokens: Mapping[str, list[float]], earliest: float
+    ) -> float:
+        """Puts what some steps add to the calls of jobs in front on the tokens that are free first; returns the end."""
+        end = earliest
+        waiting: dict[str, list[float]] = {}
+        for stage, rows in steps:
+            best_batch, last = stage.curve.best_batch, queued.get(stage) or queued.setdefault(stage, _Queued(stage))
+            several = self._stages_of(stage) if stage.lane in self._spread else ()
+            on, resource = last.on, self._resources[last.on.lane]
+            free, own = tokens[resource], self._begun(resource, waiting, tokens, earliest)
+            # What is ready only after the last call has begun does not join it.
+            joined = last.joined if earliest <= last.begins else 0
+            while rows:
+                count = min(rows, best_batch - joined)
+                if several and not joined:
+                    on = last.on = self._soonest(several, min(last.left, best_batch), waiting, tokens, earliest)
+                    resource = self._resources[on.lane]
+                    free, own = tokens[resource], self._begun(resource, waiting, tokens, earliest)
+                last.begins = last.begins if joined else own[0]
+                call = self._expected_s(on, joined + count)
+                added = max(call - self._expected_s(on, joined), 0.0) if joined else call
+                ends = own[0] + added
+                heapq.heapreplace(own, ends)
+                if own is not free:
+                    heapq.heapreplace(free, free[0] + added)
+                end = max(end, ends, earliest + call)
+                joined = last.joined = (joined + count) % best_batch
+                last.left -= count
+                rows -= count
+        return end
+
+    def _begun(
+        self, resource: str, waiting: dict[str, list[float]], tokens: Mapping[str, list[float]], earliest: float
+    ) -> list[float]:
+        """When the tokens of a resource are free for steps that may begin at the earliest at some time."""
+        if resource not in waiting:
+            free = tokens[resource]
+            # Until these steps may begin, jobs behind use the tokens: those lose only the time that the calls take.
+            waiting[resource] = [max(at, earliest) for at in free] if free[0] < earliest else free
+        return waiting[resource]
+
+    def _soonest(
+        self,
+        stages: Sequence[Stage],
+        items: int,
+        waiting: dict[str, list[float]],
+        tokens: Mapping[str, list[float]],
+        earliest: float,
+    ) -> Stage:
+        """Where a call of so many items is over first."""
+        begins = [self._begun(self._resources[one.lane], waiting, tokens, earliest)[0] for one in stages]
+        ends = [at + self._expected_s(one, items) for at, one in zip(begins, stages, strict=True)]
+        return stages[ends.index(min(ends))]
+
+    def _expected_s(self, stage: Stage, items: int) -> float:
+        key = (stage, items)
+        if key not in self._call_s:
+            taken = self._reserve.get(self._resources[stage.lane], 0.0) if self._cautious else 0.0
+            self._call_s[key] = stage.expected_ms(items, self.now) / 1000 / (1 - taken)
+        return self._call_s[key]
+
+
+@dataclass
+class _Queued:
+    """What is queued for a stage, and its last call that is not full: on which lane, its rows, and when it begins."""
+
+    on: Stage
+    left: int = 0
+    joined: int = 0
+    begins: float = -math.inf
+
+
+def _rows(queue: Sequence[Remaining]) -> dict[Stage, int]:
+    """How many rows are queued for each stage; they share its calls."""
+    rows_of: dict[Stage, int] = {}
+    for left in queue:
+        for stage, rows in (*left.encode, *left.fuse):
+            rows_of[stage] = rows_of.get(stage, 0) + rows
+    return rows_of

@@ -1,0 +1,134 @@
+"""The words of the core: jobs, and the calls that serve them."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from mosel.errors import MoselError
+from mosel.modality import ModalitySet
+from selector.core.frontier import Strategy
+from selector.core.stages import FUSION
+
+NORMAL_PRIORITY = 5
+# What a level of priority is worth, in seconds of the deadline.
+_LEVEL_S = 5.0
+
+
+class Effort(StrEnum):
+    """What happens to time that an accuracy floor leaves unused: nothing, or more accuracy."""
+
+    CHEAPEST = "cheapest"
+    BEST = "best"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Items that arrived together.
+
+    Attributes:
+        id: unique among the jobs on their way.
+        model: which model; every call for the job names the same.
+        size: items.
+        modalities: those that were sent and may be run.
+        min_accuracy: the accuracy floor, 0..1, or None.
+        deadline: seconds on the driver's clock; orders jobs, and plans are made to meet it.
+        exact: run all of `modalities` or refuse.
+        effort: None: cheapest with a floor, best without.
+        late_ok: a late answer is wanted too, so the job is neither refused nor dropped for its deadline.
+        expires: seconds on the driver's clock after which nobody waits; None: the deadline.
+        priority: 1 goes first, 9 last.
+    """
+
+    id: bytes
+    model: str
+    size: int
+    modalities: ModalitySet
+    min_accuracy: float | None
+    deadline: float
+    exact: bool = False
+    effort: Effort | None = None
+    late_ok: bool = False
+    expires: float | None = None
+    priority: int = NORMAL_PRIORITY
+
+    @property
+    def order(self) -> float:
+        """Jobs are served by rising order: by deadline, as if that were sooner or later for each level of priority.
+
+        So a job that has waited long enough goes before a newer one of any priority.
+        """
+        return self.deadline + (self.priority - NORMAL_PRIORITY) * _LEVEL_S
+
+    @property
+    def ends(self) -> float:
+        """When nobody waits any more."""
+        return self.deadline if self.expires is None else self.expires
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some items of a job, by rising index."""
+
+    job_id: bytes
+    items: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EncodeCall:
+    """One batch for an encoder of a modality; `lane` is the service that it is for."""
+
+    id: int
+    model: str
+    modality: str
+    lane: str
+    rows: tuple[Rows, ...]
+
+    @property
+    def stage(self) -> "str | ModalitySet":
+        """What decides how long it takes, besides model and size."""
+        return self.modality
+
+
+@dataclass(frozen=True)
+class FuseCall:
+    """One batch for fusion: items of one modality set whose embeddings are all there."""
+
+    id: int
+    model: str
+    modality_set: ModalitySet
+    rows: tuple[Rows, ...]
+
+    @property
+    def lane(self) -> str:
+        """The service that it is for."""
+        return FUSION
+
+    @property
+    def stage(self) -> "str | ModalitySet":
+        """What decides how long it takes, besides model and size."""
+        return self.modality_set
+
+
+Call = EncodeCall | FuseCall
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job that ends without an answer: it expired, or was dropped because it could no longer be met."""
+
+    job_id: bytes
+    error: MoselError
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Nothing to do before an event, or before `until` seconds on the driver's clock."""
+
+    until: float | None
+
+
+@dataclass(frozen=True)
+class Option:
+    """A strategy that a job may use, and what it is worth to a policy: accuracy, or thrift."""
+
+    strategy: Strategy
+    value: float

@@ -1,0 +1,154 @@
+"""Which strategies a job may use, in the order in which they are preferred; never one below its accuracy floor."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from mosel.errors import FloorUnreachable, ServiceUnavailable
+from mosel.modality import ModalitySet, format_set, subsets
+from selector.core.frontier import Strategy, frontiers, thin
+from selector.core.jobs import Effort, Job, Option
+from selector.core.profile import ModelProfile
+
+# Sums of floats: a floor equal to a profile's accuracy is met by it.
+_TOLERANCE = 1e-9
+# A policy weighs so many strategies per job; a frontier has more, hardly different ones.
+_MOST_OPTIONS = 8
+# Frontiers are kept up to this size; larger jobs are cut like one of it, to its 1/32 of their items.
+_LARGEST_FRONTIER = 32
+# Of what little thrift is worth beside accuracy: it only breaks ties and orders.
+_THRIFT = 1e-3
+
+
+class Frontiers:
+    """The frontiers of one model by available modality sets; each is computed once."""
+
+    def __init__(self, profile: ModelProfile) -> None:
+        self._profile = profile
+        self._known: dict[frozenset[ModalitySet], Sequence[Sequence[Strategy]]] = {}
+
+    def of(self, sets: Iterable[ModalitySet], size: int) -> Sequence[Strategy]:
+        """The frontier for a job of this size, cheapest first."""
+        key = frozenset(sets)
+        if len(key) == 1:
+            return [strategy_of(self._profile, dict.fromkeys(key, size))]
+        if key not in self._known:
+            ordered = sorted(key, key=format_set)
+            self._known[key] = frontiers(self._profile, ordered, _LARGEST_FRONTIER)
+        if size <= _LARGEST_FRONTIER:
+            return self._known[key][size - 1]
+        return self._scaled(self._known[key][-1], size)
+
+    def _scaled(self, strategies: Sequence[Strategy], size: int) -> Sequence[Strategy]:
+        """Strategies for a larger job in the same proportions; what rounding leaves goes to the most accurate set."""
+        larger = []
+        for strategy in strategies:
+            counts = {s: count * size // strategy.size for s, count in strategy.counts}
+            best = max(counts, key=lambda s: self._profile.accuracy[s])
+            counts[best] += size - sum(counts.values())
+            larger.append(strategy_of(self._profile, {s: count for s, count in counts.items() if count}))
+        kept: list[Strategy] = []
+        for strategy in sorted(larger, key=lambda s: (s.cost_ms, -s.accuracy)):
+            if not kept or strategy.accuracy > kept[-1].accuracy:
+                kept.append(strategy)
+        return kept
+
+
+def strategy_of(profile: ModelProfile, counts: Mapping[ModalitySet, int]) -> Strategy:
+    """The strategy that runs so many items of each set."""
+    # Not the mean of equal numbers, which is a little less than each.
+    values = {profile.accuracy[s] for s in counts}
+    mean = sum(profile.accuracy[s] * count for s, count in counts.items()) / sum(counts.values())
+    accuracy = values.pop() if len(values) == 1 else mean
+    ordered = tuple(sorted(counts.items(), key=lambda entry: format_set(entry[0])))
+    return Strategy(ordered, accuracy, profile.mixed_cost_ms(counts))
+
+
+def floor_of(profile: ModelProfile, job: Job) -> float:
+    """The accuracy that the job's items must have on average."""
+    if job.min_accuracy is not None:
+        return job.min_accuracy
+    full = profile.accuracy[job.modalities]
+    return full if profile.default_min_accuracy is None else min(full, profile.default_min_accuracy)
+
+
+def allowed_options(
+    profile: ModelProfile,
+    frontiers_of: Frontiers,
+    job: Job,
+    items: int,
+    floor: float,
+    is_up: Callable[[ModalitySet], bool],
+    full_only: bool,
+) -> list[Option]:
+    """The strategies for items of a job that meet a floor and could run now, the preferred one first.
+
+    Args:
+        profile: the model's.
+        frontiers_of: the model's.
+        job: the job.
+        items: how many of its items are to be planned.
+        floor: the accuracy that they need on average.
+        is_up: whether all encoders of a set are there.
+        full_only: every modality that was sent is run, whatever the floor.
+
+    Raises:
+        FloorUnreachable: no strategy over what was sent meets the floor; names the best set, and what is missing.
+        ServiceUnavailable: one would, but an encoder that it needs is away; names the best that is left.
+    """
+    candidates = [job.modalities] if job.exact or full_only else subsets(job.modalities)
+    accurate = [s for s in candidates if profile.accuracy[s] >= floor - _TOLERANCE]
+    if not accurate:
+        raise FloorUnreachable(
+            f"min_accuracy {floor:.4g} cannot be met with {format_set(job.modalities)}; {best_of(profile, candidates)}"
+            f"{_what_is_missing(profile, job.modalities, floor)}"
+        )
+    running = [s for s in candidates if is_up(s) and profile.can_run(s)]
+    strategies = frontiers_of.of(running, items) if running else ()
+    meeting = [s for s in strategies if s.accuracy >= floor - _TOLERANCE]
+    if not meeting:
+        raise ServiceUnavailable(
+            f"service {_why_not(accurate[-1], is_up)}, so no modality set that meets accuracy {floor:.4g} can be run; "
+            f"{best_of(profile, running)}"
+        )
+    effort = job.effort or (Effort.BEST if job.min_accuracy is None else Effort.CHEAPEST)
+    if effort is Effort.CHEAPEST:
+        return [Option(s, -_THRIFT * i) for i, s in enumerate(thin(meeting, _MOST_OPTIONS))]
+    options = [Option(s, s.accuracy) for s in reversed(thin(meeting, _MOST_OPTIONS))]
+    if job.min_accuracy is None and job.modalities in running:
+        return _all_that_was_sent_first(profile, job.modalities, items, options)
+    return options
+
+
+def best_of(profile: ModelProfile, candidates: Iterable[ModalitySet]) -> str:
+    """What a refusal says of the alternatives."""
+    best = profile.best(candidates)
+    if best is None:
+        return "nothing else could be had"
+    return f"the best that could be had is {profile.accuracy[best]:.4g} with {format_set(best)}"
+
+
+def _what_is_missing(profile: ModelProfile, sent: ModalitySet, floor: float) -> str:
+    """The fewest modalities that would have to be sent, too, for a floor to be met; empty if nothing helps."""
+    missing = [s for s, accuracy in profile.accuracy.items() if accuracy >= floor - _TOLERANCE and not s <= sent]
+    if not missing:
+        return ""
+    nearest = min(missing, key=lambda s: (len(s - sent), -profile.accuracy[s], format_set(s)))
+    more = ", ".join(sorted(nearest - sent))
+    return f"; with {more} as well, {format_set(nearest)} has {profile.accuracy[nearest]:.4g}"
+
+
+def _all_that_was_sent_first(
+    profile: ModelProfile, sent: ModalitySet, items: int, options: Sequence[Option]
+) -> list[Option]:
+    """Without a floor the caller wants what it sent, even where fewer modalities are as accurate."""
+    full = strategy_of(profile, {sent: items})
+    others = [option for option in options if option.strategy.cost_ms < full.cost_ms]
+    most = max((option.value for option in others), default=0.0)
+    return [Option(full, max(full.accuracy, most + _THRIFT)), *others]
+
+
+def _why_not(modality_set: ModalitySet, is_up: Callable[[ModalitySet], bool]) -> str:
+    """Which services a modality set waits for."""
+    if not is_up(frozenset()):
+        return "fusion is away"
+    away = ", ".join(f"encoder/{m}" for m in sorted(modality_set) if not is_up(frozenset({m})))
+    return f"{away} is away" if away else f"selector still loads and measures {format_set(modality_set)}"

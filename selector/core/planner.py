@@ -1,0 +1,276 @@
+"""Plans: who is admitted, and which strategy each queued job has."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from mosel.errors import MoselError
+from mosel.modality import ModalitySet
+from selector.core.arriving import Arriving
+from selector.core.forecast import Forecast
+from selector.core.frontier import Strategy
+from selector.core.jobs import Job, Option
+from selector.core.options import Frontiers, allowed_options, floor_of, strategy_of
+from selector.core.policies import PLANNED_JOBS, POLICIES, Choices, Queued, finish_times, placed
+from selector.core.profile import ModelProfile
+from selector.core.promises import Promises
+from selector.core.refusals import refusal
+from selector.core.resources import Resources
+from selector.core.stages import FUSION, Remaining, Stages
+from selector.core.work import Work
+
+# Plans are made at most so often, and the more jobs they have the less often: a plan of one job takes about a tenth of
+# that, and while the selector plans, no call is handed out. Between two, newcomers join the plan as it is.
+_REPLAN_S, _REPLAN_S_PER_JOB = 0.010, 0.0015
+
+
+class Planner:
+    """Knows the models, and applies the policy to a queue of jobs.
+
+    Args:
+        profiles: by model; their latencies may arrive later, and models may come and go.
+        policy: a key of `POLICIES`.
+        resources: where work runs.
+
+    Attributes:
+        stages: the steps of every model.
+    """
+
+    def __init__(self, profiles: Mapping[str, ModelProfile], policy: str, resources: Resources) -> None:
+        self._profiles, self._policy, self._resources = profiles, policy, resources
+        self._frontiers = {model: Frontiers(profile) for model, profile in profiles.items()}
+        self._arriving = Arriving()
+        self._next_plan_at = 0.0
+        self.stages = Stages(profiles)
+        self._promises = Promises()
+
+    def add(self, model: str, frontiers: Frontiers) -> None:
+        """Jobs may name one more model."""
+        self._frontiers[model] = frontiers
+
+    def forget(self, model: str) -> None:
+        """No job will name a model any more."""
+        del self._frontiers[model]
+        self.stages.forget(model)
+
+    def new_work(self, job: Job, now: float) -> Work:
+        """A job with the strategies that it may use.
+
+        Raises:
+            FloorUnreachable, ServiceUnavailable.
+        """
+        profile = self._profiles[job.model]
+        floor = floor_of(profile, job)
+        options = self._options(job, job.size, floor)
+        without = self._without(job, job.size, floor)
+        return Work(job, profile, floor, now, options, self._queued(job, options), without=without)
+
+    def arrived(self, work: Work, now: float) -> None:
+        """A job came, whether it will be admitted or not."""
+        cheapest = work.queued.options[work.queued.cheapest]
+        self._arriving.add(self._resources.idle_forecast(now).loads([[cheapest]], ())[0][0].seconds, now)
+
+    def admit(self, works: Sequence[Work], newcomer: Work, now: float) -> Choices:
+        """Plans with a newcomer in the queue; those who are in it already keep their promise. Changes no strategy.
+
+        Args:
+            works: the queue in deadline order, with the newcomer.
+            newcomer: one of them.
+            now: seconds on the driver's clock.
+
+        Raises:
+            DeadlineUnreachable, Overloaded.
+        """
+        at = works.index(newcomer)
+        if newcomer.job.late_ok and at >= PLANNED_JOBS and at == len(works) - 1:
+            # It waits for its turn behind everyone else: nothing to check, and nothing to plan yet.
+            newcomer.predicted = newcomer.job.deadline
+            return [*[None] * at, newcomer.queued.cheapest]
+        queue, forecast = [self._as_queued(work) for work in works], self._forecast(now)
+        spare_s = self._spare_s(works, at, now)
+        queue[at] = replace(queue[at], deadline=newcomer.job.deadline - spare_s)
+        if self._resources.is_one and (hopeless := _hopeless(queue, forecast, at)):
+            raise self._refusal(newcomer, queue, forecast, hopeless, at, spare_s)
+        if self.is_due(now):
+            choices = self._reassigned(queue, forecast)
+        else:
+            choices = placed(queue, forecast, [work.chosen for work in works], at)
+        times = finish_times(queue, forecast, choices)
+        kept = None not in choices and not _broken(queue, forecast, choices, times, at)
+        newcomer.predicted = times[at] or now
+        if not kept or (newcomer.predicted > queue[at].deadline and not newcomer.job.late_ok):
+            raise self._refusal(newcomer, queue, forecast, choices, at, spare_s)
+        return choices
+
+    def apply(self, works: Sequence[Work], choices: Choices) -> None:
+        """Gives each job its option, as far as its items are not committed."""
+        for work, choice in zip(works, choices, strict=True):
+            if choice is not None and work.uncommitted:
+                work.choose(choice)
+
+    def replan(self, works: Sequence[Work], now: float) -> list[Work]:
+        """Reassigns strategies at the head of the queue; returns the jobs dropped as they can no longer be met."""
+        works = works[:PLANNED_JOBS]
+        queue = [self._as_queued(work) for work in works]
+        choices = self._reassigned(queue, self._forecast(now))
+        self.apply(works, choices)
+        return [work for work, choice in zip(works, choices, strict=True) if choice is None]
+
+    def answered(self, work: Work, now: float) -> None:
+        """A job was answered, in time or not."""
+        if now + self._resources.reply_s > work.job.deadline:
+            self.missed(work, now)
+        else:
+            self._promises.note(kept=True, now=now)
+
+    def missed(self, work: Work | None, now: float) -> None:
+        """A job that was admitted got no answer in time; None if it is not known any more."""
+        if work is None or not work.job.late_ok:
+            self._promises.note(kept=False, now=now)
+
+    def is_due(self, now: float) -> bool:
+        """Whether the last exact plan is long enough ago."""
+        return now >= self._next_plan_at
+
+    def plan_without(self, work: Work, lane: str) -> bool:
+        """Plans anew what a service that went away has not begun of a job; False if the job cannot do without it.
+
+        A call that the service has already may still come back, well or not.
+        """
+        if lane == FUSION and work.unfinished():
+            return False
+        work.begin_again(work.unsent.get(lane, ()))
+        return not work.uncommitted or self._plan_rest(work)
+
+    def plan_again(self, work: Work, now: float) -> bool:
+        """Plans anew what is not committed of a job after a call for it failed; False if there is no time for that."""
+        if not self._plan_rest(work):
+            return False
+        left_s = work.job.ends - now
+        in_time = [i for i, left in enumerate(work.queued.options) if self._idle_s(left, now) <= left_s]
+        if in_time:
+            work.choose(in_time[0])
+        return bool(in_time)
+
+    def _plan_rest(self, work: Work) -> bool:
+        """Plans what is not committed of a job with the services that are there; False if its floor needs more."""
+        try:
+            work.options = self._options(work.job, work.uncommitted, work.floor_of_rest)
+        except MoselError:
+            return False
+        work.without |= self._without(work.job, work.uncommitted, work.floor_of_rest)
+        work.queued = self._queued(work.job, work.options)
+        work.choose(0)
+        return True
+
+    def frontier(self, job: Job, now: float) -> list[tuple[Strategy, float]]:
+        """Strategies for a job's size over what it sent, cheapest first, with their milliseconds on an idle system."""
+        profile = self._profiles[job.model]
+        sets = [s for s in profile.accuracy if s <= job.modalities and self._is_ready(profile, s)]
+        strategies = self._frontiers[job.model].of(sets, job.size) if sets else ()
+        return [(s, self._idle_s(self.stages.remaining(job.model, s), now) * 1000) for s in strategies]
+
+    def _is_ready(self, profile: ModelProfile, modality_set: frozenset[str]) -> bool:
+        return self._resources.is_up(modality_set, profile.lacking) and profile.can_run(modality_set)
+
+    def _reassigned(self, queue: Sequence[Queued], forecast: Forecast) -> Choices:
+        choices = POLICIES[self._policy](queue, forecast)
+        if any(choices):
+            jobs = min(len(queue), PLANNED_JOBS)
+            self._next_plan_at = forecast.now + max(_REPLAN_S, _REPLAN_S_PER_JOB * jobs)
+        return choices
+
+    def _forecast(self, now: float) -> Forecast:
+        return self._resources.forecast(now, self._arriving.shares(now))
+
+    def _idle_s(self, left: Remaining, now: float) -> float:
+        return self._resources.idle_forecast(now).finish([left])[0] - now
+
+    def _spare_s(self, works: Sequence[Work], at: int, now: float) -> float:
+        """Seconds that the newcomer at a place in the queue must have to spare."""
+        job = works[at].job
+        ahead_s = max(works[at - 1].predicted - now, 0.0) if at else 0.0
+        return 0.0 if job.late_ok else self._promises.spare_s(job.deadline - now, ahead_s, now)
+
+    def _refusal(
+        self,
+        work: Work,
+        queue: Sequence[Queued],
+        forecast: Forecast,
+        choices: Choices,
+        at: int,
+        spare_s: float,
+    ) -> MoselError:
+        now, profile, job = forecast.now, work.profile, work.job
+        idle_s = [self._idle_s(left, now) for left in work.queued.options]
+        fastest = min(range(len(idle_s)), key=lambda i: idle_s[i])
+        others = [other.cheapest if choice is None else choice for other, choice in zip(queue, choices, strict=True)]
+        behind = finish_times(queue, forecast, [*others[:at], fastest, *others[at + 1 :]])[at] or now
+        sets = [s for s in profile.accuracy if s <= job.modalities and profile.can_run(s)]
+        lefts = {s: self.stages.remaining(job.model, strategy_of(profile, {s: job.size})) for s in sets}
+        fitting = [s for s, left in lefts.items() if self._idle_s(left, now) <= job.deadline - now]
+        return refusal(work, now, fastest, idle_s[fastest], behind + spare_s - now, fitting)
+
+    def _options(self, job: Job, items: int, floor: float, *, whole: bool = False) -> list[Option]:
+        """The strategies for items of a job with the services that are there, or as if all were (`whole`)."""
+        profile, frontiers = self._profiles[job.model], self._frontiers[job.model]
+        is_up = (lambda _: True) if whole else partial(self._resources.is_up, lacking=profile.lacking)
+        return allowed_options(profile, frontiers, job, items, floor, is_up, self._policy == "all")
+
+    def _without(self, job: Job, items: int, floor: float) -> ModalitySet:
+        """The modalities that items of a job would run, were their encoders there."""
+        lacking = self._profiles[job.model].lacking
+        away = {
+            modality for modality in job.modalities if not self._resources.is_served(modality, lacking, staying=True)
+        }
+        preferred = self._options(job, items, floor, whole=True)[0].strategy if away else None
+        return frozenset().union(*(away & s for s, _ in preferred.counts)) if preferred else frozenset()
+
+    def _queued(self, job: Job, options: Sequence[Option]) -> Queued:
+        lefts = [self.stages.remaining(job.model, option.strategy) for option in options]
+        cheapest = min(range(len(options)), key=lambda i: options[i].strategy.cost_ms)
+        values = [option.value for option in options]
+        return Queued(lefts, values, cheapest, job.size, job.deadline, late_ok=job.late_ok)
+
+    def _as_queued(self, work: Work) -> Queued:
+        """The job as a policy sees it now."""
+        if work.started_at is None:
+            return work.queued
+        job, stage = work.job, partial(self.stages.of, work.job.model)
+        committed = Remaining(
+            tuple((stage(modality), len(items)) for modality, items in work.unsent.items()),
+            tuple((stage(modality_set), count) for modality_set, count in work.unfinished().items()),
+            max((under_way.due for under_way in self._resources.calls(work.calls)), default=0.0),
+        )
+        if not work.uncommitted:
+            work.chosen = 0
+            return Queued((committed,), (0.0,), 0, job.size, job.deadline, True, job.late_ok)
+        try:
+            work.replace_options(self._options(job, work.uncommitted, work.floor_of_rest))
+        except MoselError:
+            # Rounding left none that meets the floor to the last digit: the plan stays as it is.
+            work.replace_options([Option(strategy_of(work.profile, work.planned), 0.0)])
+        rest = self._queued(job, work.options)
+        lefts = [committed + left for left in rest.options]
+        return Queued(lefts, rest.values, rest.cheapest, work.uncommitted, job.deadline, True, job.late_ok)
+
+
+def _hopeless(queue: Sequence[Queued], forecast: Forecast, at: int) -> Choices:
+    """Everyone's cheapest options if the newcomer at a place is late even so, which no plan can help; else nothing.
+
+    Plans take time, and under overload most are refused. On one resource the cheapest options are the fastest.
+    """
+    choices: Choices = [job.cheapest for job in queue]
+    answered = finish_times(queue[: at + 1], forecast, choices[: at + 1])[at] or 0.0
+    return choices if answered > queue[at].deadline and not queue[at].late_ok else []
+
+
+def _broken(
+    queue: Sequence[Queued], forecast: Forecast, choices: Choices, times: Sequence[float | None], at: int
+) -> bool:
+    """Whether the newcomer at a place makes a job late that would be in time without it."""
+    late = [i for i, job in enumerate(queue) if i > at and not job.late_ok and (times[i] or 0.0) > job.deadline]
+    if not late:
+        return False
+    without = finish_times(queue, forecast, [*choices[:at], None, *choices[at + 1 :]])
+    return any((without[i] or 0.0) <= queue[i].deadline for i in late)

@@ -1,0 +1,179 @@
+"""The services that compute, what they compute on, and the calls under way."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+from mosel.modality import ModalitySet, modality_of
+from selector.core.forecast import Forecast
+from selector.core.jobs import Call
+from selector.core.stages import FUSION
+
+# A call that is overdue is expected to take so much longer, as a share of what it was expected to take in all.
+_OVERDUE = 0.1
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """A call that a service has.
+
+    Attributes:
+        items: rows in it.
+        started: seconds on the driver's clock.
+        expected_s: seconds that it is expected to take.
+    """
+
+    call: Call
+    items: int
+    started: float
+    expected_s: float
+
+    @property
+    def due(self) -> float:
+        """When it should be over."""
+        return self.started + self.expected_s
+
+    def ends(self, now: float) -> float:
+        """When it will be over, if it is not yet."""
+        return max(self.due, now + _OVERDUE * self.expected_s)
+
+    def ends_if_ever(self, now: float) -> float:
+        """The same for whoever need not wait for it: what is overdue may hang, and takes as long again."""
+        return max(self.ends(now), now + (now - self.due))
+
+
+@dataclass
+class _Lane:
+    """A service; one that is `leaving` serves the jobs that it has, and no others."""
+
+    up: bool = False
+    resource: str = "cpu"
+    leaving: bool = False
+
+
+class Resources:
+    """Lanes on the same resource share its tokens; each call under way holds one.
+
+    A modality may have several lanes. It is known by the name of the first, which is its own; fusion has one.
+
+    Args:
+        lanes: the first of each modality, and fusion.
+        tokens: calls at the same time on each resource.
+        reply_ms: what an answer takes from here to the caller.
+
+    Attributes:
+        reply_s: the same in seconds.
+    """
+
+    def __init__(self, lanes: Iterable[str], tokens: int, reply_ms: float) -> None:
+        self._lanes = {name: _Lane() for name in lanes}
+        self._tokens, self.reply_s = tokens, reply_ms / 1000
+        self._calls: dict[int, UnderWay] = {}
+        self._replicas: dict[str, tuple[str, ...]] = {}
+        self._spread: dict[str, tuple[str, ...]] = {}
+
+    def add_lanes(self, names: Iterable[str]) -> None:
+        """Services that may come; those that are known stay as they are."""
+        self._lanes = {name: _Lane() for name in names} | self._lanes
+
+    def set_lane(self, name: str, up: bool, resource: str) -> None:
+        """A service came or went."""
+        self._lanes[name] = _Lane(up, resource)
+        lanes: dict[str, list[str]] = {}
+        for lane in self._lanes:
+            lanes.setdefault(modality_of(lane), []).append(lane)
+        self._replicas = {modality: tuple(sorted(names)) for modality, names in lanes.items() if len(names) > 1}
+        self._spread = {}
+        for modality, names in self._replicas.items():
+            by_resource = {self._lanes[lane].resource: lane for lane in reversed(names) if self._lanes[lane].up}
+            if by_resource and [*by_resource.values()] != [modality]:
+                self._spread[modality] = tuple(sorted(by_resource.values()))
+
+    def set_leaving(self, name: str) -> None:
+        """A service is about to go: no further job may be planned with it."""
+        self._lanes[name].leaving = True
+
+    @property
+    def is_one(self) -> bool:
+        """Whether all services that are there compute on the same resource."""
+        return len({lane.resource for lane in self._lanes.values() if lane.up}) == 1
+
+    def is_up(self, modality_set: ModalitySet, lacking: Set[str] = frozenset()) -> bool:
+        """Whether fusion and an encoder of each modality are there and stay; those without the model do not count."""
+        return all(self.is_served(m, lacking, staying=True) for m in (FUSION, *modality_set))
+
+    def is_served(self, modality: str, lacking: Set[str], *, staying: bool = False) -> bool:
+        """Whether an encoder of a modality is there, or fusion.
+
+        Args:
+            modality: the modality, or fusion.
+            lacking: lanes that do not have the model, and do not count.
+            staying: whether those do not count either that are about to go.
+        """
+        there = [lane for lane in self._replicas.get(modality, (modality,)) if self._lanes[lane].up]
+        if modality in self._replicas:
+            there = [lane for lane in there if lane not in lacking]
+        return bool(self.staying(there) if staying else there)
+
+    def staying(self, lanes: Iterable[str]) -> list[str]:
+        """Those that are not about to go."""
+        return [lane for lane in lanes if not self._lanes[lane].leaving]
+
+    def open_lanes(self) -> set[str]:
+        """The services that are there and may be called now."""
+        used = Counter(self._lanes[under_way.call.lane].resource for under_way in self._calls.values())
+        return {name for name, lane in self._lanes.items() if lane.up and used[lane.resource] < self._tokens}
+
+    def replicas(self, modality: str) -> list[str]:
+        """The encoders of a modality that are there, if it has several; else nothing."""
+        return [lane for lane in self._replicas.get(modality, ()) if self._lanes[lane].up]
+
+    def resource_of(self, lane: str) -> str:
+        """What a service computes on."""
+        return self._lanes[lane].resource
+
+    def calls_of(self, lane: str) -> int:
+        """Calls that a service has."""
+        return sum(under_way.call.lane == lane for under_way in self._calls.values())
+
+    def free_at(self, now: float, ends: Callable[[UnderWay, float], float] = UnderWay.ends) -> dict[str, list[float]]:
+        """When each token of each resource will be free; `ends` says when a call is over that is under way."""
+        free_at = {lane.resource: [now] * self._tokens for lane in self._lanes.values()}
+        for under_way in self._calls.values():
+            free = free_at[self._lanes[under_way.call.lane].resource]
+            # Where a lane came back on another resource, there may be more calls than tokens for a moment.
+            free[free.index(min(free))] = max(ends(under_way, now), min(free))
+        return free_at
+
+    def begin(self, call: Call, items: int, now: float, expected_s: float) -> None:
+        """A call is handed out."""
+        self._calls[call.id] = UnderWay(call, items, now, expected_s)
+
+    def over(self, call: Call) -> UnderWay:
+        """A call came back, well or not."""
+        return self._calls.pop(call.id)
+
+    def calls(self, ids: Iterable[int]) -> list[UnderWay]:
+        """Some of the calls under way."""
+        return [self._calls[call_id] for call_id in ids]
+
+    def is_called_for(self, model: str) -> bool:
+        """Whether a call of a model is under way."""
+        return any(under_way.call.model == model for under_way in self._calls.values())
+
+    def forecast(self, now: float, reserve: dict[str, float]) -> Forecast:
+        """From what is under way now; `reserve` is the share of each resource for jobs that have not come yet."""
+        return self._forecast(now, self.free_at(now), reserve)
+
+    def idle_forecast(self, now: float) -> Forecast:
+        """As if nothing were under way."""
+        return self._forecast(now, {lane.resource: [now] * self._tokens for lane in self._lanes.values()}, {})
+
+    def statistics(self) -> dict[str, int]:
+        """Calls under way by lane."""
+        under_way = Counter(under_way.call.lane for under_way in self._calls.values())
+        return {f"calls_in_flight.{name}": under_way[name] for name in self._lanes}
+
+    def _forecast(self, now: float, free_at: Mapping[str, Sequence[float]], reserve: Mapping[str, float]) -> Forecast:
+        resources = {name: lane.resource for name, lane in self._lanes.items()}
+        return Forecast(now, free_at, resources, self.reply_s, reserve, self._spread)

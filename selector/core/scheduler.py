@@ -1,0 +1,372 @@
+"""The scheduler core: which rows of which job go to which service, and when. No sockets, no threads, no clock.
+
+Jobs wait in deadline order, priorities considered (`Job.order`). A *lane* is one service that computes: an encoder of a
+modality, of which there may be several, or fusion. Lanes on the same resource share its tokens, and each call holds
+one. The driver feeds events in and asks `next` what to do:
+
+    submit(job, now)                       -> the job's work, or an error
+    next(now)                              -> EncodeCall | FuseCall | Ended | Wait
+    completed(call, now)                   -> the jobs that are answered by it
+    failed(call, now)                      -> the jobs that are lost by it
+    lane(name, up, resource)               -> the jobs that are lost by it
+    leaving(name)                          no new job gets it
+    cancelled(job_id)
+    load(model, profile)                   jobs may name it from now on
+    retire(model)                          no further jobs; those that are here go on
+    drained()                              -> the retired models of which nothing is left
+"""
+
+import bisect
+import heapq
+from collections import Counter
+from collections.abc import Mapping, Set
+from functools import partial
+from itertools import islice
+
+from mosel.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, MoselError, Overloaded
+from mosel.modality import ModalitySet, format_set, modality_of
+from selector.core.jobs import Call, EncodeCall, Ended, FuseCall, Job, Rows, Wait
+from selector.core.lanes import Lanes
+from selector.core.options import Frontiers
+from selector.core.planner import Planner
+from selector.core.policies import Choices
+from selector.core.profile import ModelProfile
+from selector.core.refusals import Plan
+from selector.core.resources import Resources, UnderWay
+from selector.core.stages import FUSION, Stage
+from selector.core.work import Work
+
+# How many jobs are asked for rows that could join a batch.
+_LOOK_BEHIND = 64
+
+
+class Scheduler:
+    """All models of one selector.
+
+    Args:
+        profiles: by model; their latencies may arrive later.
+        policy: a key of `POLICIES`.
+        max_queued_items: bound on the items of all jobs on their way.
+        tokens: calls under way at the same time on each resource.
+        reply_ms: what an answer takes from here to the caller.
+    """
+
+    def __init__(
+        self,
+        profiles: Mapping[str, ModelProfile],
+        policy: str = "mosel",
+        max_queued_items: int = 4096,
+        tokens: int = 2,
+        reply_ms: float = 0.0,
+    ) -> None:
+        self._profiles, self._max_queued_items = dict(profiles), max_queued_items
+        self._retired: set[str] = set()
+        modalities = {m for profile in profiles.values() for m in profile.modalities}
+        self._resources = Resources((*sorted(modalities), FUSION), tokens, reply_ms)
+        self._planner = Planner(self._profiles, policy, self._resources)
+        self._works: dict[bytes, Work] = {}
+        self._queue: list[Work] = []
+        self._expiry: list[tuple[float, bytes]] = []
+        self._ended: list[Ended] = []
+        self._queued_items = 0
+        self._last_call = 0
+        self._stale = False
+        self.counters: Counter[str] = Counter()
+
+    def submit(self, job: Job, now: float) -> Work:
+        """Admits a job and plans its strategy.
+
+        Raises:
+            ModelNotFound, InvalidRequest, FloorUnreachable, DeadlineUnreachable, Overloaded, ServiceUnavailable.
+        """
+        self._check(job)
+        work = self._planner.new_work(job, now)
+        self._planner.arrived(work, now)
+        self._planner.apply(self._queue, self._enqueued(work, now))
+        self._stale = True
+        self._works[job.id] = work
+        self._queued_items += job.size
+        heapq.heappush(self._expiry, (job.ends, job.id))
+        return work
+
+    def next(self, now: float) -> Call | Ended | Wait:
+        """The next thing to do; call it until it answers Wait."""
+        while self._expiry and (self._expiry[0][1] not in self._works or self._expiry[0][0] <= now):
+            _, job_id = heapq.heappop(self._expiry)
+            work = self._works.get(job_id)
+            if work is not None and work.job.ends <= now:
+                self._end(work, DeadlineExceeded("the deadline passed before the answer was there"), now)
+        if self._stale and self._planner.is_due(now):
+            self._stale = False
+            for work in self._planner.replan(self._queue, now):
+                self.counters["jobs_dropped"] += 1
+                self._end(work, DeadlineExceeded("dropped: the deadline can no longer be met with any strategy"), now)
+        if self._ended:
+            return self._ended.pop()
+        return self._dispatch(now) or Wait(self._expiry[0][0] if self._expiry else None)
+
+    def completed(self, call: Call, now: float) -> list[bytes]:
+        """A call came back well; returns the jobs that are answered by it."""
+        under_way = self._over(call)
+        stage = self._planner.stages.of(call.model, call.stage).on(call.lane)
+        stage.correction.learn(stage.profiled_ms(under_way.items), (now - under_way.started) * 1000, now)
+        answered = []
+        for rows, work in self._works_in(call):
+            wanted = work.calls.pop(call.id)
+            if isinstance(call, EncodeCall):
+                work.encoded(wanted)
+                continue
+            work.left -= len(wanted)
+            if not work.left:
+                self._planner.answered(work, now)
+                self.cancelled(rows.job_id)
+                answered.append(rows.job_id)
+        return answered
+
+    def failed(self, call: Call, now: float) -> list[bytes]:
+        """A call failed; returns the jobs that are lost by it.
+
+        The items of the others begin again, once, each job by itself: with the same modality set or, where a service
+        went away, with another that meets the floor.
+        """
+        # What it took says nothing about calls that go well.
+        self._over(call)
+        lost = []
+        for rows, work in self._works_in(call):
+            wanted = work.calls.pop(call.id)
+            if not wanted:
+                continue
+            work.alone = True
+            first = work.may_try_again(wanted)
+            work.begin_again(wanted)
+            if first and self._planner.plan_again(work, now):
+                self.counters["items_tried_again"] += len(wanted)
+            else:
+                self.cancelled(rows.job_id)
+                lost.append(rows.job_id)
+        return lost
+
+    def lane(self, name: str, up: bool, resource: str = "cpu") -> list[bytes]:
+        """A service came or went; returns the jobs that are lost by it. Those that can do without it go on.
+
+        Args:
+            name: a modality, for its first encoder; `photo/2` for one more of `photo`; or fusion.
+            up: whether it is there.
+            resource: what it computes on.
+        """
+        self._resources.set_lane(name, up, resource)
+        self._stale = True
+        if up:
+            return []
+        gone, is_served = modality_of(name), self._resources.is_served
+        bereft = [work for work in self._queue if not is_served(gone, work.profile.lacking)]
+        lost = [work.job.id for work in bereft if not self._planner.plan_without(work, gone)]
+        return [job_id for job_id in lost if self.cancelled(job_id)]
+
+    def leaving(self, name: str) -> None:
+        """A service is about to end: new jobs do without it, those that are here go on."""
+        self._resources.set_leaving(name)
+
+    def cancelled(self, job_id: bytes) -> bool:
+        """Forgets a job: nothing more is done for it. False if it is not known."""
+        work = self._works.pop(job_id, None)
+        if work is None:
+            return False
+        self._queue.remove(work)
+        self._queued_items -= work.job.size
+        self._stale = True
+        if len(self._expiry) > 2 * len(self._works) + 64:
+            self._expiry = [(w.job.ends, w.job.id) for w in self._works.values()]
+            heapq.heapify(self._expiry)
+        return True
+
+    def unwanted(self, job_id: bytes, now: float) -> None:
+        """A caller stopped waiting: if no time was left for an answer, or one is on its way, a promise was broken."""
+        work = self._works.get(job_id)
+        if work is None or work.job.deadline - self._resources.reply_s <= now:
+            self._planner.missed(work, now)
+
+    def load(self, model: str, profile: ModelProfile, frontiers: Frontiers | None = None) -> None:
+        """Jobs may name a model from now on, again if it was retired.
+
+        Args:
+            model: not the name of another that is here.
+            profile: of the model; the same one as before if it is still here.
+            frontiers: of the profile, if some of them are known already.
+        """
+        self._resources.add_lanes(sorted(profile.modalities))
+        self._retired.discard(model)
+        if model not in self._profiles:
+            self._profiles[model] = profile
+            self._planner.add(model, frontiers or Frontiers(profile))
+
+    def retire(self, model: str) -> None:
+        """Admits no more jobs of a model; those that are here go on. What is not known is passed over."""
+        if model in self._profiles:
+            self._retired.add(model)
+
+    def serves(self, model: str) -> bool:
+        """Whether jobs may name a model."""
+        return model in self._profiles and model not in self._retired
+
+    def drained(self) -> list[str]:
+        """The retired models that no job and no call is left of; each is forgotten then."""
+        in_use = {work.job.model for work in self._queue} if self._retired else set()
+        over = [m for m in self._retired if m not in in_use and not self._resources.is_called_for(m)]
+        for model in over:
+            self._retired.discard(model)
+            del self._profiles[model]
+            self._planner.forget(model)
+        return over
+
+    def plan(self, job: Job, now: float) -> Plan:
+        """What a job would get if it came now; the job is not kept.
+
+        Raises:
+            ModelNotFound, InvalidRequest.
+        """
+        self._check(job)
+        frontier = tuple(self._planner.frontier(job, now))
+        try:
+            work = self._planner.new_work(job, now)
+            choices = self._enqueued(work, now)
+        except MoselError as error:
+            return Plan(frontier, None, 0.0, str(error))
+        at = self._queue.index(work)
+        self._planner.apply(self._queue[at : at + 1], choices[at : at + 1])
+        del self._queue[at]
+        return Plan(frontier, work.strategy, (work.predicted - now) * 1000, "")
+
+    def is_up(self, modality_set: ModalitySet, lacking: Set[str] = frozenset()) -> bool:
+        """Whether fusion and an encoder of each modality of a set are there; those that lack the model do not count."""
+        return self._resources.is_up(modality_set, lacking)
+
+    def work_of(self, job_id: bytes) -> Work | None:
+        """A job on its way, None if it is not known (any more)."""
+        return self._works.get(job_id)
+
+    def corrections(self, now: float) -> dict[tuple[str, str], tuple[float, float]]:
+        """What was learned of each (model, lane): a call takes (overhead in ms) + (factor) * its profile."""
+        return self._planner.stages.corrections(now)
+
+    def waiting(self) -> Counter[str]:
+        """Jobs that have not started, by model."""
+        return Counter(work.job.model for work in self._queue if work.started_at is None)
+
+    def statistics(self) -> dict[str, int]:
+        """Counts of what is queued and under way."""
+        counts = {
+            "jobs": len(self._works),
+            "jobs_waiting": self.waiting().total(),
+            "queued_items": self._queued_items,
+        }
+        return counts | self._resources.statistics() | self.counters
+
+    def _check(self, job: Job) -> None:
+        if not self.serves(job.model):
+            known = ", ".join(sorted(self._profiles.keys() - self._retired)) or "none"
+            raise ModelNotFound(f"model '{job.model}' is not served; known: {known}")
+        if job.modalities not in self._profiles[job.model].accuracy:
+            raise InvalidRequest(f"modalities are {format_set(job.modalities)}; model '{job.model}' has no such set")
+
+    def _enqueued(self, work: Work, now: float) -> Choices:
+        """Puts a job into the queue, if it can be met there; returns the plan that meets everyone."""
+        if self._queued_items + work.job.size > self._max_queued_items:
+            raise Overloaded(f"{self._queued_items} items are queued, at most {self._max_queued_items} may be")
+        bisect.insort(self._queue, work, key=lambda w: w.job.order)
+        try:
+            return self._planner.admit(self._queue, work, now)
+        except MoselError:
+            self._queue.remove(work)
+            raise
+
+    # Dispatch
+
+    def _dispatch(self, now: float) -> Call | None:
+        """A call for the first job that has rows for a service whose resource has a free token."""
+        lanes, stage_of = Lanes(self._resources, now), self._planner.stages.of
+        for at, work in enumerate(self._queue if lanes.open else ()):
+            fusable = [*work.unfused] if FUSION in lanes.open else []
+            modalities = sorted(frozenset(work.unsent).union(*work.planned))
+            queued, model = partial(self._queued_rows, at), work.job.model
+            found = [(m, lanes.of(stage_of(model, m), work.waiting(m), partial(queued, m))) for m in modalities]
+            encodable = {modality: lane for modality, lane in found if lane}
+            # Fusion of a few items that others will follow may wait: together they take fewer calls.
+            whole = [modality_set for modality_set in fusable if self._fills_a_call(work, modality_set)]
+            ready: list[str | ModalitySet] = [*whole] or [*encodable] or [*fusable]
+            if ready:
+                what = max(ready, key=partial(self._expected_ms, work))
+                return self._call(at, what, encodable[what] if isinstance(what, str) else FUSION, now)
+        return None
+
+    def _call(self, at: int, what: str | ModalitySet, lane: str, now: float) -> Call:
+        """Fills a batch with rows of the job at a place in the queue and of those behind it."""
+        head = self._queue[at]
+        model, stage = head.job.model, self._planner.stages.of(head.job.model, what).on(lane)
+        rest_s = 0.0 if not isinstance(what, str) else self._fusing_s(head, now)
+        rows: list[Rows] = []
+        items = 0
+        for work in islice(self._queue, at, at + _LOOK_BEHIND):
+            count = min(stage.curve.best_batch - items, work.waiting(what) if work.job.model == model else 0)
+            if work is not head and (
+                head.alone or work.alone or self._too_late(head, stage, items, count, rest_s, now)
+            ):
+                continue
+            if count:
+                rows.append(work.take(what, count))
+                work.started_at = now if work.started_at is None else work.started_at
+                items += count
+            if head.alone or items == stage.curve.best_batch:
+                break
+        self._last_call += 1
+        call: Call
+        if isinstance(what, str):
+            call = EncodeCall(self._last_call, model, what, lane, tuple(rows))
+        else:
+            call = FuseCall(self._last_call, model, what, tuple(rows))
+        self._resources.begin(call, items, now, stage.expected_ms(items, now) / 1000)
+        for part in rows:
+            self._works[part.job_id].calls[call.id] = set(part.items)
+        return call
+
+    def _queued_rows(self, at: int, modality: str) -> int:
+        """Rows of the job at a place in the queue, and of those behind it, that could share a call."""
+        behind = islice(self._queue, at, at + _LOOK_BEHIND)
+        return sum(work.waiting(modality) for work in behind if work.job.model == self._queue[at].job.model)
+
+    def _fills_a_call(self, work: Work, modality_set: ModalitySet) -> bool:
+        """Whether all items of a set that a job has, or enough for the best batch, wait for fusion."""
+        waiting = work.waiting(modality_set)
+        all_items = work.unfinished()[modality_set] + work.planned[modality_set]
+        return waiting == all_items or waiting >= self._planner.stages.of(work.job.model, modality_set).curve.best_batch
+
+    def _expected_ms(self, work: Work, what: str | ModalitySet) -> float:
+        """About how long the rows of a job that wait there take; the longest first leaves least idle."""
+        return self._planner.stages.of(work.job.model, what).profiled_ms(1) * work.waiting(what)
+
+    def _too_late(self, head: Work, stage: Stage, items: int, more: int, rest_s: float, now: float) -> bool:
+        """Whether more rows in its call would make the first job late that would be in time without them."""
+        if not more:
+            return False
+        left_s = head.job.deadline - now - rest_s
+        return stage.expected_ms(items, now) / 1000 <= left_s < stage.expected_ms(items + more, now) / 1000
+
+    def _fusing_s(self, work: Work, now: float) -> float:
+        sets = {*work.planned, *work.unfinished()}
+        stages = [self._planner.stages.of(work.job.model, modality_set) for modality_set in sets]
+        return sum(stage.expected_ms(1, now) for stage in stages) / 1000
+
+    # How a job ends
+
+    def _works_in(self, call: Call) -> list[tuple[Rows, Work]]:
+        """The jobs in a call that are still wanted."""
+        return [(rows, self._works[rows.job_id]) for rows in call.rows if rows.job_id in self._works]
+
+    def _over(self, call: Call) -> UnderWay:
+        self._stale = True
+        return self._resources.over(call)
+
+    def _end(self, work: Work, error: MoselError, now: float) -> None:
+        self._planner.missed(work, now)
+        self.cancelled(work.job.id)
+        self._ended.append(Ended(work.job.id, error))

@@ -1,0 +1,185 @@
+"""A job on its way: which items are committed to which modality set, and where each of them is."""
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mosel.modality import ModalitySet
+from selector.core.frontier import Strategy
+from selector.core.jobs import Job, Option, Rows
+from selector.core.options import strategy_of
+from selector.core.policies import Queued
+from selector.core.profile import ModelProfile
+
+# Sums of floats.
+_TOLERANCE = 1e-9
+
+
+@dataclass(eq=False)
+class Work:
+    """Items are committed to a modality set when their rows are first handed out; until then their plan may change.
+
+    The most accurate part of a plan is committed first: what is left can then become cheaper without breaking the
+    floor. Which item it is, a permutation seeded by the job's id says, never the item's position.
+
+    Attributes:
+        profile: of the job's model.
+        floor: the accuracy that its answered items have on average at least.
+        options: strategies for the items that are not committed, the preferred one first.
+        queued: the same as a policy sees them, with what is left to do for committed items.
+        chosen: index of the option that is planned, or of the nearest to it.
+        planned: items that are not committed, by the modality set that they will run.
+        preferred: the accuracy of the option that it would have on an idle system.
+        least: that of the cheapest plan that it had before it started.
+        predicted: when it was expected to be answered when it was admitted.
+        started_at: when the first call was handed out, None before.
+        unsent: committed items whose rows wait for an encoder, by modality.
+        unfused: items whose embeddings are all there, by modality set.
+        left: items without an output.
+        calls: the calls under way, by id, and which of their items they are still wanted for.
+        alone: a call for it failed; it shares no more.
+        without: modalities that it would have run, had their encoders been there when it was planned.
+    """
+
+    job: Job
+    profile: ModelProfile
+    floor: float
+    submitted_at: float
+    options: Sequence[Option]
+    queued: Queued
+    chosen: int = 0
+    planned: Counter[ModalitySet] = field(default_factory=Counter)
+    preferred: float = 0.0
+    least: float = 0.0
+    predicted: float = 0.0
+    started_at: float | None = None
+    unsent: dict[str, list[int]] = field(default_factory=dict)
+    unfused: dict[ModalitySet, list[int]] = field(default_factory=dict)
+    left: int = 0
+    calls: dict[int, set[int]] = field(default_factory=dict)
+    alone: bool = False
+    without: ModalitySet = frozenset()
+    _order: list[int] = field(default_factory=list)
+    _set_of: dict[int, ModalitySet] = field(default_factory=dict)
+    _missing: dict[int, int] = field(default_factory=dict)
+    _failed: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.left = self.job.size
+        self._order = self._permuted(range(self.job.size))
+        self.preferred = self.least = self.options[0].strategy.accuracy if self.options else 0.0
+        self.choose(0)
+
+    @property
+    def uncommitted(self) -> int:
+        """Items whose modality set may still change."""
+        return len(self._order)
+
+    @property
+    def floor_of_rest(self) -> float:
+        """The accuracy that the items which are not committed need on average, so that all together meet the floor."""
+        spent = sum(self.profile.accuracy[s] for s in self._set_of.values())
+        return (self.floor * self.job.size - spent) / max(self.uncommitted, 1)
+
+    @property
+    def strategy(self) -> Strategy:
+        """What is committed and planned together."""
+        return strategy_of(self.profile, Counter(self._set_of.values()) + self.planned)
+
+    def degraded(self, accuracy: float) -> bool:
+        """Whether it gave up accuracy that it would have had on an idle system, now that it ended with so much."""
+        return accuracy < self.preferred - _TOLERANCE
+
+    def upgraded(self, accuracy: float) -> bool:
+        """Whether it ended with more accuracy than a plan gave it while it waited."""
+        return accuracy > self.least + _TOLERANCE
+
+    def choose(self, option: int) -> None:
+        """Plans an option for the items that are not committed."""
+        self.chosen = option
+        self.planned = Counter(dict(self.options[option].strategy.counts)) if self.options else Counter()
+        if self.started_at is None and self.options:
+            self.least = min(self.least, self.options[option].strategy.accuracy)
+
+    def replace_options(self, options: Sequence[Option]) -> None:
+        """Other options, now that fewer items can be planned; the plan stays."""
+        planned = sum(self.profile.accuracy[s] * count for s, count in self.planned.items()) / self.uncommitted
+        self.options = options
+        self.chosen = min(range(len(options)), key=lambda i: abs(options[i].strategy.accuracy - planned))
+
+    def waiting(self, stage: str | ModalitySet) -> int:
+        """Items that wait, or will wait, for an encoder; for fusion if `stage` is a modality set."""
+        if not isinstance(stage, str):
+            return len(self.unfused.get(stage, ()))
+        return len(self.unsent.get(stage, ())) + sum(count for s, count in self.planned.items() if stage in s)
+
+    def take(self, stage: str | ModalitySet, most: int) -> Rows:
+        """Takes the next items that wait there; commits as many as that needs."""
+        if isinstance(stage, str):
+            self._commit(stage, most - len(self.unsent.get(stage, ())))
+        items = sorted(self.unsent.pop(stage) if isinstance(stage, str) else self.unfused.pop(stage))
+        self.put_back(stage, items[most:])
+        return Rows(self.job.id, tuple(items[:most]))
+
+    def put_back(self, stage: str | ModalitySet, items: Sequence[int]) -> None:
+        """These items wait there again."""
+        if items and isinstance(stage, str):
+            self.unsent.setdefault(stage, []).extend(items)
+        elif items and not isinstance(stage, str):
+            self.unfused.setdefault(stage, []).extend(items)
+
+    def begin_again(self, items: Iterable[int]) -> None:
+        """Nothing that was done for these items counts any more; they wait for a plan like new ones."""
+        again = set(items)
+        for item in again:
+            del self._set_of[item]
+            self._missing.pop(item, None)
+        self.unsent = {m: rest for m, waiting in self.unsent.items() if (rest := _without(waiting, again))}
+        self.unfused = {s: rest for s, waiting in self.unfused.items() if (rest := _without(waiting, again))}
+        for wanted in self.calls.values():
+            wanted -= again
+        self._order = self._permuted({*self._order, *again})
+
+    def may_try_again(self, items: Iterable[int]) -> bool:
+        """Notes that a call with these items failed; whether it was the first time for each of them."""
+        first = self._failed.isdisjoint(items)
+        self._failed.update(items)
+        return first
+
+    def encoded(self, items: Iterable[int]) -> None:
+        """One more modality of these items is encoded."""
+        for item in items:
+            self._missing[item] -= 1
+            if not self._missing[item]:
+                del self._missing[item]
+                self.unfused.setdefault(self._set_of[item], []).append(item)
+
+    def unfinished(self) -> Mapping[ModalitySet, int]:
+        """Committed items that wait for fusion or for embeddings, by modality set; without those in fusion."""
+        counts = Counter({modality_set: len(items) for modality_set, items in self.unfused.items()})
+        counts.update(self._set_of[item] for item in self._missing)
+        return counts
+
+    def _permuted(self, items: Iterable[int]) -> list[int]:
+        order = sorted(items)
+        random.Random(self.job.id).shuffle(order)  # noqa: S311 (fair, not secret)
+        return order
+
+    def _commit(self, modality: str, count: int) -> None:
+        """Commits the next items that run a modality, the most accurate sets first."""
+        for modality_set in sorted(self.planned, key=lambda s: -self.profile.accuracy[s]):
+            if modality not in modality_set:
+                continue
+            taken = min(max(count, 0), self.planned[modality_set])
+            count -= taken
+            self.planned -= Counter({modality_set: taken})
+            for _ in range(taken):
+                item = self._order.pop()
+                self._set_of[item], self._missing[item] = modality_set, len(modality_set)
+                for needed in modality_set:
+                    self.unsent.setdefault(needed, []).append(item)
+
+
+def _without(items: Iterable[int], others: set[int]) -> list[int]:
+    return [item for item in items if item not in others]

@@ -1,0 +1,1 @@
+"""The services that compute: their health, models, latencies and tensor paths."""

@@ -1,0 +1,257 @@
+"""How the models get their latencies: from the profile that is kept for this hardware, else by a quick measurement."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mosel.config import Settings
+from mosel.errors import ConfigError
+from mosel.modality import format_set, modality_of, parse_set
+from mosel.packages.model_package import ModelPackage
+from mosel.profiles.files import (
+    FUSION,
+    Call,
+    Hardware,
+    Point,
+    Profile,
+    device_name,
+    load_profile,
+    profile_file,
+    quick_profile,
+    save_profile,
+    this_hardware,
+)
+from mosel.v1 import encoder_pb2, fusion_pb2, service_pb2
+from selector.core.profile import ModelProfile
+from selector.services.profiles import latency_curve, model_profile
+
+if TYPE_CHECKING:
+    from mosel.v1.encoder_pb2_grpc import EncoderAsyncStub
+    from mosel.v1.fusion_pb2_grpc import FusionAsyncStub
+
+# Of one batch size, which the service bounds to little more than 0.1 s for each repeat.
+_PROFILE_TIMEOUT_S = 60.0
+_EMPTY_CALLS = 200
+
+log = logging.getLogger(__name__)
+
+Points = tuple[Point, ...]
+
+
+@dataclass(eq=False)
+class Model:
+    """A model as it is, or is about to be, loaded.
+
+    Attributes:
+        package: its files.
+        profile: what the core plans with; latencies are put into it.
+        lanes: the services that have a part in it.
+        encoders, fusion: what was measured since the start, by modality and by modality set.
+        looked: whether a kept profile was looked for.
+        lacking: why a service does not have its networks, by lane.
+        freed: set when no service has them any more.
+    """
+
+    package: ModelPackage
+    profile: ModelProfile
+    lanes: Sequence[str]
+    encoders: dict[str, Points] = field(default_factory=dict)
+    fusion: dict[str, Points] = field(default_factory=dict)
+    looked: bool = False
+    lacking: dict[str, str] = field(default_factory=dict)
+    freed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def lacks(self, lane: str, reason: str) -> None:
+        """Notes why a service does not have its networks; empty if it has them."""
+        self.lacking.pop(lane, None)
+        if reason:
+            self.lacking[lane] = reason
+        self.profile.lacking.clear()
+        self.profile.lacking.update(self.lacking)
+        had = {modality_of(lane) for lane in self.lanes if lane not in self.lacking}
+        self.profile.unavailable = frozenset(s for s in self.profile.accuracy if not had >= {FUSION, *s})
+
+    def replicas(self, modality: str) -> list[str]:
+        """The encoders of a modality; or fusion."""
+        return [lane for lane in self.lanes if modality_of(lane) == modality]
+
+
+def lanes_of(package: ModelPackage, settings: Settings) -> list[str]:
+    """The services that have a part in a model."""
+    encoders = [lane for modality in sorted(package.modalities) for lane in settings.encoder_addresses(modality)]
+    return [*encoders, FUSION]
+
+
+class Latencies:
+    """Puts latencies into the profiles of models, one service at a time.
+
+    Args:
+        settings: the effective settings.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        # What an empty call to each service took, in milliseconds.
+        self._ways: dict[str, float] = {}
+        self._lock = asyncio.Lock()
+
+    async def of_encoder(
+        self,
+        modality: str,
+        stub: "EncoderAsyncStub",
+        models: Iterable[Model],
+        resources: Mapping[str, str],
+        *,
+        idle: bool = True,
+    ) -> None:
+        """Makes sure that the latencies of a modality are known for models; they are those of the encoder asked first.
+
+        Args:
+            modality: which one.
+            stub: calls an encoder.
+            models: those that have this modality.
+            resources: what each service computes on, by lane, as far as it is known.
+            idle: whether nothing else is computed meanwhile; otherwise what is measured now is not kept for later.
+
+        Raises:
+            grpc.RpcError: the service failed or went away.
+        """
+        async with self._lock:
+            for model in models:
+                hardware = await self.look(model, resources)
+                if modality not in model.profile.encoders:
+                    await self._time_the_way(modality, stub)
+                    model.encoders[modality] = await self._encoder_points(stub, model.package.id)
+                    self._put(model)
+                    await self._keep(model, hardware if idle else None)
+
+    async def of_fusion(
+        self, stub: "FusionAsyncStub", models: Iterable[Model], resources: Mapping[str, str], *, idle: bool = True
+    ) -> None:
+        """The same for fusion, for every modality set."""
+        async with self._lock:
+            for model in models:
+                hardware = await self.look(model, resources)
+                missing = sorted(model.profile.accuracy.keys() - model.profile.fusion.keys(), key=format_set)
+                if missing:
+                    await self._time_the_way(FUSION, stub)
+                for modality_set in missing:
+                    name = format_set(modality_set)
+                    model.fusion[name] = await self._fusion_points(stub, model.package.id, name)
+                if missing:
+                    self._put(model)
+                    await self._keep(model, hardware if idle else None)
+
+    async def look(self, model: Model, resources: Mapping[str, str]) -> Hardware | None:
+        """The first time, puts the profile that is kept of a model into it; returns what hardware that is of."""
+        known = [lane for lane in model.lanes if lane in resources]
+        all_known = {*map(modality_of, known)} == {*map(modality_of, model.lanes)}
+        return await asyncio.to_thread(self._load, model, {resources[lane] for lane in known} if all_known else {""})
+
+    def _load(self, model: Model, resources: set[str]) -> Hardware | None:
+        if "" in resources or not _all_on_this_machine(self._settings):
+            return None
+        hardware = this_hardware(self._settings, device_name(resources))
+        if model.looked:
+            return hardware
+        model.looked = True
+        kept = load_profile(model.package, self._settings, hardware.device)
+        if kept is not None and self._is_as_asked_for(kept):
+            known, profile = self._believed(kept, model.package), model.profile
+            profile.encoders.update(known.encoders)
+            profile.fusion.update(known.fusion)
+            if kept.accuracy_measured:
+                profile.accuracy, profile.samples = known.accuracy, known.samples
+            facts = {"model": kept.model, "quick": kept.quick, "measured_on": str(kept.measured_on)}
+            log.info("profile", extra=facts)
+        return hardware
+
+    def _believed(self, kept: Profile, package: ModelPackage) -> ModelProfile:
+        return model_profile(kept, package.default_min_accuracy, self._settings.selector.floor_confidence)
+
+    def _is_as_asked_for(self, kept: Profile) -> bool:
+        """Whether a quick profile has the batch sizes of the settings; a full one was asked for with its own."""
+        sizes = {tuple(p.batch_size for p in points) for points in (*kept.encoders.values(), *kept.fusion.values())}
+        return not kept.quick or sizes == {self._settings.selector.profile_batch_sizes}
+
+    async def _keep(self, model: Model, hardware: Hardware | None) -> None:
+        """Writes a quick profile once everything in it was measured, so that the next start is faster."""
+        package = model.package
+        complete = model.encoders.keys() == package.modalities.keys() and len(model.fusion) == len(
+            model.profile.accuracy
+        )
+        if not complete or hardware is None:
+            return
+        calls = {name: self._call(name) for name in (*package.modalities, FUSION)}
+        quick = quick_profile(package, hardware, model.encoders, model.fusion, calls)
+        file = await asyncio.to_thread(profile_file, package, hardware, self._settings)
+        try:
+            await asyncio.to_thread(save_profile, quick, file)
+        except ConfigError as error:
+            log.warning("profile not kept", extra={"reason": str(error)})
+
+    async def _encoder_points(self, stub: "EncoderAsyncStub", model: str) -> Points:
+        def ask(size: int) -> Awaitable[service_pb2.ProfileReply]:
+            request = encoder_pb2.ProfileEncoderRequest(
+                model=model,
+                batch_sizes=[size],
+                repeats=self._settings.selector.profile_repeats,
+                concurrency=self._settings.workers,
+            )
+            return stub.Profile(request, timeout=_PROFILE_TIMEOUT_S)
+
+        return await self._points(ask)
+
+    async def _fusion_points(self, stub: "FusionAsyncStub", model: str, modality_set: str) -> Points:
+        def ask(size: int) -> Awaitable[service_pb2.ProfileReply]:
+            request = fusion_pb2.ProfileFusionRequest(
+                model=model,
+                modality_set=modality_set,
+                batch_sizes=[size],
+                repeats=self._settings.selector.profile_repeats,
+                concurrency=self._settings.workers,
+            )
+            return stub.Profile(request, timeout=_PROFILE_TIMEOUT_S)
+
+        return await self._points(ask)
+
+    async def _time_the_way(self, lane: str, stub: "EncoderAsyncStub | FusionAsyncStub") -> None:
+        """Times, once, the way to a service and back: the fastest of some empty calls."""
+        if lane in self._ways:
+            return
+        times: list[float] = []
+        for _ in range(_EMPTY_CALLS):
+            started = time.perf_counter()
+            await stub.Status(service_pb2.StatusRequest(), timeout=_PROFILE_TIMEOUT_S)
+            times.append((time.perf_counter() - started) * 1000)
+        self._ways[lane] = min(times)
+
+    def _call(self, lane: str) -> Call:
+        """What the way to a service and back costs.
+
+        By sockets it is the same to all: where one seems longer, something else was running, and small networks differ
+        by less than that.
+        """
+        ways = self._ways.values() if _all_on_this_machine(self._settings) else (self._ways[lane],)
+        return Call(overhead_ms=min(ways))
+
+    def _put(self, model: Model) -> None:
+        """Puts what was measured so far into a model's profile; all of it, for the way may have turned out shorter."""
+        profile = model.profile
+        profile.encoders |= {m: latency_curve(points, self._call(m)) for m, points in model.encoders.items()}
+        profile.fusion |= {
+            parse_set(s): latency_curve(points, self._call(FUSION)) for s, points in model.fusion.items()
+        }
+
+    async def _points(self, ask: Callable[[int], Awaitable[service_pb2.ProfileReply]]) -> Points:
+        points = [point for size in self._settings.selector.profile_batch_sizes for point in (await ask(size)).points]
+        return tuple(Point(batch_size=p.batch_size, p50_ms=p.p50_ms, p95_ms=p.p95_ms) for p in points)
+
+
+def _all_on_this_machine(settings: Settings) -> bool:
+    """Behind a TCP address there may be other hardware, so a profile of it is neither read nor written."""
+    named = [address for of_one in settings.encoders.addresses.values() for address in of_one if address]
+    return all(address.startswith("unix:") for address in (settings.fusion_address, *named))

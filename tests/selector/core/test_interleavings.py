@@ -1,0 +1,348 @@
+"""The scheduler's promises in any order of events: floors above all."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from mosel.errors import DeadlineExceeded, DeadlineUnreachable, FloorUnreachable, MoselError, Overloaded
+from mosel.modality import ModalitySet, modality_of, parse_set, subsets
+from selector.core.jobs import Call, Effort, EncodeCall, Ended, FuseCall, Job, Wait
+from selector.core.options import Frontiers
+from selector.core.policies import POLICIES
+from selector.core.scheduler import Scheduler
+from selector.core.stages import FUSION
+from selector.core.work import Work
+from tests.selector.support import profile_of
+
+MODALITIES = ("audio", "image", "pen")
+REPLICA = "audio/2"
+LANES = (*MODALITIES, REPLICA, FUSION)
+THREE = {
+    "pen": 0.60,
+    "image": 0.65,
+    "audio": 0.72,
+    "image+pen": 0.88,
+    "audio+pen": 0.89,
+    "audio+image": 0.90,
+    "audio+image+pen": 0.96,
+}
+TWO = {"audio": 0.5, "pen": 0.7, "audio+pen": 0.65}
+DEFAULT_FLOOR = 0.62
+PROFILES = {
+    "three": profile_of(THREE, {"audio": 8.0, "image": 3.0, "pen": ((1, 1.0), (8, 2.0))}, 0.5, DEFAULT_FLOOR),
+    "two": profile_of(TWO, {"audio": 4.0, "pen": 1.0}),
+}
+# Computing them takes longer than a whole run, and they are the same in all.
+FRONTIERS = {name: Frontiers(profile) for name, profile in PROFILES.items()}
+MAX_QUEUED, TOKENS = 60, 2
+
+models = st.sampled_from(sorted(PROFILES))
+picks = st.just(set(MODALITIES)) | st.sets(st.sampled_from(MODALITIES), min_size=1)
+demands = st.fixed_dictionaries(
+    {
+        "size": st.sampled_from([1, 1, 1, 2, 3, 6, 15]),
+        "min_accuracy": st.none() | st.sampled_from([*THREE.values()]) | st.floats(0, 1),
+        "exact": st.booleans(),
+        "effort": st.sampled_from([None, *Effort]),
+        "late_ok": st.booleans(),
+    }
+)
+budgets_ms = st.sampled_from([5.0, 30.0, 100.0, 1000.0, 10_000.0])
+
+
+def name_of(model: str) -> str:
+    """The name of one of the revisions of a model, which all have the same profile."""
+    return model.partition("@")[0]
+
+
+def floor_of(job: Job) -> float:
+    """The accuracy that the caller may count on."""
+    accuracy = PROFILES[name_of(job.model)].accuracy
+    if job.min_accuracy is not None:
+        return job.min_accuracy
+    sent = accuracy[job.modalities]
+    return min(sent, DEFAULT_FLOOR) if name_of(job.model) == "three" else sent
+
+
+class Account:
+    """One job as the services see it: what was sent of it, what came back, and how it ended."""
+
+    def __init__(self, job: Job, work: Work) -> None:
+        self.job, self.work = job, work
+        self.how_ended = ""
+        self.retries_alone = False
+        self.failed_once: set[int] = set()
+        # Calls and items whose results no longer count: the item began again meanwhile.
+        self.void: set[tuple[int, int]] = set()
+        self.begun_again = 0
+        self.sent: Counter[tuple[str, int]] = Counter()
+        self.encoded: dict[int, set[str]] = {item: set() for item in range(job.size)}
+        self.in_fusion: set[int] = set()
+        self.answered_with: dict[int, ModalitySet] = {}
+
+    def end(self, how: str) -> None:
+        assert not self.how_ended, f"ended as {self.how_ended}, then as {how}"
+        self.how_ended = how
+
+    def encode_sent(self, modality: str, items: tuple[int, ...]) -> None:
+        assert modality in self.job.modalities
+        self.sent.update((modality, item) for item in items)
+        assert max(self.sent.values()) == 1, "a row was sent twice"
+
+    def fuse_sent(self, modality_set: ModalitySet, items: tuple[int, ...]) -> None:
+        for item in items:
+            assert self.encoded[item] == modality_set, "fused is exactly what was encoded"
+            assert item not in self.in_fusion | self.answered_with.keys(), "an item was fused twice"
+        self.in_fusion.update(items)
+
+    def fused(self, modality_set: ModalitySet, items: tuple[int, ...]) -> None:
+        self.in_fusion.difference_update(items)
+        self.answered_with.update(dict.fromkeys(items, modality_set))
+
+    def begin_again(self, items: Iterable[int], under_way: Iterable[Call]) -> None:
+        self.begun_again += 1
+        for item in items:
+            self.encoded[item] = set()
+            self.in_fusion.discard(item)
+            for modality in MODALITIES:
+                del self.sent[modality, item]
+        self.void.update((call.id, item) for call in under_way for item in items)
+
+    def wanted(self, call: Call, items: Iterable[int]) -> tuple[int, ...]:
+        return tuple(item for item in items if (call.id, item) not in self.void)
+
+    def answered(self) -> None:
+        self.end("answered")
+        assert self.answered_with.keys() == set(range(self.job.size)), "each item is answered once"
+        accuracy = PROFILES[name_of(self.job.model)].accuracy
+        mean = sum(accuracy[s] for s in self.answered_with.values()) / self.job.size
+        assert mean >= floor_of(self.job) - 1e-9, "the floor was undercut"
+        assert not self.job.exact or set(self.answered_with.values()) == {self.job.modalities}
+        in_vain = set(+self.sent) - {(m, item) for item, s in self.answered_with.items() for m in s}
+        assert not in_vain
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Any order of events; the services' view is kept beside the scheduler's and compared with it."""
+
+    policy = "mosel"
+
+    @initialize(
+        away=st.sets(st.sampled_from(LANES), max_size=2),
+        fusion_on=st.sampled_from(["cpu", "gpu"]),
+        replica_on=st.sampled_from(["cpu", "gpu"]),
+    )
+    def start(self, away: set[str], fusion_on: str, replica_on: str) -> None:
+        self.now = 0.0
+        self.resources = dict.fromkeys(MODALITIES, "cpu") | {REPLICA: replica_on, FUSION: fusion_on}
+        self.up = set(LANES) - away
+        self.scheduler = Scheduler(PROFILES, self.policy, MAX_QUEUED, TOKENS)
+        self.scheduler._planner._frontiers = dict(FRONTIERS)
+        for name in LANES:
+            assert self.scheduler.lane(name, name in self.up, self.resources[name]) == []
+        self.accounts: dict[bytes, Account] = {}
+        self.under_way: list[Call] = []
+        self.dropped = 0
+
+    def alive(self) -> list[Account]:
+        return [account for account in self.accounts.values() if not account.how_ended]
+
+    def new_job(self, model: str, pick: set[str], budget_ms: float, demand: dict[str, object]) -> Job:
+        sent = frozenset(pick if name_of(model) == "three" else (pick - {"image"}) or {"pen"})
+        deadline = self.now + budget_ms / 1000
+        expires = deadline + 0.2 if demand["late_ok"] else None
+        job_id = len(self.accounts).to_bytes(16, "big")
+        return Job(job_id, model, modalities=sent, deadline=deadline, expires=expires, **demand)  # type: ignore[arg-type]
+
+    @rule(model=models, pick=picks, budget_ms=budgets_ms, demand=demands, times=st.integers(1, 3))
+    def submit(self, model: str, pick: set[str], budget_ms: float, demand: dict[str, object], times: int) -> None:
+        for _ in range(times):
+            self.submit_one(self.new_job(model, pick, budget_ms, demand))
+
+    def submit_one(self, job: Job) -> None:
+        queued = sum(account.job.size for account in self.alive())
+        try:
+            work = self.scheduler.submit(job, self.now)
+        except MoselError as error:
+            self.check_refusal(job, error)
+            return
+        assert queued + job.size <= MAX_QUEUED
+        assert work.strategy.size == job.size
+        assert work.strategy.accuracy >= floor_of(job) - 1e-9
+        self.accounts[job.id] = Account(job, work)
+
+    def check_refusal(self, job: Job, error: MoselError) -> None:
+        candidates = [job.modalities] if job.exact or self.policy == "all" else subsets(job.modalities)
+        best = max(PROFILES[name_of(job.model)].accuracy[s] for s in candidates)
+        assert isinstance(error, FloorUnreachable) == (best < floor_of(job) - 1e-9)
+        assert not isinstance(error, DeadlineUnreachable) or not job.late_ok
+        assert not isinstance(error, Overloaded) or error.retry_after_ms >= 1
+
+    @rule(model=models, pick=picks, budget_ms=budgets_ms, demand=demands)
+    def ask_for_a_plan(self, model: str, pick: set[str], budget_ms: float, demand: dict[str, object]) -> None:
+        def state() -> object:
+            return self.scheduler.statistics(), [account.work.strategy for account in self.alive()]
+
+        before = state()
+        job = self.new_job(model, pick, budget_ms, demand)
+        plan = self.scheduler.plan(job, self.now)
+        assert (plan.chosen is None) == bool(plan.refusal)
+        assert plan.chosen is None or plan.chosen.accuracy >= floor_of(job) - 1e-9
+        assert state() == before
+
+    @rule()
+    def advance(self) -> None:
+        """Does what the service does: asks for the next thing until there is none."""
+        while not isinstance(action := self.scheduler.next(self.now), Wait):
+            if isinstance(action, Ended):
+                self.check_ended(action)
+            else:
+                self.check_call(action)
+                self.under_way.append(action)
+        assert action.until == min((account.job.ends for account in self.alive()), default=None)
+
+    def check_ended(self, ended: Ended) -> None:
+        account = self.accounts[ended.job_id]
+        assert isinstance(ended.error, DeadlineExceeded)
+        if account.job.ends > self.now:
+            self.dropped += 1
+            assert not account.job.late_ok
+            assert not account.sent, "what has been started is not dropped"
+        account.end("expired or dropped")
+
+    def check_call(self, call: Call) -> None:
+        used = Counter(self.resources[other.lane] for other in self.under_way)
+        assert call.lane in self.up
+        assert used[self.resources[call.lane]] < TOKENS
+        accounts = [self.accounts[rows.job_id] for rows in call.rows]
+        deadlines = [account.job.deadline for account in accounts]
+        assert deadlines == sorted(deadlines)
+        assert len(accounts) == 1 or not any(account.retries_alone for account in accounts)
+        for account, rows in zip(accounts, call.rows, strict=True):
+            assert not account.how_ended, "work for a job that has ended"
+            assert account.job.model == call.model
+            assert list(rows.items) == sorted(set(rows.items)) != []
+            if isinstance(call, EncodeCall):
+                account.encode_sent(call.modality, rows.items)
+            else:
+                account.fuse_sent(call.modality_set, rows.items)
+        self.check_size(call)
+        self.check_order(accounts[0], {n for n in self.up if used[self.resources[n]] < TOKENS})
+
+    def check_size(self, call: Call) -> None:
+        profile = PROFILES[name_of(call.model)]
+        curve = profile.encoders[call.modality] if isinstance(call, EncodeCall) else profile.fusion[call.modality_set]
+        assert sum(len(rows.items) for rows in call.rows) <= curve.best_batch
+
+    def check_order(self, head: Account, open_lanes: set[str]) -> None:
+        replicated = {"audio"} if {"audio", REPLICA} <= self.up else set()
+        open_lanes = {modality_of(lane) for lane in open_lanes}
+        for account in self.alive():
+            if account.job.deadline < head.job.deadline:
+                # Where there are two, a job may wait for the better one.
+                waits_for = set(account.work.unsent).union(*account.work.planned) - replicated
+                waits_for |= {FUSION} if account.work.unfused else set()
+                assert waits_for.isdisjoint(open_lanes), "a later job was served first"
+
+    @precondition(lambda self: self.under_way)
+    @rule(data=st.data(), well=st.sampled_from([True, True, False]))
+    def call_returns(self, data: st.DataObject, well: bool) -> None:
+        call = self.under_way.pop(data.draw(st.integers(0, len(self.under_way) - 1)))
+        if well:
+            self.returned_well(call)
+            return
+        parts = [(self.accounts[rows.job_id], rows.items) for rows in call.rows]
+        parts = [(account, account.wanted(call, items)) for account, items in parts if not account.how_ended]
+        lost = self.scheduler.failed(call, self.now)
+        assert set(lost) <= {account.job.id for account, _ in parts}
+        for account, items in parts:
+            account.retries_alone |= bool(items)
+            if account.job.id in lost:
+                account.end("failed")
+            else:
+                assert account.failed_once.isdisjoint(items), "an item is tried again once"
+                account.begin_again(items, self.under_way)
+            account.failed_once.update(items)
+
+    def returned_well(self, call: Call) -> None:
+        for rows in call.rows:
+            account = self.accounts[rows.job_id]
+            if isinstance(call, FuseCall):
+                account.fused(call.modality_set, rows.items)
+            else:
+                for item in account.wanted(call, rows.items):
+                    account.encoded[item].add(call.modality)
+        for job_id in self.scheduler.completed(call, self.now):
+            self.accounts[job_id].answered()
+
+    @rule(name=st.sampled_from(LANES))
+    def lane_changes(self, name: str) -> None:
+        self.up ^= {name}
+        if name not in self.up and name != FUSION:
+            for account in self.alive():
+                account.begin_again([*account.work.unsent.get(name, ())], self.under_way)
+        for job_id in self.scheduler.lane(name, name in self.up, self.resources[name]):
+            assert not any(modality_of(lane) == modality_of(name) for lane in self.up)
+            self.accounts[job_id].end("failed")
+
+    @precondition(lambda self: self.alive())
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        account = data.draw(st.sampled_from(self.alive()))
+        assert self.scheduler.cancelled(account.job.id)
+        assert not self.scheduler.cancelled(account.job.id)
+        account.end("cancelled")
+
+    @rule(ms=st.sampled_from([0.5, 5.0, 20.0, 100.0]))
+    def time_passes(self, ms: float) -> None:
+        self.now += ms / 1000
+
+    @invariant()
+    def both_sides_know_the_same(self) -> None:
+        statistics, alive = self.scheduler.statistics(), self.alive()
+        assert statistics["jobs"] == len(alive)
+        assert statistics["queued_items"] == sum(account.job.size for account in alive) <= MAX_QUEUED
+        assert statistics.get("jobs_dropped", 0) == self.dropped
+        for name in LANES:
+            assert statistics[f"calls_in_flight.{name}"] == sum(call.lane == name for call in self.under_way)
+        for account in alive:
+            assert self.scheduler.work_of(account.job.id) is account.work
+            assert account.work.strategy.size == account.job.size
+            assert account.work.strategy.accuracy >= floor_of(account.job) - 1e-9
+
+    def teardown(self) -> None:
+        """With all services up and calls going well, every job that is left is answered, and nothing else is left."""
+        if not hasattr(self, "scheduler"):
+            return
+        for name in set(LANES) - self.up:
+            self.lane_changes(name)
+        self.advance()
+        while self.under_way:
+            self.returned_well(self.under_way.pop(0))
+            self.advance()
+        assert self.alive() == []
+        counts = self.scheduler.statistics()
+        assert {name for name, count in counts.items() if count} <= {"jobs_dropped", "items_tried_again"}
+        assert self.scheduler.next(self.now) == Wait(None)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_no_floor_is_undercut_and_nothing_is_done_twice_or_forgotten(policy: str) -> None:
+    machine = type("Machine", (SchedulerMachine,), {"policy": policy})
+    run_state_machine_as_test(machine, settings=settings(max_examples=80, stateful_step_count=40, deadline=None))
+
+
+def test_the_profiles_have_sets_that_more_modalities_make_worse() -> None:
+    accuracy = PROFILES["two"].accuracy
+    assert accuracy[parse_set("audio+pen")] < accuracy[parse_set("pen")]

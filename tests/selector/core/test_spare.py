@@ -1,0 +1,124 @@
+"""What newcomers must have to spare, after promises that were broken."""
+
+import contextlib
+
+import pytest
+
+from mosel.errors import Overloaded
+from selector.core.promises import Promises
+from selector.core.scheduler import Scheduler
+from selector.core.stages import FUSION
+from tests.selector.support import Driver, job, profile_of
+
+BUDGET_S, AHEAD_S = 0.1, 1.0
+# One item of `pen` takes 10 ms, alone or with others.
+PROFILES = {"one": profile_of({"pen": 0.6}, {"pen": ((1, 10.0), (2, 20.0))}, ((1, 0.0), (2, 0.0)))}
+
+
+def spare_after(kept: int, broken: int, now: float = 0.0) -> float:
+    promises = Promises()
+    for promise in [True] * kept + [False] * broken:
+        promises.note(kept=promise, now=0.0)
+    return promises.spare_s(BUDGET_S, AHEAD_S, now)
+
+
+def test_nothing_is_asked_for_as_long_as_promises_are_kept() -> None:
+    assert spare_after(kept=50, broken=0) == 0
+
+
+def test_one_broken_promise_is_made_good_by_two_hundred_kept_ones() -> None:
+    promises = Promises()
+    promises.note(kept=False, now=0.0)
+    before = promises.spare_s(BUDGET_S, AHEAD_S, 0.0)
+    for _ in range(199):
+        promises.note(kept=True, now=0.0)
+    assert before > promises.spare_s(BUDGET_S, AHEAD_S, 0.0) > 0
+    promises.note(kept=True, now=0.0)
+    assert promises.spare_s(BUDGET_S, AHEAD_S, 0.0) == pytest.approx(0)
+
+
+def test_never_more_than_half_and_never_of_one_who_waits_for_nobody() -> None:
+    assert spare_after(kept=0, broken=10_000) == pytest.approx(BUDGET_S / 2)
+    promises = Promises()
+    for _ in range(10_000):
+        promises.note(kept=False, now=0.0)
+    assert promises.spare_s(BUDGET_S, 0.0, 0.0) == 0
+    assert promises.spare_s(BUDGET_S, 0.02, 0.0) == pytest.approx(0.01)
+
+
+def test_what_was_long_ago_is_forgotten() -> None:
+    assert spare_after(kept=0, broken=5, now=300) == pytest.approx(spare_after(kept=0, broken=5) / 2)
+    assert spare_after(kept=0, broken=5, now=10_000) == pytest.approx(0, abs=1e-9)
+
+
+def served(reply_ms: float = 0.0) -> Scheduler:
+    scheduler = Scheduler(PROFILES, "mosel", tokens=1, reply_ms=reply_ms)
+    for lane in ("pen", FUSION):
+        scheduler.lane(lane, True)
+    return scheduler
+
+
+def flooded(drift: float, seconds: float = 6.0) -> tuple[int, int]:
+    """Jobs admitted, and jobs answered in time, of the second half, when three times as many come as can be served.
+
+    Calls take longer or shorter than they are profiled by turns.
+    """
+    scheduler = served()
+    driver = Driver(scheduler, PROFILES, lambda number: 1 + drift * (1 if number // 20 % 2 else -1))
+    deadlines: dict[bytes, float] = {}
+    for i in range(int(seconds * 300)):
+        at = i / 300
+        driver.run(until=at)
+        with contextlib.suppress(Overloaded):
+            work = scheduler.submit(job(f"{i}", at + 0.1), driver.now)
+            if at > seconds / 2:
+                deadlines[work.job.id] = work.job.deadline
+    driver.run()
+    kept = sum(driver.answered.get(name, 2 * end) <= end for name, end in deadlines.items())
+    return len(deadlines), kept
+
+
+@pytest.mark.parametrize("drift", [0.1, 0.2])
+def test_who_is_admitted_under_overload_is_answered_in_time(drift: float) -> None:
+    admitted, kept = flooded(drift)
+    assert kept > 0.95 * admitted
+    # The core is never idle for it: 100 a second can be served.
+    assert kept > 0.93 * 3 * 100
+
+
+def test_without_errors_nothing_is_given_away() -> None:
+    admitted, kept = flooded(0.0)
+    assert kept == admitted
+    assert kept > 0.97 * 3 * 100
+
+
+@pytest.mark.parametrize(
+    ("stops_at", "broken"),
+    [(0.05, False), (0.0995, True), (0.15, True)],
+    ids=["before its deadline", "at its deadline", "when an answer is on its way"],
+)
+def test_a_caller_that_waits_until_its_time_is_over_was_promised_too_much(stops_at: float, broken: bool) -> None:
+    scheduler = served(reply_ms=1)
+    scheduler.submit(job("a", 0.1), 0.0)
+    if stops_at > 0.1:
+        scheduler.cancelled(b"a")
+    scheduler.unwanted(b"a", stops_at)
+    scheduler.cancelled(b"a")
+    scheduler.submit(job("ahead", stops_at + 0.02), stops_at)
+    # 10 ms for the one ahead, 10 ms for itself, 1 ms for the answer's way back, and hardly anything to spare.
+    tight = job("b", stops_at + 0.0212)
+    if broken:
+        with pytest.raises(Overloaded):
+            scheduler.submit(tight, stops_at)
+    else:
+        scheduler.submit(tight, stops_at)
+
+
+def test_on_several_resources_no_plan_is_given_up_unseen() -> None:
+    scheduler = Scheduler(PROFILES, "mosel", tokens=1)
+    scheduler.lane("pen", True, "cpu")
+    scheduler.lane(FUSION, True, "gpu")
+    for name in ("a", "b"):
+        scheduler.submit(job(name, 0.025), 0.0)
+    with pytest.raises(Overloaded):
+        scheduler.submit(job("c", 0.025), 0.0)
