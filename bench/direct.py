@@ -16,12 +16,13 @@ class Direct:
 
     Args:
         package: the model package's folder.
+        device: the setting `device`: where the networks run, payloads and predictions being in host memory.
     """
 
-    def __init__(self, package: Path) -> None:
+    def __init__(self, package: Path, device: str) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(package, theirs), daemon=True)
+        self._process = context.Process(target=_serve, args=(package, device, theirs), daemon=True)
 
     def run(self, job_size: int, torch_threads: int, seconds: float) -> list[float]:
         """Calls all encoders and the fusion on jobs of this size, one after another, for so long.
@@ -43,8 +44,8 @@ class Direct:
 
 
 @torch.inference_mode()
-def _serve(folder: Path, connection: Connection) -> None:
-    package, device = load_package(folder), torch.device("cpu")
+def _serve(folder: Path, setting: str, connection: Connection) -> None:
+    package, device = load_package(folder), networks.choose_device(setting)
     encoders = {modality: networks.load_encoder(package, modality, device) for modality in package.modalities}
     fusion = networks.load_fusion(package, device)
     while True:
@@ -55,6 +56,6 @@ def _serve(folder: Path, connection: Connection) -> None:
         until = time.perf_counter() + seconds
         while not times or time.perf_counter() < until:
             started = time.perf_counter()
-            fusion({modality: encoder(payloads[modality]) for modality, encoder in encoders.items()})
+            fusion({modality: encoder(payloads[modality].to(device)) for modality, encoder in encoders.items()}).cpu()
             times.append(time.perf_counter() - started)
         connection.send(times)

@@ -46,7 +46,11 @@ def main() -> None:
         null_package = write_null_model(Path(folder), package)
         settings = load_settings(models=(package.name,), gateway=FREE_PORTS)
         null_settings = load_settings(models_dir=Path(folder), gateway=FREE_PORTS)
-        with Launcher(settings) as real, Launcher(null_settings) as null, Direct(package.folder) as direct:
+        with (
+            Launcher(settings) as real,
+            Launcher(null_settings) as null,
+            Direct(package.folder, settings.device) as direct,
+        ):
             for launcher in (real, null):
                 launcher.wait_ready(120)
             bench = _Bench(package, null_package, real, null, direct, arguments.seconds)

@@ -11,8 +11,8 @@ import grpc
 import pytest
 import torch
 
-from bench import gpu_peer
-from bench.gpu_peer import ConsumerProcess, ProducerProcess, digest, gather, producing, reading, rows_of
+from bench.gpu import peer
+from bench.gpu.peer import ConsumerProcess, ProducerProcess, digest, gather, producing, reading, rows_of
 from mosel.errors import ReadNotProven
 from mosel.transport.control import remove_orphans
 from mosel.transport.cupy_ipc import device_ipc_for
@@ -42,18 +42,18 @@ def consumer(shm: Path) -> Iterator[ConsumerProcess]:
 
 
 def noise(nbytes: int, dtype: str = "UINT8") -> torch.Tensor:
-    bits = torch.randint(0, 2 if dtype == "BOOL" else 256, (nbytes,), dtype=torch.uint8, device=gpu_peer.DEVICE)
+    bits = torch.randint(0, 2 if dtype == "BOOL" else 256, (nbytes,), dtype=torch.uint8, device=peer.DEVICE)
     return bits.view(TORCH_DTYPES[dtype]).reshape(4, -1)
 
 
 def publish(publisher: TensorPublisher, tensor: torch.Tensor) -> tensor_pb2.TensorRef:
-    ref = publisher.publish(tensor, tensor_pb2.CUDA_IPC, gpu_peer.LEASE_S)
+    ref = publisher.publish(tensor, tensor_pb2.CUDA_IPC, peer.LEASE_S)
     assert ref.HasField("slot")
     return ref
 
 
 def gpu_bytes_used() -> int:
-    free, total = torch.cuda.mem_get_info(gpu_peer.DEVICE)
+    free, total = torch.cuda.mem_get_info(peer.DEVICE)
     return total - free
 
 
@@ -86,7 +86,7 @@ def test_tensors_computed_just_before_are_complete(shm: Path, consumer: Consumer
         assert consumer.attach(publisher) == ""
         for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):  # type: ignore[no-untyped-call]
             with torch.cuda.stream(stream):
-                factor = torch.randn(1024, 1024, device=gpu_peer.DEVICE)
+                factor = torch.randn(1024, 1024, device=peer.DEVICE)
                 result = factor
                 for _ in range(50):
                     result = torch.tanh(result @ factor)

@@ -232,7 +232,7 @@ BAD_PACKAGES = {
         "accuracy.json",
         None,
         "",
-        r".*/fruit/accuracy\.json: no such file; write it with mosel\.training\.write_accuracy",
+        r".*/fruit/accuracy\.json: no such file; write it with mosel\.compute\.training\.write_accuracy",
     ),
     "accuracies of other weights": (
         "accuracy.json",

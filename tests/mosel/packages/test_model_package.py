@@ -235,7 +235,7 @@ def test_wrong_accuracies_are_named(folder: Path, validation: object, message: s
 @pytest.mark.parametrize("content", ["", "[]", "{}", "7", "not json"])
 def test_an_accuracy_file_of_another_kind_says_how_to_write_it(folder: Path, content: str) -> None:
     (folder / "accuracy.json").write_text(content)
-    with pytest.raises(PackageError, match=r"accuracy\.json: .*mosel\.training\.write_accuracy"):
+    with pytest.raises(PackageError, match=r"accuracy\.json: .*mosel\.compute\.training\.write_accuracy"):
         _ = load_package(folder).accuracy
     (folder / "accuracy.json").unlink()
     with pytest.raises(PackageError, match=r"accuracy\.json: no such file"):

@@ -1,4 +1,7 @@
-"""The processes of bench.gpu_transport and of tests/gpu: a producer here, and consumers and producers elsewhere."""
+"""The processes of bench.gpu.transport and of tests/gpu: a producer here, and consumers and producers elsewhere.
+
+With MOSEL_DEVICE=cpu, host memory stands in for that of the GPU.
+"""
 
 import contextlib
 import hashlib
@@ -16,6 +19,8 @@ from typing import Any
 import grpc
 import torch
 
+from bench.gpu.host_ipc import HostIpc
+from mosel.compute.networks import synchronize
 from mosel.config import TransportSettings
 from mosel.transport import Publisher, Reader, SharedMemoryArena
 from mosel.transport.cupy_ipc import CupyIpc
@@ -25,7 +30,7 @@ from mosel.transport.preflight import preflight
 from mosel.transport.torch_exchange import TensorPublisher, TensorReader
 from mosel.v1 import arena_pb2, tensor_pb2
 
-DEVICE = torch.device("cuda", 0)
+DEVICE = torch.device("cpu") if os.environ.get("MOSEL_DEVICE") == "cpu" else torch.device("cuda", 0)
 OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 LEASE_S = 60.0
 _SERVICE = "mosel.bench.Consumer"
@@ -49,21 +54,35 @@ class CountingIpc(CupyIpc):
         super().close(address)
 
 
+def counting_ipc() -> CountingIpc | HostIpc:
+    """The memory of `DEVICE`, for this process."""
+    return HostIpc() if DEVICE.type == "cpu" else CountingIpc(DEVICE)
+
+
+def device_mib_used() -> int:
+    """Of the whole GPU, by all processes; 0 without one."""
+    if DEVICE.type == "cpu":
+        return 0
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(DEVICE)
+    return (total - free) // MIB
+
+
 @contextlib.contextmanager
 def producing(shm: Path, mib: int) -> Iterator[tuple[DeviceArena, TensorPublisher]]:
     """A producer in this process; everything that may go through device memory does."""
     limits = TransportSettings(inline_max_kib=0, inline_when_full_max_kib=0)
     with (
         SharedMemoryArena(shm, MIB, "host") as host,
-        DeviceArena(shm, mib * MIB, "--arena-mib", CountingIpc(DEVICE)) as arena,
+        DeviceArena(shm, mib * MIB, "--arena-mib", counting_ipc()) as arena,
     ):
         yield arena, TensorPublisher(Publisher(host, limits), arena)
 
 
 @contextlib.contextmanager
-def reading(shm: Path) -> Iterator[tuple[CountingIpc, TensorReader]]:
+def reading(shm: Path) -> Iterator[tuple[CountingIpc | HostIpc, TensorReader]]:
     """A consumer in this process."""
-    ipc = CountingIpc(DEVICE)
+    ipc = counting_ipc()
     with Reader(shm) as host, TensorReader(host, shm, DEVICE, ipc) as reader:
         yield ipc, reader
 
@@ -178,7 +197,7 @@ def _answering(answer: Callable[[bytes], bytes]) -> Callable[[bytes, grpc.Servic
     return lambda request, context: answer(request)
 
 
-def _methods(ipc: CountingIpc, reader: TensorReader) -> dict[str, Callable[[bytes], bytes]]:
+def _methods(ipc: CountingIpc | HostIpc, reader: TensorReader) -> dict[str, Callable[[bytes], bytes]]:
     def state(_: bytes) -> bytes:
         return json.dumps(process_state() | {"opened": ipc.opened, "closed": ipc.closed}).encode()
 
@@ -210,7 +229,7 @@ def _copy_times(reader: TensorReader, part: tensor_pb2.RowSlice, repeats: int = 
 
     def local() -> Any:
         target = torch.empty_like(source).copy_(source)
-        torch.cuda.current_stream(DEVICE).synchronize()
+        synchronize(DEVICE)
         return target
 
     return {"out": _median_s(lambda: gather(reader, part), repeats), "local": _median_s(local, repeats)}

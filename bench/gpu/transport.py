@@ -1,6 +1,6 @@
 """Device memory between two processes on one GPU: is it right, does it leak, what does it cost. Writes a report.
 
-python -m bench.gpu_transport --out FILE
+python -m bench.gpu.transport --out FILE
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,8 +24,18 @@ from pathlib import Path
 import grpc
 import torch
 
-from bench import gpu_peer
-from bench.gpu_peer import ConsumerProcess, ProducerProcess, digest, gather, process_state, producing, reading, rows_of
+from bench.gpu import peer
+from bench.gpu.peer import (
+    ConsumerProcess,
+    ProducerProcess,
+    device_mib_used,
+    digest,
+    gather,
+    process_state,
+    producing,
+    reading,
+    rows_of,
+)
 from mosel.transport.control import remove_orphans
 from mosel.transport.cupy_ipc import device_ipc_for
 from mosel.transport.layout import KIB, MIB, SLOT_SIZES
@@ -37,6 +47,20 @@ _MESSAGE_BYTES = 256 * KIB
 # The driver rounds and caches; a leak of one arena or one message in a thousand is far more.
 _SLACK_MIB = 32
 _EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured: sizes in bytes, hand-offs of each, messages for the check of leaks, kills of each side."""
+
+    sizes: Sequence[int]
+    repeats: int
+    messages: int
+    kills: int
+
+    def repeats_of(self, nbytes: int) -> int:
+        """Fewer of large ones."""
+        return self.repeats if nbytes <= MIB else self.repeats // 5 if nbytes <= 16 * MIB else self.repeats // 15
 
 
 @dataclass
@@ -69,31 +93,37 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where to write the report")
     parser.add_argument("--messages", type=int, default=100_000, help="for the check that nothing leaks")
     parser.add_argument("--kills", type=int, default=20, help="of each side")
+    parser.add_argument("--largest-mib", type=int, default=64, help="the largest tensor")
+    parser.add_argument("--repeats", type=int, default=300, help="hand-offs of each size, fewer of large ones")
     parser.add_argument("--only-exact", action="store_true", help="only whether tensors arrive as they were")
     arguments = parser.parse_args()
-    if reason := device_ipc_for(gpu_peer.DEVICE)[1]:
+    if peer.DEVICE.type == "cuda" and (reason := device_ipc_for(peer.DEVICE)[1]):
         raise SystemExit(f"not measured: {reason}")
-    report = Report()
-    with tempfile.TemporaryDirectory(prefix="mosel-bench-", dir="/dev/shm") as shm:
-        if arguments.only_exact:
-            _measure_exact(report, Path(shm))
-        else:
-            _measure_all(report, Path(shm), arguments.messages, arguments.kills)
-    arguments.out.write_text("\n".join(report.lines) + "\n", encoding="utf-8")
+    report, largest = Report(), arguments.largest_mib * MIB
+    scale = Scale([n for n in SLOT_SIZES if n <= largest], arguments.repeats, arguments.messages, arguments.kills)
+    try:
+        with tempfile.TemporaryDirectory(prefix="mosel-bench-", dir="/dev/shm") as shm:
+            if arguments.only_exact:
+                _measure_exact(report, Path(shm), scale)
+            else:
+                _measure_all(report, Path(shm), scale)
+    finally:
+        # What was measured before it broke off, too.
+        arguments.out.write_text("\n".join(report.lines) + "\n", encoding="utf-8")
     if report.failures:
         raise SystemExit("not as it should be: " + "; ".join(report.failures))
 
 
-def _measure_all(report: Report, shm: Path, messages: int, kills: int) -> None:
+def _measure_all(report: Report, shm: Path, scale: Scale) -> None:
     _describe_machine(report)
-    _measure_exact(report, shm)
-    _measure_expandable(report)
+    _measure_exact(report, shm, scale)
+    _measure_expandable(report, scale)
     with _attached(shm) as (consumer, publisher):
-        _measure_hand_off(report, consumer, publisher)
-        _measure_copy_out(report, consumer, publisher)
-        _measure_leaks(report, shm, consumer, publisher, messages)
-    _measure_killed_consumers(report, shm, kills)
-    _measure_killed_producers(report, shm, kills)
+        _measure_hand_off(report, consumer, publisher, scale)
+        _measure_copy_out(report, consumer, publisher, scale)
+        _measure_leaks(report, shm, consumer, publisher, scale.messages)
+    _measure_killed_consumers(report, shm, scale.kills)
+    _measure_killed_producers(report, shm, scale.kills)
 
 
 @contextlib.contextmanager
@@ -109,20 +139,28 @@ def _attached(shm: Path) -> Iterator[tuple[ConsumerProcess, TensorPublisher]]:
 
 
 def _describe_machine(report: Report) -> None:
-    properties = torch.cuda.get_device_properties(gpu_peer.DEVICE)
-    import cupy
-
     report.lines += [
         "# Device memory between two processes, measured",
         "",
         f"* date: {time.strftime('%Y-%m-%d')}",
-        f"* command: `python -m bench.gpu_transport {' '.join(sys.argv[1:])}`",
-        f"* GPU: {properties.name}, {properties.total_memory // MIB} MiB; driver {_driver()}",
+        f"* command: `python -m bench.gpu.transport {' '.join(sys.argv[1:])}`",
+        f"* memory: {_memory()}",
         f"* host: {os.cpu_count()} cores ({platform.machine()}), Linux {platform.release()}",
-        f"* Python {platform.python_version()}, torch {torch.__version__} for CUDA {torch.version.cuda}",
-        f"* CuPy {cupy.__version__}, grpcio {grpc.__version__}",
-        f"* arena: {_ARENA_MIB} MiB; refs travel over gRPC on a Unix socket; producer and consumer share the GPU",
+        f"* Python {platform.python_version()}, torch {torch.__version__}, grpcio {grpc.__version__}",
+        f"* arena: {_ARENA_MIB} MiB; refs travel over gRPC on a Unix socket; producer and consumer share the device",
     ]
+
+
+def _memory() -> str:
+    if peer.DEVICE.type == "cpu":
+        return "of the host, in the place of a GPU's: a rehearsal"
+    import cupy
+
+    properties = torch.cuda.get_device_properties(peer.DEVICE)
+    return (
+        f"{properties.name}, {properties.total_memory // MIB} MiB; driver {_driver()}, CUDA {torch.version.cuda}, "
+        f"CuPy {cupy.__version__}"
+    )
 
 
 def _driver() -> str:
@@ -133,22 +171,22 @@ def _driver() -> str:
 
 
 def _noise(nbytes: int, dtype: str = "UINT8") -> torch.Tensor:
-    bits = torch.randint(0, 2 if dtype == "BOOL" else 256, (nbytes,), dtype=torch.uint8, device=gpu_peer.DEVICE)
+    bits = torch.randint(0, 2 if dtype == "BOOL" else 256, (nbytes,), dtype=torch.uint8, device=peer.DEVICE)
     return bits.view(TORCH_DTYPES[dtype]).reshape(16, -1)
 
 
 def _publish(
     publisher: TensorPublisher, tensor: torch.Tensor, rung: tensor_pb2.Rung.ValueType = tensor_pb2.CUDA_IPC
 ) -> tensor_pb2.TensorRef:
-    return publisher.publish(tensor, rung, gpu_peer.LEASE_S)
+    return publisher.publish(tensor, rung, peer.LEASE_S)
 
 
-def _measure_exact(report: Report, shm: Path) -> None:
+def _measure_exact(report: Report, shm: Path, scale: Scale) -> None:
     report.section("Are tensors right?")
     wrong, sent = [], 0
     with _attached(shm) as (consumer, publisher):
         for dtype in TORCH_DTYPES:
-            for nbytes in SLOT_SIZES:
+            for nbytes in scale.sizes:
                 tensor = _noise(nbytes, dtype)
                 ref = _publish(publisher, tensor)
                 if consumer.call("Digest", rows_of(ref).SerializeToString()) != digest(tensor):
@@ -156,35 +194,35 @@ def _measure_exact(report: Report, shm: Path) -> None:
                 publisher.release([ref.slot])
                 sent += 1
         opened = consumer.state()["opened"]
-    sizes = ", ".join(_size(nbytes) for nbytes in SLOT_SIZES)
+    sizes = ", ".join(_size(nbytes) for nbytes in scale.sizes)
     report.check(
         not wrong, f"{sent} tensors arrived bit for bit: {', '.join(TORCH_DTYPES)}, each of {sizes} {wrong or ''}"
     )
     report.check(opened == 1, f"the handle was opened once for all of them (opened: {opened})")
 
 
-def _measure_expandable(report: Report) -> None:
+def _measure_expandable(report: Report, scale: Scale) -> None:
     report.section("With PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report"
-        command = [sys.executable, "-m", "bench.gpu_transport", "--only-exact", "--out", str(out)]
+        command = [sys.executable, "-m", "bench.gpu.transport", "--only-exact", "--out", str(out)]
+        command += ["--largest-mib", str(max(scale.sizes) // MIB)]
         done = subprocess.run(command, env=os.environ | _EXPANDABLE, capture_output=True, text=True, check=False)
         report.check(done.returncode == 0, "the same holds")
         if out.exists():
             report.lines += [line for line in out.read_text(encoding="utf-8").splitlines() if line.startswith("*")]
 
 
-def _measure_hand_off(report: Report, consumer: ConsumerProcess, publisher: TensorPublisher) -> None:
+def _measure_hand_off(report: Report, consumer: ConsumerProcess, publisher: TensorPublisher, scale: Scale) -> None:
     report.section("What does a hand-off cost?")
     report.lines.append(
         "From a tensor in device memory of one process to a copy in device memory of the other, acknowledged; ms. Both "
         "ways in turn, in one run. `gRPC` sends the bytes themselves: to the host, through the socket, to the device."
     )
-    rows: list[tuple[object, ...]] = [("size", "IPC p50", "IPC p99", "gRPC p50", "gRPC p99", "gRPC / IPC, p50")]
-    for nbytes in SLOT_SIZES:
+    rows: list[tuple[object, ...]] = [("size", "IPC p50", "IPC worst", "gRPC p50", "gRPC worst", "gRPC / IPC, p50")]
+    for nbytes in scale.sizes:
         tensor, times = _noise(nbytes), {tensor_pb2.CUDA_IPC: [], tensor_pb2.INLINE: []}  # type: ignore[var-annotated]
-        repeats = 300 if nbytes <= 4 * MIB else 60
-        for number in range(repeats + 5):
+        for number in range(scale.repeats_of(nbytes) + 5):
             for rung, measured in times.items():
                 started = time.perf_counter()
                 ref = _publish(publisher, tensor, rung)
@@ -194,16 +232,16 @@ def _measure_hand_off(report: Report, consumer: ConsumerProcess, publisher: Tens
                 publisher.release([ref.slot])
         ipc, inline = times.values()
         ratio = statistics.median(inline) / statistics.median(ipc)
-        cells = [f"{value:.3f}" for way in (ipc, inline) for value in (statistics.median(way), _p99(way))]
+        cells = [f"{value:.3f}" for way in (ipc, inline) for value in (statistics.median(way), max(way))]
         rows.append((_size(nbytes), *cells, f"{ratio:.1f}"))
     report.table(*rows)
 
 
-def _measure_copy_out(report: Report, consumer: ConsumerProcess, publisher: TensorPublisher) -> None:
+def _measure_copy_out(report: Report, consumer: ConsumerProcess, publisher: TensorPublisher, scale: Scale) -> None:
     report.section("How fast is the copy out of the arena?")
     report.lines.append("In the consumer, until the copy is complete and proven; GB/s, median, beside a local copy.")
     rows: list[tuple[object, ...]] = [("size", "out of the arena", "local", "share")]
-    for nbytes in SLOT_SIZES:
+    for nbytes in scale.sizes:
         ref = _publish(publisher, _noise(nbytes))
         seconds = json.loads(consumer.call("Time", rows_of(ref).SerializeToString()))
         out, local = (nbytes / seconds[way] / 1e9 for way in ("out", "local"))
@@ -225,7 +263,7 @@ def _measure_leaks(
             publisher.release([ref.slot])
         states = {"producer": process_state(), "consumer": consumer.state()}
         state = {f"{name}: {what}": n for name, of in states.items() for what, n in of.items()}
-        return state | {"GPU MiB used": _gpu_mib(), "files in shared memory": len(list(shm.iterdir()))}
+        return state | {"GPU MiB used": device_mib_used(), "files in shared memory": len(list(shm.iterdir()))}
 
     before = send(messages // 10)
     after = send(messages - messages // 10)
@@ -239,7 +277,7 @@ def _measure_leaks(
 
 def _measure_killed_consumers(report: Report, shm: Path, kills: int) -> None:
     report.section(f"{kills} consumers killed while they read")
-    before = _gpu_mib()
+    before = device_mib_used()
     consumers = [ConsumerProcess(shm, shm / f"socket-{number}") for number in range(kills)]
     wrong = 0
     with producing(shm, 64) as (arena, publisher):
@@ -263,7 +301,7 @@ def _measure_killed_consumers(report: Report, shm: Path, kills: int) -> None:
 
 def _measure_killed_producers(report: Report, shm: Path, kills: int) -> None:
     report.section(f"{kills} producers killed while they publish")
-    before, torn, read = _gpu_mib(), 0, 0
+    before, torn, read = device_mib_used(), 0, 0
     producers = [ProducerProcess(shm) for _ in range(kills)]
     with reading(shm) as (ipc, reader):
         for producer in producers:
@@ -294,20 +332,10 @@ def _kill_soon(process: BaseProcess) -> None:
 
 def _check_given_back(report: Report, before: int) -> None:
     give_up = time.monotonic() + 30
-    while _gpu_mib() > before + _SLACK_MIB and time.monotonic() < give_up:
+    while device_mib_used() > before + _SLACK_MIB and time.monotonic() < give_up:
         time.sleep(0.2)
-    after = _gpu_mib()
+    after = device_mib_used()
     report.check(after <= before + _SLACK_MIB, f"device memory was given back: {before} MiB used before, {after} after")
-
-
-def _gpu_mib() -> int:
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(gpu_peer.DEVICE)
-    return (total - free) // MIB
-
-
-def _p99(values: list[float]) -> float:
-    return statistics.quantiles(values, n=100)[98]
 
 
 def _size(nbytes: int) -> str:
