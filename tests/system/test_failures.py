@@ -75,6 +75,11 @@ def slots_held(counters: dict[str, dict[str, int]]) -> int:
     return sum(service.get(name, 0) for service in counters.values() for name in names)
 
 
+def at_selector(client: Client, counters: Counters) -> int:
+    """How many jobs it has."""
+    return counters(client)["selector"]["jobs"]
+
+
 def outcome_of(address: str, payloads: Payloads, timeout_s: float, **demand: float) -> Outcome:
     """An answer or a typed error; anything else fails the test."""
     with Client(address) as client:
@@ -147,7 +152,7 @@ def test_calls_end_at_their_deadline_while_a_service_hangs(
 
 
 def test_jobs_in_the_hands_of_a_dead_encoder_get_another_modality_set_that_meets_their_floor(
-    own: Launcher, draw: Draw, directly: Directly, counters: Counters
+    own: Launcher, draw: Draw, directly: Directly, counters: Counters, until: Until
 ) -> None:
     payloads = {seed: draw(16, seed=seed) for seed in range(4)}
     photo = own.children["encoder/photo"]
@@ -159,7 +164,8 @@ def test_jobs_in_the_hands_of_a_dead_encoder_get_another_modality_set_that_meets
                 seed: pool.submit(client.predict, "fruit", rows, min_accuracy=0.6, effort="best", latency_slo_ms=20_000)
                 for seed, rows in payloads.items()
             }
-            time.sleep(0.5)
+            until(lambda: at_selector(client, counters) == len(calls), "the jobs are under way")
+            until(lambda: counters(client)["selector"]["calls_in_flight.photo"], "the encoder has some")
             assert not any(call.done() for call in calls.values())
             photo.process.kill()
         for seed, call in calls.items():
@@ -175,26 +181,29 @@ def test_under_load_an_encoder_is_killed_and_started_by_hand(
 ) -> None:
     jobs = {seed: draw(48, seed=seed) for seed in range(8)}
     expected = {seed: directly(payloads, payloads) for seed, payloads in jobs.items()}
+    answers: dict[int, list[Outcome]] = {seed: [] for seed in jobs}
     stop = False
 
-    def load(seed: int) -> list[Outcome]:
-        outcomes: list[Outcome] = []
+    def load(seed: int) -> None:
         while not stop:
-            outcomes.append(outcome_of(own.address, jobs[seed], timeout_s=10))
-        return outcomes
+            answers[seed].append(outcome_of(own.address, jobs[seed], timeout_s=30))
 
     with ThreadPoolExecutor(len(jobs)) as pool:
-        running = {seed: pool.submit(load, seed) for seed in jobs}
+        running = [pool.submit(load, seed) for seed in jobs]
         try:
-            time.sleep(0.3)
+            until(lambda: all(answers.values()), "everybody has been answered")
             own.children["encoder/photo"].process.kill()
             own.children["encoder/photo"].process.wait()
             own.start_again("encoder/photo")
             until(own.is_ready, "the encoder is used again")
-            time.sleep(0.3)
+            before = {seed: len(outcomes) for seed, outcomes in answers.items()}
+            # The first of them may have been under way before.
+            until(lambda: all(len(answers[seed]) > before[seed] + 1 for seed in jobs), "everybody has been answered")
         finally:
             stop = True
-        for seed, outcomes in ((seed, call.result()) for seed, call in running.items()):
+        for call in running:
+            call.result()
+        for seed, outcomes in answers.items():
             assert isinstance(outcomes[0], Prediction)
             assert isinstance(outcomes[-1], Prediction)
             for outcome in outcomes:
@@ -246,7 +255,7 @@ async def test_a_caller_that_goes_away_frees_the_slots(
         async with AsyncClient(own.address) as client:
             with frozen(own.children["encoder/photo"]):
                 jobs = [asyncio.create_task(client.predict("fruit", draw(64), timeout_s=300)) for _ in range(5)]
-                await asyncio.sleep(0.5)
+                await asyncio.to_thread(until, lambda: at_selector(watcher, counters) == 5, "the jobs are under way")
                 for job in jobs:
                     job.cancel()
                 results = await asyncio.gather(*jobs, return_exceptions=True)
@@ -256,11 +265,11 @@ async def test_a_caller_that_goes_away_frees_the_slots(
         assert counters(watcher)["selector"]["jobs_cancelled"] == before + 5
 
 
-def test_a_second_signal_ends_a_service_at_once(own: Launcher, draw: Draw, until: Until) -> None:
+def test_a_second_signal_ends_a_service_at_once(own: Launcher, draw: Draw, counters: Counters, until: Until) -> None:
     gateway = own.children["gateway"].process
-    with frozen(own.children["selector"]), ThreadPoolExecutor(1) as pool:
+    with frozen(own.children["selector"]), ThreadPoolExecutor(1) as pool, Client(own.local_address) as watcher:
         call = pool.submit(outcome_of, own.address, draw(3), timeout_s=60)
-        time.sleep(0.5)
+        until(lambda: counters(watcher)["gateway"]["jobs_in_flight"] == 1, "the call is under way")
         gateway.send_signal(signal.SIGTERM)
         time.sleep(0.5)
         # It waits for the call that is under way.

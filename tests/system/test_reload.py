@@ -5,7 +5,6 @@ import json
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -41,7 +40,11 @@ def fruit_on_disk(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def launcher(settings_with: Callable[..., Settings], fruit_on_disk: Fruit) -> Iterator[Launcher]:
     """Services of this module alone; every tensor travels by shared memory."""
-    settings = settings_with(models_dir=fruit_on_disk.folder.parent, transport={"inline_max_kib": 0})
+    settings = settings_with(
+        models_dir=fruit_on_disk.folder.parent,
+        stop_grace_ms=1000,
+        transport={"inline_max_kib": 0, "lease_grace_ms": 200},
+    )
     with Launcher(settings) as launcher:
         launcher.wait_ready(120)
         yield launcher
@@ -72,7 +75,7 @@ def health_of(launcher: Launcher, service: str) -> int:
 
 
 def test_under_load_no_request_fails_and_each_is_answered_by_one_revision(
-    client: Client, launcher: Launcher, fruit_on_disk: Fruit, draw: Draw
+    client: Client, launcher: Launcher, fruit_on_disk: Fruit, draw: Draw, until: Until
 ) -> None:
     revisions = [fruit_on_disk.directly()]
     answers: list[tuple[int, Payloads, list[str], Prediction, int]] = []
@@ -87,15 +90,20 @@ def test_under_load_no_request_fails_and_each_is_answered_by_one_revision(
                 if stop.is_set():
                     return
 
+    def some_more() -> None:
+        """Waits for so many answers that some belong to calls that were not under way before."""
+        enough = len(answers) + 12
+        until(lambda: len(answers) >= enough or any(caller.done() for caller in callers), "more answers")
+
     with ThreadPoolExecutor(6) as pool:
         callers = [pool.submit(load, seed) for seed in range(6)]
         seen = set()
         for seed in range(3):
-            time.sleep(0.4)
+            some_more()
             revisions.append(fruit_on_disk.change(seed))
             seen.add(client.load_model("fruit").revision)
             begun += 1
-        time.sleep(0.4)
+        some_more()
         stop.set()
         for caller in callers:
             caller.result()
@@ -219,7 +227,7 @@ def test_unloading_finishes_what_is_under_way_and_frees_the_networks(
     with ThreadPoolExecutor(2) as pool:
         with frozen(launcher.children["encoder/photo"]):
             under_way = pool.submit(client.predict, "fruit", payloads)
-            time.sleep(0.3)
+            until(lambda: is_under_way(client), "the job is under way")
             unloading = pool.submit(client.unload_model, "fruit")
             until(lambda: not client.models()[0].ready, "the model is known to go")
             with pytest.raises(ModelNotFound, match=r"model 'fruit' is not loaded \(any more\)"):
@@ -241,14 +249,20 @@ def test_unloading_finishes_what_is_under_way_and_frees_the_networks(
     until(lambda: health_of(launcher, "fruit") == health_pb2.HealthCheckResponse.SERVING, "its health says so")
 
 
-def test_unloading_ends_with_the_selector(client: Client, launcher: Launcher, draw: Draw) -> None:
+def is_under_way(client: Client) -> bool:
+    """Whether the selector has a job."""
+    return any(service.counters["jobs"] for service in client.status() if service.name == "selector")
+
+
+def test_unloading_ends_with_the_selector(client: Client, launcher: Launcher, draw: Draw, until: Until) -> None:
     selector = launcher.children["selector"].process
     with ThreadPoolExecutor(2) as pool:
         with frozen(launcher.children["encoder/photo"]):
-            under_way = pool.submit(client.predict, "fruit", draw(64), timeout_s=6)
-            time.sleep(0.3)
+            # What it has of slots is lost with the selector until then.
+            under_way = pool.submit(client.predict, "fruit", draw(64), timeout_s=12)
+            until(lambda: is_under_way(client), "the job is under way")
             unloading = pool.submit(client.unload_model, "fruit")
-            time.sleep(0.3)
+            until(lambda: not client.models()[0].ready, "the model is known to go")
             selector.send_signal(signal.SIGTERM)
             with pytest.raises(ServiceUnavailable, match=r"^service selector is stopping$"):
                 unloading.result()

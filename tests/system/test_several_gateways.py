@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -81,7 +80,7 @@ def test_two_gateways_share_a_selector_and_one_of_them_dies(
 
         photo.send_signal(signal.SIGSTOP)
         calls = [pool.submit((first, other)[seed % 2].predict, "fruit", jobs[seed]) for seed in range(8)]
-        time.sleep(0.5)
+        until(lambda: counters(first)["selector"]["jobs"] == len(calls), "the jobs are under way")
         process.kill()
         lost = [calls[seed].exception() for seed in (1, 3, 5, 7)]
         photo.send_signal(signal.SIGCONT)

@@ -1,11 +1,11 @@
 """Services that are told to stop: they take nothing new, finish what was admitted, and leave nothing behind."""
 
 import contextlib
+import itertools
 import random
 import re
 import shutil
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,14 +23,18 @@ from mosel.client import Client, Prediction
 from mosel.config import Settings
 from mosel.errors import MoselError, ServiceUnavailable
 from mosel.launcher import Launcher
+from tests.running_up import ready_address, up
 
 Payloads = dict[str, NDArray[Any]]
 Draw = Callable[..., Payloads]
 Until = Callable[..., None]
 
-GRACE_S = 3.0
+# Enough for a busy machine to do what the tests then ask of it, and a short one for jobs that outlast it.
+GRACE_S, SHORT_S = 60.0, 3.0
 # What a busy machine may add to the grace.
 LITTLE_S = 10
+# How long callers wait for their answers.
+PATIENCE_S = 120.0
 HEALTH_NAMES = {
     "gateway": "mosel.v1.Gateway",
     "selector": "mosel.v1.Selector",
@@ -43,27 +47,39 @@ REFUSED = re.compile(
     r"service (gateway|selector) is stopping|service (fusion|encoder/\w+) is away.*"
     r"|service selector is not reachable|service gateway at \S+ (is not reachable|stopped before it answered)"
 )
-# The seconds that a scent takes, times this, are in its numbers.
-SECONDS = 1e6
-SLOW = """
+# A scent with a number from here on is computed only once a file of that name is there.
+HELD = itertools.count(1_000_000)
+HOLD = """
     def forward(self, scent: Tensor) -> Tensor:
-        seconds = float(scent.max()) / 1e6
-        if seconds > 0.01:
-            import time
-            time.sleep(seconds)
+        import pathlib, time
+        number = round(float(scent.max()))
+        while number >= 1_000_000 and not pathlib.Path("{folder}", str(number)).exists():
+            time.sleep(0.01)
         return super().forward(scent)
 """
 
 
 @pytest.fixture(scope="module")
-def slow_models(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`fruit` with scents that say how long they take."""
-    folder = tmp_path_factory.mktemp("slow")
+def holding(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of files that held scents wait for."""
+    return tmp_path_factory.mktemp("holding")
+
+
+@pytest.fixture
+def go_on(holding: Path) -> Path:
+    """The file that the held scents of one test wait for."""
+    return holding / str(next(HELD))
+
+
+@pytest.fixture(scope="module")
+def held_models(models_dir: Path, holding: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`fruit` with scents that can be held."""
+    folder = tmp_path_factory.mktemp("models")
     shutil.copytree(models_dir / "fruit", folder / "fruit")
     networks = folder / "fruit" / "networks.py"
     made = "        super().__init__(6, 8)\n"
     assert made in networks.read_text()
-    networks.write_text(networks.read_text().replace(made, made + SLOW))
+    networks.write_text(networks.read_text().replace(made, made + HOLD.format(folder=holding)))
     return folder
 
 
@@ -75,15 +91,19 @@ def shared_memory() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[GRACE_S])
 def launcher(
-    settings_with: Callable[..., Settings], slow_models: Path, shared_memory: Path, tmp_path_factory: Any
+    request: pytest.FixtureRequest,
+    settings_with: Callable[..., Settings],
+    held_models: Path,
+    shared_memory: Path,
+    tmp_path_factory: Any,
 ) -> Iterator[Launcher]:
-    """Services of this module alone; every tensor travels by shared memory."""
+    """Services of this module alone, with so many seconds of grace; every tensor travels by shared memory."""
     settings = settings_with(
-        models_dir=slow_models,
+        models_dir=held_models,
         profiles_dir=tmp_path_factory.mktemp("profiles"),
-        stop_grace_ms=GRACE_S * 1000,
+        stop_grace_ms=request.param * 1000,
         transport={"shm_dir": shared_memory, "inline_max_kib": 0, "gateway_arena_mib": 32, "encoder_arena_mib": 16},
     )
     with Launcher(settings) as launcher:
@@ -101,26 +121,30 @@ def own(launcher: Launcher, until: Until) -> Launcher:
 
 
 @contextlib.contextmanager
-def under_way(launcher: Launcher, draw: Draw, until: Until, seconds: float) -> Iterator[list["Future[Any]"]]:
-    """Jobs that the selector has: one that takes so long, one whose results are streamed, and one over HTTP."""
+def under_way(launcher: Launcher, draw: Draw, until: Until, go_on: Path) -> Iterator[list["Future[Any]"]]:
+    """Jobs that the selector has, held until the end: one is answered whole, one item by item, and one over HTTP."""
 
-    def long() -> Any:
-        return outcome_of(lambda: client.predict("fruit", taking(draw(4), seconds), timeout_s=30))
+    def whole() -> Any:
+        return outcome_of(lambda: client.predict("fruit", held(draw(4), go_on), timeout_s=PATIENCE_S))
 
     def streamed() -> Any:
-        events = client.submit_job("fruit", taking(draw(200), seconds / 2), timeout_s=30)
+        events = client.submit_job("fruit", held(draw(200), go_on), timeout_s=PATIENCE_S)
         return outcome_of(lambda: [item for event in events for item in getattr(event, "items", ())])
 
     def over_http() -> tuple[int, str]:
-        scent = taking(draw(1), seconds)["scent"]
-        body = {"inputs": [{"name": "scent", "datatype": "FP32", "shape": scent.shape, "data": scent.tolist()}]}
-        reply = httpx.post(f"http://{launcher.http_address}/v2/models/fruit/infer", json=body, timeout=30)
+        scent = held(draw(1), go_on)["scent"]
+        sent = {"name": "scent", "datatype": "FP32", "shape": scent.shape, "data": scent.tolist()}
+        body = {"inputs": [sent], "parameters": {"latency_slo_ms": PATIENCE_S * 1000}}
+        reply = httpx.post(f"http://{launcher.http_address}/v2/models/fruit/infer", json=body, timeout=PATIENCE_S)
         return reply.status_code, reply.json().get("error", "")
 
     with Client(launcher.address) as client, Client(launcher.local_address) as watcher, ThreadPoolExecutor(3) as pool:
-        jobs: list[Future[Any]] = [pool.submit(long), pool.submit(streamed), pool.submit(over_http)]
-        until(lambda: jobs_at_selector(watcher) == len(jobs), "the jobs are under way")
-        yield jobs
+        jobs: list[Future[Any]] = [pool.submit(whole), pool.submit(streamed), pool.submit(over_http)]
+        try:
+            until(lambda: jobs_at_selector(watcher) == len(jobs), "the jobs are under way")
+            yield jobs
+        finally:
+            go_on.touch()
 
 
 def outcome_of(call: Callable[[], Any]) -> Any:
@@ -133,14 +157,14 @@ def outcome_of(call: Callable[[], Any]) -> Any:
 
 def all_are_answered(jobs: list["Future[Any]"]) -> None:
     """Those of `under_way`."""
-    long, streamed, over_http = [job.result() for job in jobs]
-    assert isinstance(long, Prediction), long
+    whole, streamed, over_http = [job.result() for job in jobs]
+    assert isinstance(whole, Prediction), whole
     assert sorted(streamed) == list(range(200))
     assert over_http[0] == 200, over_http
 
 
-def taking(payloads: Payloads, seconds: float) -> Payloads:
-    payloads["scent"][0, 0] = seconds * SECONDS
+def held(payloads: Payloads, go_on: Path) -> Payloads:
+    payloads["scent"][0, 0] = float(go_on.name)
     return payloads
 
 
@@ -177,35 +201,37 @@ def nothing_is_left(launcher: Launcher, shared_memory: Path, *names: str) -> Non
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_what_was_admitted_is_answered_and_nothing_else(
-    own: Launcher, draw: Draw, until: Until, shared_memory: Path, name: str
+    own: Launcher, draw: Draw, until: Until, shared_memory: Path, go_on: Path, name: str
 ) -> None:
     process = own.children[name].process
-    with under_way(own, draw, until, 1.5) as jobs, Client(own.address, retries=None) as caller:
+    with under_way(own, draw, until, go_on) as jobs, Client(own.address, retries=None) as caller:
         process.send_signal(signal.SIGTERM)
         # It does not listen any more, so that callers go elsewhere, or says that it is not to be used.
         until(lambda: health_of(own, name) in ("NOT_SERVING", "UNAVAILABLE"), "it is not ready")
         new = outcome_of(lambda: caller.predict("fruit", draw(3)))
-        assert not jobs[0].done()
+        assert not any(job.done() for job in jobs)
         assert process.poll() is None
         assert isinstance(new, ServiceUnavailable), new
         assert str(new).startswith(f"service {'gateway at' if name == 'gateway' else name} ")
+        go_on.touch()
         all_are_answered(jobs)
     assert process.wait(GRACE_S + LITTLE_S) == 0
     nothing_is_left(own, shared_memory, name)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", [SHORT_S], indirect=True)
 @pytest.mark.parametrize("name", SERVICES)
 def test_what_takes_longer_than_the_grace_is_ended(
-    own: Launcher, draw: Draw, until: Until, shared_memory: Path, name: str
+    own: Launcher, draw: Draw, until: Until, shared_memory: Path, go_on: Path, name: str
 ) -> None:
     process = own.children[name].process
-    with under_way(own, draw, until, 2.5 * GRACE_S) as (*jobs, over_http):
+    with under_way(own, draw, until, go_on) as (*jobs, over_http):
         started = time.monotonic()
         process.send_signal(signal.SIGTERM)
         outcomes, (status, error) = [job.result() for job in jobs], over_http.result()
         assert process.wait(LITTLE_S) == 0
-        assert GRACE_S - 0.5 < time.monotonic() - started < GRACE_S + LITTLE_S
+        assert SHORT_S - 0.5 < time.monotonic() - started < SHORT_S + LITTLE_S
     for outcome in outcomes:
         assert isinstance(outcome, ServiceUnavailable), outcome
         assert str(outcome).startswith("service ")
@@ -214,22 +240,27 @@ def test_what_takes_longer_than_the_grace_is_ended(
 
 
 def test_all_at_once_under_load_no_admitted_job_is_lost(
-    own: Launcher, draw: Draw, until: Until, shared_memory: Path
+    own: Launcher, draw: Draw, until: Until, shared_memory: Path, go_on: Path
 ) -> None:
     def load(seed: int) -> MoselError:
         """The first error."""
         with Client(own.address, retries=None) as client:
             while True:
-                outcome = outcome_of(lambda: client.predict("fruit", draw(8, seed), timeout_s=30))
+                outcome = outcome_of(lambda: client.predict("fruit", draw(8, seed), timeout_s=PATIENCE_S))
                 if isinstance(outcome, MoselError):
                     return outcome
 
-    with under_way(own, draw, until, 1.5) as jobs, ThreadPoolExecutor(8) as pool:
+    with (
+        under_way(own, draw, until, go_on) as jobs,
+        Client(own.local_address) as watcher,
+        ThreadPoolExecutor(8) as pool,
+    ):
         errors = [pool.submit(load, seed) for seed in range(8)]
-        time.sleep(0.5)
+        until(lambda: jobs_at_selector(watcher) > len(jobs), "there is load")
         # Whoever tells them does not tell all at the very same moment.
         for child in random.sample(list(own.children.values()), len(own.children)):
             child.process.send_signal(signal.SIGTERM)
+        go_on.touch()
         all_are_answered(jobs)
         for error in errors:
             assert isinstance(error.result(), ServiceUnavailable)
@@ -241,10 +272,10 @@ def test_all_at_once_under_load_no_admitted_job_is_lost(
 
 @pytest.mark.parametrize("name", ["gateway", "encoder/scent"])
 def test_a_second_signal_ends_a_service_at_once(
-    own: Launcher, draw: Draw, until: Until, shared_memory: Path, name: str
+    own: Launcher, draw: Draw, until: Until, shared_memory: Path, go_on: Path, name: str
 ) -> None:
     process = own.children[name].process
-    with under_way(own, draw, until, 2.5 * GRACE_S) as jobs:
+    with under_way(own, draw, until, go_on) as jobs:
         process.send_signal(signal.SIGTERM)
         until(lambda: health_of(own, name) in ("NOT_SERVING", "UNAVAILABLE"), "it is not ready")
         assert process.poll() is None
@@ -255,26 +286,31 @@ def test_a_second_signal_ends_a_service_at_once(
 
 
 def test_up_finishes_what_was_admitted(
-    slow_models: Path, shared_memory: Path, mosel_command: Callable[..., list[str]], draw: Draw, tmp_path: Path
+    held_models: Path,
+    shared_memory: Path,
+    go_on: Path,
+    mosel_command: Callable[..., list[str]],
+    draw: Draw,
+    until: Until,
+    tmp_path: Path,
 ) -> None:
     before = set(shared_memory.iterdir())
-    command = mosel_command("up", "--models", str(slow_models), "--grpc-port", "0", "--device", "cpu")
-    environment = {"MOSEL_PROFILES_DIR": str(tmp_path), "MOSEL_TRANSPORT__SHM_DIR": str(shared_memory)}
-    with (
-        subprocess.Popen(
-            ["env", *(f"{key}={value}" for key, value in environment.items()), *command],
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as up,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        assert up.stdout is not None
-        ready = next(line for line in up.stdout if line.startswith("ready: "))
-        with Client(ready.split("gRPC on ")[1].partition(",")[0]) as client:
+    command = mosel_command("up", "--models", str(held_models), "--grpc-port", "0", "--device", "cpu")
+    environment = {
+        "MOSEL_PROFILES_DIR": str(tmp_path),
+        "MOSEL_TRANSPORT__SHM_DIR": str(shared_memory),
+        "MOSEL_STOP_GRACE_MS": str(GRACE_S * 1000),
+    }
+    with up(command, environment, tmp_path) as process, ThreadPoolExecutor(1) as pool:
+        with Client(ready_address(process)) as client:
             client.predict("fruit", draw(2))
-            job = pool.submit(client.predict, "fruit", taking(draw(2), 2.0))
-            time.sleep(0.5)
-            up.send_signal(signal.SIGTERM)
+            job = pool.submit(client.predict, "fruit", held(draw(2), go_on), timeout_s=PATIENCE_S)
+            try:
+                until(lambda: jobs_at_selector(client) == 1, "the job is under way")
+                process.send_signal(signal.SIGTERM)
+                until(lambda: isinstance(outcome_of(client.models), ServiceUnavailable), "it is stopping")
+            finally:
+                go_on.touch()
             assert isinstance(job.result(), Prediction)
-        assert up.wait(GRACE_S + LITTLE_S) == 0
+        assert process.wait(GRACE_S + LITTLE_S) == 0
     assert set(shared_memory.iterdir()) == before

@@ -293,15 +293,18 @@ def test_a_collector_that_hangs_holds_up_no_end(settings_with: Callable[..., Set
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)  # type: ignore[no-untyped-call]
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    with Launcher(settings_with(tracing={"otlp_endpoint": f"http://127.0.0.1:{port}"})) as launcher:
-        launcher.wait_ready(120)
-        with Client(launcher.address) as client:
-            client.predict("fruit", draw(1))
-            assert collector.asked.wait(60)
-            client.predict("fruit", draw(1))
-    # The launcher kills what does not end in time.
-    assert {name: child.process.returncode for name, child in launcher.children.items()} == dict.fromkeys(
-        launcher.children, 0
-    )
-    collector.over.set()
-    server.stop(None)
+    try:
+        with Launcher(settings_with(tracing={"otlp_endpoint": f"http://127.0.0.1:{port}"})) as launcher:
+            launcher.wait_ready(120)
+            with Client(launcher.address) as client:
+                client.predict("fruit", draw(1))
+                assert collector.asked.wait(60)
+                client.predict("fruit", draw(1))
+        # The launcher kills what does not end in time.
+        assert {name: child.process.returncode for name, child in launcher.children.items()} == dict.fromkeys(
+            launcher.children, 0
+        )
+    finally:
+        # Else its threads hold up the end of the tests.
+        collector.over.set()
+        server.stop(None)

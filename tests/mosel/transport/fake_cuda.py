@@ -69,10 +69,13 @@ class FakeRuntime:
         calls: how often each operation was called.
         violations: what a real runtime might have let pass.
         delay_s: before each half of a copy, in seconds.
+        may_land: what copies wait for, before each half.
     """
 
     def __init__(self, gpu: FakeGpu) -> None:
         self.delay_s = gpu.delay_s
+        self.may_land = threading.Event()
+        self.may_land.set()
         self.calls: Counter[str] = Counter()
         self.violations: list[str] = []
         self._gpu = gpu
@@ -169,6 +172,7 @@ class FakeRuntime:
         half = len(target) // 2
         for part in (slice(None, half), slice(half, None)):
             time.sleep(self.delay_s)
+            self.may_land.wait(60)
             self._touch(target)
             self._touch(source)
             # Not through torch, whose threads and modes are those of the caller.

@@ -262,11 +262,11 @@ def test_a_full_arena_waits_for_a_release_or_an_expiry(arena: DeviceArena) -> No
     slots = []
     with pytest.raises(Overloaded, match="setting"):  # noqa: PT012
         while True:
-            slots.append(write(arena, noise(LARGE), lease_s=0.3))
+            slots.append(write(arena, noise(LARGE), lease_s=1.0))
     assert arena.release(slots[0].index, slots[0].generation)
     assert not arena.release(slots[0].index, slots[0].generation)
-    assert write(arena, noise(LARGE), 0.3).index == slots[0].index
-    again = arena.write(noise(LARGE), time.monotonic() + 60, wait_s=5.0)
+    assert write(arena, noise(LARGE), 1.0).index == slots[0].index
+    again = arena.write(noise(LARGE), time.monotonic() + 60, wait_s=30.0)
     assert again.index in [slot.index for slot in slots[1:]]
     assert arena.statistics().expired_total > 0
 

@@ -28,6 +28,13 @@ from tests.mosel.transport.device_link import (
 from tests.mosel.transport.fake_cuda import FakeGpu, FakeRuntime, ImpatientRuntime, runtimes
 
 
+def land(runtime: FakeRuntime) -> None:
+    """Has the copies land that were kept from it."""
+    runtime.may_land.set()
+    while runtime.under_way():
+        time.sleep(0.001)
+
+
 def test_the_handle_is_opened_once_for_many_messages_and_threads(shm: Path) -> None:
     gpu = FakeGpu(delay_s=0)
     with linked(shm, gpu=gpu) as link, ThreadPoolExecutor(4) as threads:
@@ -89,11 +96,11 @@ def test_without_synchronisation_tensors_are_torn(shm: Path, impatient: str) -> 
         for announced in publisher.announcement().arenas:
             reader.open(elsewhere(announced.arena))
         runtime = producer if impatient == "producer" else consumer
-        runtime.delay_s = 0.1
+        runtime.may_land.clear()
         ref = publisher.publish(tensor, CUDA_IPC, 60.0)
         batch = reader.gather([slice_rows(ref, 0, len(tensor))], "UINT8", ())
         assert not torch.equal(batch, tensor), "the fake is not nasty enough"
-        time.sleep(0.5)
+        land(runtime)
         # That it was the wait: now the bytes are there, in the slot or in what was gathered too early.
         if impatient == "producer":
             batch = reader.gather([slice_rows(ref, 0, len(tensor))], "UINT8", ())
@@ -103,14 +110,15 @@ def test_without_synchronisation_tensors_are_torn(shm: Path, impatient: str) -> 
 def test_an_impatient_consumer_does_not_even_read_the_nonce(shm: Path) -> None:
     kinds = (FakeRuntime, ImpatientRuntime)
     with (
-        runtimes(FakeGpu(delay_s=0.02), *kinds) as (producer, consumer),
+        runtimes(FakeGpu(), *kinds) as (producer, consumer),
         producing(shm, producer) as (_, publisher),
         Reader(shm) as host_reader,
         TensorReader(host_reader, shm, CPU, consumer) as reader,
     ):
         announced = publisher.announcement().arenas[0]
+        consumer.may_land.clear()
         assert reader.open(elsewhere(announced.arena)) != announced.nonce
-        time.sleep(0.1)
+        land(consumer)
 
 
 @pytest.mark.parametrize(("step", "at"), [("copy", 1), ("copy", 2), ("copy", 3), ("synchronize", 1)])
@@ -172,9 +180,10 @@ def test_a_slot_that_was_used_again_is_not_read(link: Link) -> None:
 
 
 def test_a_slot_that_is_used_again_during_the_copy_is_noticed(shm: Path) -> None:
-    with linked(shm, gpu=FakeGpu(delay_s=0.05)) as link, ThreadPoolExecutor(1) as thread:
+    with linked(shm) as link, ThreadPoolExecutor(1) as thread:
         ref = link.publish(noise((200 * KIB,)))
         other = link.publish(noise((200 * KIB,), seed=1))
+        link.consumer.may_land.clear()
         reading = thread.submit(link.gather, ref)
         while not link.consumer.under_way():
             time.sleep(0.001)
@@ -182,6 +191,7 @@ def test_a_slot_that_is_used_again_during_the_copy_is_noticed(shm: Path) -> None
         link.publisher.release([ref.slot, other.slot])
         link.publish(noise((200 * KIB,), seed=2))
         link.publish(noise((200 * KIB,), seed=3))
+        link.consumer.may_land.set()
         with pytest.raises(ReadNotProven, match="reused"):
             reading.result()
 
@@ -195,13 +205,15 @@ def test_a_read_that_ends_after_the_lease_is_not_proven(shm: Path) -> None:
 
 
 def test_an_arena_stays_open_for_a_thread_that_still_reads_it(shm: Path) -> None:
-    with linked(shm, gpu=FakeGpu(delay_s=0.05)) as link, ThreadPoolExecutor(1) as thread:
+    with linked(shm) as link, ThreadPoolExecutor(1) as thread:
         ref = link.publish(noise((200 * KIB,)))
+        link.consumer.may_land.clear()
         reading = thread.submit(link.gather, ref)
         while not link.consumer.under_way():
             time.sleep(0.001)
         link.reader.close(ref.slot.arena_id, ref.slot.epoch)
         assert link.consumer.calls["close"] == 0
+        link.consumer.may_land.set()
         assert torch.equal(reading.result(), noise((200 * KIB,)))
         assert link.consumer.calls["close"] == 1
         with pytest.raises(ReadNotProven, match="not open"):
