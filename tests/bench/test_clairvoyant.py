@@ -84,6 +84,7 @@ def test_no_policy_misses_less_than_the_bound(policy: str, load: float) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_knowing_all_arrivals_helps_and_does_not_beat_the_bound() -> None:
     arrivals = list(DEMANDS.arrivals(poisson(150, 8, 0), 0))
     blind = summarise(simulate(arrivals, new_scheduler(WORLD, "mosel"), WORLD), 8)

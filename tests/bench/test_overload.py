@@ -13,6 +13,7 @@ OPTIONS = Options(busy_ms=20.0, slo_ms=1000.0, loads=(1.2,), step_s=4.0, overloa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_overload_costs_little_goodput_and_no_promises(tmp_path: Path) -> None:
     with served(tmp_path, OPTIONS) as (launcher, package):
         result = measure(launcher, package, OPTIONS)

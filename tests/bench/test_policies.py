@@ -52,6 +52,7 @@ def test_a_limit_that_was_not_seen_is_nan() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_gains_are_ordered_as_they_must_be(simulated: Simulated) -> None:
     few = replace(simulated, jobs=300)
     for_jobs, _ = gains(ROWS, few, Knees(few, 3.3))

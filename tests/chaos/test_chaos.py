@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from tests.chaos.run import Options, chaos
@@ -11,6 +12,7 @@ from tests.chaos.tables import tables
 _LATE_S, _AGAIN_S = 20.0, 90.0
 
 
+@pytest.mark.timeout(480)
 def test_under_kills_every_request_ends_right_and_nothing_is_left(profiles_dir: Path) -> None:
     report = chaos(Options(seconds=18, load=0.25, seed=1))
     Console(width=160, highlight=False).print(tables(report))

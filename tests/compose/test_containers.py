@@ -24,7 +24,8 @@ from tests.chaos.load import Load
 from tests.chaos.truth import Truth
 from tests.compose.stack import UP_S, Stack
 
-pytestmark = pytest.mark.slow
+# The first of them builds the image.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 log = logging.getLogger(__name__)
 

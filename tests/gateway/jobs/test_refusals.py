@@ -111,7 +111,7 @@ async def test_the_selector_is_not_asked_again_before_its_hint(
     gateway: Gateway, draw: Callable[..., dict[str, NDArray[Any]]]
 ) -> None:
     payloads = {name: to_proto(array) for name, array in draw(2).items()}
-    request = gateway_pb2.PredictRequest(model="fruit", payloads=payloads, latency_slo_ms=500)
+    request = gateway_pb2.PredictRequest(model="fruit", payloads=payloads, latency_slo_ms=5000)
     asking = asyncio.ensure_future(gateway.stub.Predict(request, timeout=30))
     description = await gateway.job_at_selector()
     error = Overloaded("behind what is queued", LONG_MS)
