@@ -14,6 +14,9 @@ from dataclasses import asdict, dataclass
 
 from mosel.transport.layout import SLOT_SIZES, Layout
 
+# Entries that the heap of leases may have beyond twice those that it needs, so that few slots need no tidying.
+_SPARE_LEASES = 64
+
 
 class SlotState(enum.Enum):
     """What a slot is used for."""
@@ -59,7 +62,9 @@ class SlotTable:
         self._free: list[deque[Slot]] = [deque() for _ in SLOT_SIZES]
         for slot in self.slots:
             self._free[slot.size_class].append(slot)
+        # Leases that are over stay in the heap until they come to its top, or there are too many of them.
         self._leases: list[tuple[float, int, int]] = []
+        self._published = 0
         self._acquired = self._released = self._expired = self._refused = 0
 
     @staticmethod
@@ -90,6 +95,7 @@ class SlotTable:
         """The slot is filled; its lease ends at `expires_at` seconds on the monotonic clock."""
         _require(slot, SlotState.FILLING)
         slot.state = SlotState.PUBLISHED
+        self._published += 1
         heapq.heappush(self._leases, (expires_at, slot.index, slot.generation))
 
     def abort(self, slot: Slot) -> None:
@@ -102,7 +108,7 @@ class SlotTable:
         slot = self.published(index, generation)
         if slot is None:
             return False
-        self._free_again(slot)
+        self._end_lease(slot)
         self._released += 1
         return True
 
@@ -118,7 +124,7 @@ class SlotTable:
         while self._leases and self._leases[0][0] <= now:
             _, index, generation = heapq.heappop(self._leases)
             if slot := self.published(index, generation):
-                self._free_again(slot)
+                self._end_lease(slot)
                 expired += 1
         self._expired += expired
         return expired
@@ -141,6 +147,13 @@ class SlotTable:
             expired_total=self._expired,
             refused_total=self._refused,
         )
+
+    def _end_lease(self, slot: Slot) -> None:
+        self._free_again(slot)
+        self._published -= 1
+        if len(self._leases) > 2 * self._published + _SPARE_LEASES:
+            self._leases = [lease for lease in self._leases if self.published(*lease[1:])]
+            heapq.heapify(self._leases)
 
     def _free_again(self, slot: Slot) -> None:
         slot.state = SlotState.FREE

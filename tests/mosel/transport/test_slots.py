@@ -57,6 +57,19 @@ def test_an_old_lease_does_not_end_a_new_one(table: SlotTable) -> None:
     assert slot.state is SlotState.PUBLISHED
 
 
+@pytest.mark.parametrize("held", [0, 40])
+def test_leases_that_were_released_are_forgotten(held: int) -> None:
+    table = SlotTable(Layout((60, 0, 0, 0, 0, 0)))
+    for _ in range(held):
+        table.publish(acquired(table), expires_at=1e6)
+    for end in range(5_000):
+        slot = acquired(table)
+        table.publish(slot, expires_at=1e6 - end)
+        assert table.release(slot.index, slot.generation)
+    assert len(table._leases) <= 2 * held + 64
+    assert table.expire(1e6) == held
+
+
 def test_a_slot_that_is_being_filled_is_neither_released_nor_expired(table: SlotTable) -> None:
     slot = acquired(table)
     assert not table.release(slot.index, slot.generation)
