@@ -157,6 +157,10 @@ class DeviceView:
                 raise ReadNotProven(f"the GPU did not open the arena{_namespaces(arena.host)}") from None
             self._undo = undo.pop_all()
 
+    def is_gone(self) -> bool:
+        """See `ControlView.is_gone`."""
+        return self._control.is_gone()
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Keeps the memory open while the body reads it.

@@ -152,6 +152,9 @@ class TensorReader:
         key = (arena.arena_id, arena.epoch)
         # Takes milliseconds, and other threads read meanwhile: not the lock that they take.
         with self._opening:
+            # A selector that died could not tell which producers went before it came again.
+            for gone in [known for known, view in list(self._views.items()) if view.is_gone()]:
+                self.close(*gone)
             view = self._views.get(key)
             if view is None:
                 view = DeviceView(self._directory, arena, self._ipc)

@@ -81,6 +81,18 @@ def test_a_restart_is_a_new_epoch(shm: Path) -> None:
         assert consumer.calls["open"] == consumer.calls["close"] == 2
 
 
+def test_memory_of_producers_that_went_unnoticed_is_given_back(shm: Path) -> None:
+    with (
+        runtimes(FakeGpu(), *[FakeRuntime] * 4) as (*producers, consumer),
+        Reader(shm) as host_reader,
+        TensorReader(host_reader, shm, CPU, consumer) as reader,
+    ):
+        for producer in producers:
+            with producing(shm, producer) as (_, publisher):
+                attach(reader, publisher)
+                assert (consumer.open_handles(), reader.arenas_open()) == (1, 2)
+
+
 @pytest.mark.parametrize("impatient", ["producer", "consumer"])
 def test_without_synchronisation_tensors_are_torn(shm: Path, impatient: str) -> None:
     """The negative control: what all other tests here would find if a wait were missing."""
