@@ -29,10 +29,8 @@ def load_command(
     seconds: Annotated[float, typer.Option(min=1, help="Length of a step.")] = 10,
     warm_up_s: Annotated[float, typer.Option(min=0, help="At the first rate, before the first step.")] = 2,
     items: Annotated[int, typer.Option(min=1, help="Items of each job.")] = 1,
-    min_accuracy: Annotated[float | None, typer.Option(min=0, max=1, help="Accuracy floor. [default: none]")] = None,
-    latency_slo_ms: Annotated[
-        float | None, typer.Option(min=0.001, help="Deadline of each job. [default: none]")
-    ] = None,
+    min_accuracy: Annotated[float | None, typer.Option(help="Accuracy floor. [default: none]")] = None,
+    latency_slo_ms: Annotated[float | None, typer.Option(help="Deadline of each job. [default: none]")] = None,
     trace: Annotated[Path | None, typer.Option(help="CSV file second,requests. [default: Poisson arrivals]")] = None,
     seed: Annotated[int, typer.Option(help="Of all chance.")] = 0,
     token: Token = None,
@@ -53,16 +51,18 @@ def load_command(
     from bench.load.steps import Plan
     from bench.serving import Gateway
     from mosel.cli.options import settings_from, tls_from
+    from mosel.client.demands import checked_demand
     from mosel.config import FREE_PORTS
     from mosel.errors import ConfigError
 
+    demand = checked_demand({"min_accuracy": min_accuracy, "latency_slo_ms": latency_slo_ms})
     plan = Plan(
         rates=_listed("--rates", rates, float),
         seconds=seconds,
         warm_up_s=warm_up_s,
         items=items,
-        min_accuracy=min_accuracy,
-        latency_slo_ms=math.inf if latency_slo_ms is None else latency_slo_ms,
+        min_accuracy=demand.get("min_accuracy"),
+        latency_slo_ms=demand.get("latency_slo_ms") or math.inf,
         trace=trace,
         seed=seed,
     )

@@ -10,6 +10,8 @@ from mosel.cli.options import Device, ModelsFolder
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from mosel.client import Demand
+    from mosel.config import Settings
     from mosel.packages.model_package import ModelPackage
     from mosel.profiles.files import Profile
     from selector.core.refusals import Plan
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 def plan(
     model: Annotated[str, typer.Argument(help="Name of the model, such as har.")],
     size: Annotated[int, typer.Option(min=1, help="Items of the job.")] = 1,
-    min_accuracy: Annotated[float | None, typer.Option(min=0, max=1, help="Accuracy floor, 0..1.")] = None,
-    latency_slo_ms: Annotated[float | None, typer.Option(min=0, help="Deadline in milliseconds from now.")] = None,
+    min_accuracy: Annotated[float | None, typer.Option(help="Accuracy floor, 0..1.")] = None,
+    latency_slo_ms: Annotated[float | None, typer.Option(help="Deadline in milliseconds from now.")] = None,
     effort: Annotated[str | None, typer.Option(help="cheapest or best. [default: cheapest with a floor]")] = None,
     rows: Annotated[int, typer.Option(min=2, help="Rows of the frontier to print at most.")] = 24,
     profile: Annotated[Path | None, typer.Option(help="Profile file. [default: the one for this hardware]")] = None,
@@ -29,14 +31,15 @@ def plan(
     """Print the frontier of a job on an idle system, and mark what the job would get. Starts nothing."""
     from mosel.cli.options import settings_from
     from mosel.cli.starting import console
+    from mosel.client.demands import checked_demand
     from mosel.packages.model_package import find_packages
     from mosel.profiles.files import needed_profile
 
+    demand = checked_demand({"min_accuracy": min_accuracy, "latency_slo_ms": latency_slo_ms, "effort": effort})
     settings = settings_from(models, [model], device)
     package = find_packages(settings.models_dir, (model,))[model]
     measured = needed_profile(package, settings, profile)
-    seconds = (latency_slo_ms or settings.gateway.default_deadline_ms) / 1000
-    planned = _plan(package, measured, settings.selector.floor_confidence, size, min_accuracy, seconds, effort)
+    planned = _plan(package, measured, settings, size, demand)
     kind = "quick profile" if measured.quick else "profile"
     console.print(
         f"{model}, {size} items; {kind} of {measured.measured_on} on {measured.hardware.device}", highlight=False
@@ -47,24 +50,13 @@ def plan(
         raise typer.Exit(1)
 
 
-def _plan(
-    package: "ModelPackage",
-    measured: "Profile",
-    floor_confidence: float,
-    size: int,
-    min_accuracy: float | None,
-    seconds: float,
-    effort: str | None,
-) -> "Plan":
-    from mosel.errors import InvalidRequest
+def _plan(package: "ModelPackage", measured: "Profile", settings: "Settings", size: int, demand: "Demand") -> "Plan":
     from mosel.profiles.files import FUSION
     from selector.core.jobs import Effort, Job
     from selector.core.scheduler import Scheduler
     from selector.services.profiles import model_profile
 
-    if effort not in (None, *Effort):
-        raise InvalidRequest(f"--effort is '{effort}'; expected {' or '.join(Effort)}")
-    known = model_profile(measured, package.default_min_accuracy, floor_confidence)
+    known = model_profile(measured, package.default_min_accuracy, settings.selector.floor_confidence)
     scheduler = Scheduler({package.name: known}, tokens=measured.concurrency, max_queued_items=size)
     for lane in (*package.modalities, FUSION):
         scheduler.lane(lane, True, measured.hardware.device)
@@ -73,9 +65,9 @@ def _plan(
         model=package.name,
         size=size,
         modalities=frozenset(package.modalities),
-        min_accuracy=min_accuracy,
-        deadline=seconds,
-        effort=None if effort is None else Effort(effort),
+        min_accuracy=demand.get("min_accuracy"),
+        deadline=(demand.get("latency_slo_ms") or settings.gateway.default_deadline_ms) / 1000,
+        effort=Effort(effort) if (effort := demand.get("effort")) else None,
     )
     return scheduler.plan(job, 0.0)
 

@@ -45,7 +45,7 @@ def predict(
             payloads,
             min_accuracy=min_accuracy,
             latency_slo_ms=latency_slo_ms,
-            modalities=modality or (),
+            modalities=modality,
             effort=effort,
             late_ok=late_ok,
         )

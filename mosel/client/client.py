@@ -2,39 +2,23 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Generator, Iterable, Mapping
-from typing import Any, Self, TypeVar, Unpack
+from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Iterator
+from typing import Self, TypeVar, Unpack
 
 import grpc
 
-from mosel.client.answers import (
-    JobEvent,
-    JobInfo,
-    ModelInfo,
-    PlanInfo,
-    Prediction,
-    ServiceInfo,
-    event_from,
-    job_from,
-    model_from,
-    models_from,
-    plan_from,
-    prediction_from,
-    services_from,
-)
+from mosel.client import calls
+from mosel.client.answers import JobEvent, JobInfo, ModelInfo, PlanInfo, Prediction, ServiceInfo, event_from
+from mosel.client.calls import UnaryCall
+from mosel.client.checks import seconds
 from mosel.client.connection import Connection
-from mosel.client.demands import Demand, Payloads, Upload, predict_request, spec_of
+from mosel.client.demands import Demand, Payloads, Upload
 from mosel.client.retry import Retry
-from mosel.errors import JobNotFound, ModelNotFound, MoselError, PackageError, Unreachable
 from mosel.tls import Tls
-from mosel.v1 import gateway_pb2, gateway_pb2_grpc, service_pb2
+from mosel.v1 import gateway_pb2, gateway_pb2_grpc
 
-Reply = TypeVar("Reply")
-Instead = Mapping[type[MoselError], type[MoselError]]
+Found = TypeVar("Found")
 
-# What a status means in calls that name a job and no model, and in those that load a model.
-_ABOUT_A_JOB: Instead = {ModelNotFound: JobNotFound}
-_ABOUT_A_PACKAGE: Instead = {Unreachable: PackageError}
 _LOAD_TIMEOUT_S = 600.0
 _RETRY = Retry()
 
@@ -88,8 +72,7 @@ class Client:
         Raises:
             MoselError: the kind says what went wrong (see mosel.errors).
         """
-        request = predict_request(model, payloads, demand, self._connection.max_message_mib)
-        return prediction_from(self._call(self._stub.Predict, request, timeout_s))
+        return self._call(calls.predict(model, payloads, demand, self._connection.max_message_mib), timeout_s)
 
     def submit_job(
         self,
@@ -118,13 +101,7 @@ class Client:
             MoselError: the kind says what went wrong (see mosel.errors).
         """
         upload = Upload(model, items, size, demand, self._connection.max_message_mib)
-        call = self._stub.SubmitJob(upload.requests(), timeout=timeout_s, metadata=self._connection.metadata)
-        try:
-            yield from map(event_from, call)
-        except grpc.RpcError as error:
-            raise upload.error or self._connection.error(error) from None
-        finally:
-            call.cancel()
+        return self._events(upload, upload.requests(), seconds("timeout_s", timeout_s))
 
     def plan(self, model: str, size: int, *, timeout_s: float = 5.0, **demand: Unpack[Demand]) -> PlanInfo:
         """What a job of so many items would get if it were sent now; runs nothing.
@@ -132,8 +109,7 @@ class Client:
         Raises:
             MoselError: the kind says what went wrong (see mosel.errors).
         """
-        request = gateway_pb2.PlanRequest(job=spec_of(model, size, demand))
-        return plan_from(self._call(self._stub.Plan, request, timeout_s))
+        return self._call(calls.plan(model, size, demand), timeout_s)
 
     def job(self, job_id: str, timeout_s: float = 5.0) -> JobInfo:
         """Where a job is.
@@ -142,13 +118,11 @@ class Client:
             JobNotFound: there is no such job.
             MoselError: the kind says what else went wrong (see mosel.errors).
         """
-        request = gateway_pb2.GetJobRequest(job_id=job_id)
-        return job_from(self._call(self._stub.GetJob, request, timeout_s, _ABOUT_A_JOB))
+        return self._call(calls.job(job_id), timeout_s)
 
     def cancel(self, job_id: str, timeout_s: float = 5.0) -> JobInfo:
         """Ends a job unless it is over, whoever sent it, and says where it is then; errors as of `job`."""
-        request = gateway_pb2.CancelJobRequest(job_id=job_id)
-        return job_from(self._call(self._stub.CancelJob, request, timeout_s, _ABOUT_A_JOB))
+        return self._call(calls.cancel(job_id), timeout_s)
 
     def models(self, timeout_s: float = 5.0) -> list[ModelInfo]:
         """The served models.
@@ -156,7 +130,7 @@ class Client:
         Raises:
             MoselError: the gateway cannot be reached.
         """
-        return models_from(self._call(self._stub.ListModels, gateway_pb2.ListModelsRequest(), timeout_s))
+        return self._call(calls.models(), timeout_s)
 
     def load_model(self, name: str, timeout_s: float = _LOAD_TIMEOUT_S) -> ModelInfo:
         """Has a model loaded from the server's models folder, or loaded anew; returns when new jobs get it.
@@ -172,8 +146,7 @@ class Client:
             PackageError: it is wrong; the model stays as it was.
             MoselError: the kind says what else went wrong (see mosel.errors).
         """
-        request = gateway_pb2.LoadModelRequest(model=name)
-        return model_from(self._call(self._stub.LoadModel, request, timeout_s, _ABOUT_A_PACKAGE))
+        return self._call(calls.load_model(name), timeout_s)
 
     def unload_model(self, name: str, timeout_s: float = _LOAD_TIMEOUT_S) -> None:
         """Has the server take no more jobs for a model; returns when those under way are over and its memory is free.
@@ -186,7 +159,7 @@ class Client:
             ModelNotFound: it is not loaded.
             MoselError: the kind says what else went wrong (see mosel.errors).
         """
-        self._call(self._stub.UnloadModel, gateway_pb2.UnloadModelRequest(model=name), timeout_s)
+        self._call(calls.unload_model(name), timeout_s)
 
     def status(self, timeout_s: float = 5.0) -> list[ServiceInfo]:
         """The state of every service.
@@ -194,7 +167,7 @@ class Client:
         Raises:
             MoselError: the gateway cannot be reached.
         """
-        return services_from(self._call(self._stub.Status, service_pb2.StatusRequest(), timeout_s))
+        return self._call(calls.status(), timeout_s)
 
     def close(self) -> None:
         """Closes the connection."""
@@ -206,17 +179,29 @@ class Client:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _call(
-        self, method: Callable[..., Reply], request: Any, timeout_s: float, instead: Instead | None = None
-    ) -> Reply:
-        attempts = self._connection.attempts(request, timeout_s)
+    def _call(self, call: UnaryCall[Found], timeout_s: float) -> Found:
+        attempts = self._connection.attempts(call.request, timeout_s)
+        method = getattr(self._stub, call.method)
         while True:
             try:
-                return method(request, timeout=attempts.begin(), metadata=self._connection.metadata)
+                reply = method(call.request, timeout=attempts.begin(), metadata=self._connection.metadata)
             except grpc.RpcError as error:
                 if (wait_s := attempts.wait_s(error)) is None:
-                    raise self._connection.error(error, instead) from None
+                    raise self._connection.error(error, call.instead) from None
+            else:
+                return call.read(reply)
             time.sleep(wait_s)
+
+    def _events(
+        self, upload: Upload, requests: Iterator[gateway_pb2.SubmitJobRequest], timeout_s: float
+    ) -> Generator[JobEvent, None, None]:
+        call = self._stub.SubmitJob(requests, timeout=timeout_s, metadata=self._connection.metadata)
+        try:
+            yield from map(event_from, call)
+        except grpc.RpcError as error:
+            raise upload.error or self._connection.error(error) from None
+        finally:
+            call.cancel()
 
 
 class AsyncClient:
@@ -239,10 +224,9 @@ class AsyncClient:
         self, model: str, payloads: Payloads, *, timeout_s: float = 30.0, **demand: Unpack[Demand]
     ) -> Prediction:
         """As `Client.predict`; cancelling the task cancels the job."""
-        request = predict_request(model, payloads, demand, self._connection.max_message_mib)
-        return prediction_from(await self._call(self._stub.Predict, request, timeout_s))
+        return await self._call(calls.predict(model, payloads, demand, self._connection.max_message_mib), timeout_s)
 
-    async def submit_job(
+    def submit_job(
         self,
         model: str,
         items: Payloads | Iterable[Payloads] | AsyncIterable[Payloads],
@@ -253,46 +237,35 @@ class AsyncClient:
     ) -> AsyncGenerator[JobEvent, None]:
         """As `Client.submit_job`; cancelling the task cancels the job."""
         upload = Upload(model, items, size, demand, self._connection.max_message_mib)
-        call = self._stub.SubmitJob(upload.async_requests(), timeout=timeout_s, metadata=self._connection.metadata)
-        try:
-            async for event in call:
-                yield event_from(event)
-        except grpc.RpcError as error:
-            raise upload.error or self._connection.error(error) from None
-        finally:
-            call.cancel()
+        return self._events(upload, seconds("timeout_s", timeout_s))
 
     async def plan(self, model: str, size: int, *, timeout_s: float = 5.0, **demand: Unpack[Demand]) -> PlanInfo:
         """As `Client.plan`."""
-        request = gateway_pb2.PlanRequest(job=spec_of(model, size, demand))
-        return plan_from(await self._call(self._stub.Plan, request, timeout_s))
+        return await self._call(calls.plan(model, size, demand), timeout_s)
 
     async def job(self, job_id: str, timeout_s: float = 5.0) -> JobInfo:
         """As `Client.job`."""
-        request = gateway_pb2.GetJobRequest(job_id=job_id)
-        return job_from(await self._call(self._stub.GetJob, request, timeout_s, _ABOUT_A_JOB))
+        return await self._call(calls.job(job_id), timeout_s)
 
     async def cancel(self, job_id: str, timeout_s: float = 5.0) -> JobInfo:
         """As `Client.cancel`."""
-        request = gateway_pb2.CancelJobRequest(job_id=job_id)
-        return job_from(await self._call(self._stub.CancelJob, request, timeout_s, _ABOUT_A_JOB))
+        return await self._call(calls.cancel(job_id), timeout_s)
 
     async def models(self, timeout_s: float = 5.0) -> list[ModelInfo]:
         """As `Client.models`."""
-        return models_from(await self._call(self._stub.ListModels, gateway_pb2.ListModelsRequest(), timeout_s))
+        return await self._call(calls.models(), timeout_s)
 
     async def load_model(self, name: str, timeout_s: float = _LOAD_TIMEOUT_S) -> ModelInfo:
         """As `Client.load_model`."""
-        request = gateway_pb2.LoadModelRequest(model=name)
-        return model_from(await self._call(self._stub.LoadModel, request, timeout_s, _ABOUT_A_PACKAGE))
+        return await self._call(calls.load_model(name), timeout_s)
 
     async def unload_model(self, name: str, timeout_s: float = _LOAD_TIMEOUT_S) -> None:
         """As `Client.unload_model`."""
-        await self._call(self._stub.UnloadModel, gateway_pb2.UnloadModelRequest(model=name), timeout_s)
+        await self._call(calls.unload_model(name), timeout_s)
 
     async def status(self, timeout_s: float = 5.0) -> list[ServiceInfo]:
         """As `Client.status`."""
-        return services_from(await self._call(self._stub.Status, service_pb2.StatusRequest(), timeout_s))
+        return await self._call(calls.status(), timeout_s)
 
     async def close(self) -> None:
         """Closes the connection."""
@@ -315,14 +288,25 @@ class AsyncClient:
             self._channel = grpc.aio.secure_channel(at.address, credentials, at.options)
         self._stub = gateway_pb2_grpc.GatewayStub(self._channel)
 
-    async def _call(
-        self, method: Callable[..., Awaitable[Reply]], request: Any, timeout_s: float, instead: Instead | None = None
-    ) -> Reply:
-        attempts = self._connection.attempts(request, timeout_s)
+    async def _call(self, call: UnaryCall[Found], timeout_s: float) -> Found:
+        attempts = self._connection.attempts(call.request, timeout_s)
+        method = getattr(self._stub, call.method)
         while True:
             try:
-                return await method(request, timeout=attempts.begin(), metadata=self._connection.metadata)
+                reply = await method(call.request, timeout=attempts.begin(), metadata=self._connection.metadata)
             except grpc.RpcError as error:
                 if (wait_s := attempts.wait_s(error)) is None:
-                    raise self._connection.error(error, instead) from None
+                    raise self._connection.error(error, call.instead) from None
+            else:
+                return call.read(reply)
             await asyncio.sleep(wait_s)
+
+    async def _events(self, upload: Upload, timeout_s: float) -> AsyncGenerator[JobEvent, None]:
+        call = self._stub.SubmitJob(upload.async_requests(), timeout=timeout_s, metadata=self._connection.metadata)
+        try:
+            async for event in call:
+                yield event_from(event)
+        except grpc.RpcError as error:
+            raise upload.error or self._connection.error(error) from None
+        finally:
+            call.cancel()

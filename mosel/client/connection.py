@@ -5,10 +5,14 @@ from dataclasses import dataclass, field
 
 import grpc
 
+from mosel.client.checks import text, whole
 from mosel.client.retry import Attempts, Retry
 from mosel.errors import InvalidRequest, MoselError
 from mosel.status import error_from_rpc
 from mosel.tls import Tls
+
+# gRPC counts bytes in 31 bits.
+_MOST_MIB = 2047
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Connection:
         retries: which calls are made again; None: none.
 
     Raises:
-        InvalidRequest: the token cannot be sent.
+        InvalidRequest: the token cannot be sent, or something is of the wrong kind.
     """
 
     address: str
@@ -33,6 +37,11 @@ class Connection:
     retries: Retry | None
 
     def __post_init__(self) -> None:
+        text("address", self.address, "host:port or unix:/path")
+        whole("max_message_mib", self.max_message_mib, f"1 to {_MOST_MIB}", lambda mib: 1 <= mib <= _MOST_MIB)
+        for name, kind in (("token", str), ("tls", Tls), ("retries", Retry)):
+            if not isinstance(value := getattr(self, name), kind | None):
+                raise InvalidRequest(f"{name} is a {type(value).__name__}; expected a {kind.__name__} or None")
         if self.token is not None and not (self.token and self.token.isascii() and self.token.isprintable()):
             raise InvalidRequest("token is empty or has characters that cannot be sent; expected printable ASCII")
 

@@ -1,12 +1,15 @@
 """What a client asks for, and the messages that say it."""
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
-from typing import Literal, TypedDict
+import difflib
+import math
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mosel.client.arrays import Payload, as_array
+from mosel.client.checks import flag, names, number, shown, text, whole, wrong_kind
 from mosel.errors import InvalidRequest, PayloadTooLarge
 from mosel.tensors import to_proto
 from mosel.v1 import gateway_pb2, tensor_pb2
@@ -14,16 +17,19 @@ from mosel.v1 import gateway_pb2, tensor_pb2
 _MIB = 1024 * 1024
 # What the rest of a request may take beside its payloads.
 _ENVELOPE_BYTES = 64 * 1024
+# What the field holds; the server has a limit of its own.
+_MOST_ITEMS = 2**32 - 1
 # Payloads that are given at once travel in batches of about this size, so that checking them overlaps with sending.
 _BATCH_BYTES = 4 * _MIB
 
-_EFFORTS = {None: gateway_pb2.EFFORT_UNSPECIFIED, "cheapest": gateway_pb2.CHEAPEST, "best": gateway_pb2.BEST}
+_PAYLOADS = "a mapping from modality to array, such as {'image': images}"
 
 Payloads = Mapping[str, Payload]
+Batches = Iterable[Payloads] | AsyncIterable[Payloads]
 
 
 class Demand(TypedDict, total=False):
-    """What a job may demand.
+    """What a job may demand; None demands nothing.
 
     Attributes:
         min_accuracy: the least expected accuracy, 0..1; without it all that was sent is used if time allows.
@@ -37,47 +43,51 @@ class Demand(TypedDict, total=False):
 
     min_accuracy: float | None
     latency_slo_ms: float | None
-    modalities: Iterable[str]
+    modalities: Iterable[str] | None
     effort: Literal["cheapest", "best"] | None
-    late_ok: bool
-    priority: int
+    late_ok: bool | None
+    priority: int | None
 
 
-def predict_request(model: str, payloads: Payloads, demand: Demand, max_message_mib: int) -> gateway_pb2.PredictRequest:
+def checked_demand(demand: Mapping[str, object]) -> Demand:
+    """What is demanded, without what is None, each value as its type says; a demand comes from callers as it likes.
+
+    Raises:
+        InvalidRequest: a name is unknown, or a value is of the wrong kind or out of range.
+    """
+    for name, value in demand.items():
+        if name not in _CHECKS:
+            near = difflib.get_close_matches(name, [*_CHECKS, "timeout_s"], 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            expected = f"some of {', '.join(_CHECKS)}{hint}"
+            raise InvalidRequest(f"{name} is {shown(value)}, and no demand has that name; expected {expected}")
+    # Each of the checks gives what its field is.
+    return cast(Demand, {name: _CHECKS[name](value) for name, value in demand.items() if value is not None})
+
+
+def predict_request(
+    model: str, payloads: Payloads, demand: Mapping[str, object], max_message_mib: int
+) -> gateway_pb2.PredictRequest:
     """The request for one job.
 
     Raises:
         PayloadTooLarge: it is beyond the message limit.
-        InvalidRequest: an array cannot be sent, or the effort is unknown.
+        InvalidRequest: an array cannot be sent, or a demand is wrong.
     """
+    fields, name = _fields(checked_demand(demand)), _model(model)
     return gateway_pb2.PredictRequest(
-        model=model,
-        payloads=_tensors(_arrays(payloads), max_message_mib),
-        min_accuracy=demand.get("min_accuracy"),
-        latency_slo_ms=demand.get("latency_slo_ms"),
-        modalities=demand.get("modalities", ()),
-        effort=_effort(demand),
-        late_ok=demand.get("late_ok", False),
-        priority=demand.get("priority", 0),
+        model=name, payloads=_tensors(_arrays(payloads, "payloads"), max_message_mib), **fields
     )
 
 
-def spec_of(model: str, size: int, demand: Demand) -> gateway_pb2.JobSpec:
+def spec_of(model: str, size: int, demand: Mapping[str, object]) -> gateway_pb2.JobSpec:
     """What a job asks for, without its items.
 
     Raises:
-        InvalidRequest: the effort is unknown.
+        InvalidRequest: a value is wrong.
     """
-    return gateway_pb2.JobSpec(
-        model=model,
-        size=size,
-        min_accuracy=demand.get("min_accuracy"),
-        latency_slo_ms=demand.get("latency_slo_ms"),
-        modalities=demand.get("modalities", ()),
-        effort=_effort(demand),
-        late_ok=demand.get("late_ok", False),
-        priority=demand.get("priority", 0),
-    )
+    fields = _fields(checked_demand(demand))
+    return gateway_pb2.JobSpec(model=_model(model), size=_items(size), **fields)
 
 
 class Upload:
@@ -94,43 +104,45 @@ class Upload:
         error: why the messages ended early, if they did.
 
     Raises:
-        InvalidRequest: the size is missing, or the effort is unknown.
+        InvalidRequest: the size is missing, or something is wrong with what is known of the items or with the demand.
     """
 
     def __init__(
         self,
         model: str,
-        items: Payloads | Iterable[Payloads] | AsyncIterable[Payloads],
+        items: Payloads | Batches,
         size: int | None,
-        demand: Demand,
+        demand: Mapping[str, object],
         max_message_mib: int,
     ) -> None:
         self.error: Exception | None = None
         self._max_message_mib = max_message_mib
+        self._items: Batches
         if isinstance(items, Mapping):
-            arrays = _arrays(_chosen(items, demand))
-            demand = Demand(**{**demand, "modalities": list(arrays)})
+            arrays = _arrays(items, "items", checked_demand(demand).get("modalities"))
+            demand = {**demand, "modalities": list(arrays)}
             size = _size(arrays) if size is None else size
-            items = _batches(arrays)
+            self._items = _batches(arrays)
+        else:
+            self._items = _checked_batches(items)
         if size is None:
             raise InvalidRequest("size is missing; expected the number of items, as they come in batches")
-        self._items = items
         self._spec = spec_of(model, size, demand)
 
     def requests(self) -> Iterator[gateway_pb2.SubmitJobRequest]:
-        """The messages, to be iterated once."""
-        yield gateway_pb2.SubmitJobRequest(job=self._spec)
-        assert isinstance(self._items, Iterable), "only AsyncClient takes items that come asynchronously"
-        try:
-            for payloads in self._items:
-                yield self._batch(payloads)
-        except Exception as error:  # noqa: BLE001 (grpc would hide it; the caller gets it when the call has failed)
-            self.error = error
+        """The messages, to be iterated once.
+
+        Raises:
+            InvalidRequest: the items come asynchronously.
+        """
+        if isinstance(self._items, AsyncIterable):
+            raise wrong_kind("items", self._items, "no asynchronous iterator: AsyncClient takes these")
+        return self._requests(self._items)
 
     async def async_requests(self) -> AsyncIterator[gateway_pb2.SubmitJobRequest]:
         """As `requests`, for items that may come asynchronously."""
-        if isinstance(self._items, Iterable):
-            for request in self.requests():
+        if not isinstance(self._items, AsyncIterable):
+            for request in self._requests(self._items):
                 yield request
             return
         yield gateway_pb2.SubmitJobRequest(job=self._spec)
@@ -140,21 +152,37 @@ class Upload:
         except Exception as error:  # noqa: BLE001 (as above)
             self.error = error
 
+    def _requests(self, items: Iterable[Payloads]) -> Iterator[gateway_pb2.SubmitJobRequest]:
+        yield gateway_pb2.SubmitJobRequest(job=self._spec)
+        try:
+            for payloads in items:
+                yield self._batch(payloads)
+        except Exception as error:  # noqa: BLE001 (grpc would hide it; the caller gets it when the call has failed)
+            self.error = error
+
     def _batch(self, payloads: Payloads) -> gateway_pb2.SubmitJobRequest:
-        tensors = _tensors(_arrays(payloads), self._max_message_mib)
+        tensors = _tensors(_arrays(payloads, "a batch of items"), self._max_message_mib)
         return gateway_pb2.SubmitJobRequest(items=gateway_pb2.ItemBatch(payloads=tensors))
 
 
-def _arrays(payloads: Payloads) -> dict[str, NDArray[np.generic]]:
-    return {name: as_array(value, f"payloads.{name}") for name, value in payloads.items()}
-
-
-def _chosen(payloads: Payloads, demand: Demand) -> Payloads:
-    modalities = list(demand.get("modalities", ())) or list(payloads)
-    for name in modalities:
+def _arrays(payloads: object, field: str, modalities: Iterable[str] | None = None) -> dict[str, NDArray[np.generic]]:
+    """The arrays of these modalities, or of all."""
+    if not isinstance(payloads, Mapping):
+        raise wrong_kind(field, payloads, _PAYLOADS)
+    for name in payloads:
+        if not isinstance(name, str):
+            raise InvalidRequest(f"{field} has the key {shown(name)}; expected {_PAYLOADS}")
+    chosen = list(modalities or payloads)
+    for name in chosen:
         if name not in payloads:
             raise InvalidRequest(f"modalities has '{name}'; expected some of the payloads: {', '.join(payloads)}")
-    return {name: payloads[name] for name in modalities}
+    return {name: as_array(payloads[name], f"payloads.{name}") for name in chosen}
+
+
+def _checked_batches(items: Batches) -> Batches:
+    if isinstance(items, str | bytes) or not isinstance(items, Iterable | AsyncIterable):
+        raise wrong_kind("items", items, f"{_PAYLOADS}, or several of these")
+    return items
 
 
 def _size(arrays: Mapping[str, NDArray[np.generic]]) -> int:
@@ -182,8 +210,38 @@ def _tensors(arrays: Mapping[str, NDArray[np.generic]], max_message_mib: int) ->
     return {name: to_proto(array, f"payloads.{name}") for name, array in arrays.items()}
 
 
-def _effort(demand: Demand) -> gateway_pb2.Effort.ValueType:
+def _model(name: object) -> str:
+    return text("model", name, "the model's name")
+
+
+def _items(size: object) -> int:
+    expected = f"at least one item, and at most {_MOST_ITEMS}"
+    return whole("size", size, expected, lambda items: 1 <= items <= _MOST_ITEMS)
+
+
+def _fields(demand: Demand) -> dict[str, Any]:
+    """The demand as both messages have it."""
     effort = demand.get("effort")
-    if effort not in _EFFORTS:
+    return {**demand, "effort": effort and gateway_pb2.Effort.Value(effort.upper())}
+
+
+def _effort(value: object) -> str:
+    effort = text("effort", value, "cheapest or best")
+    if effort not in ("cheapest", "best"):
         raise InvalidRequest(f"effort is '{effort}'; expected cheapest or best")
-    return _EFFORTS[effort]
+    return effort
+
+
+# How each demand is checked; what comes out is what the field takes.
+_CHECKS: dict[str, Callable[[object], object]] = {
+    "min_accuracy": lambda value: number("min_accuracy", value, "a number from 0 to 1", lambda floor: 0 <= floor <= 1),
+    "latency_slo_ms": lambda value: number(
+        "latency_slo_ms", value, "a positive number of milliseconds", lambda slo_ms: 0 < slo_ms < math.inf
+    ),
+    "modalities": lambda value: names("modalities", value),
+    "effort": _effort,
+    "late_ok": lambda value: flag("late_ok", value),
+    "priority": lambda value: whole(
+        "priority", value, "a whole number from 1 (goes first) to 9", lambda priority: 1 <= priority <= 9
+    ),
+}

@@ -1,12 +1,13 @@
 """When a call is made again: only where the server cannot have begun with it."""
 
+import math
 import random
 import time
 from dataclasses import dataclass
 
 import grpc
 
-from mosel.errors import InvalidRequest
+from mosel.client.checks import number, seconds, whole
 from mosel.status import retry_hint_ms
 from mosel.v1 import gateway_pb2
 
@@ -29,17 +30,15 @@ class Retry:
         wait_ms: milliseconds before the second attempt where the server did not say; doubled before each further one.
 
     Raises:
-        InvalidRequest: a number is not positive.
+        InvalidRequest: one of them is not a positive number.
     """
 
     max_attempts: int = 3
     wait_ms: float = 100.0
 
     def __post_init__(self) -> None:
-        if self.max_attempts < 1:
-            raise InvalidRequest(f"max_attempts is {self.max_attempts}; expected at least 1")
-        if not self.wait_ms > 0:
-            raise InvalidRequest(f"wait_ms is {self.wait_ms}; expected a positive number of milliseconds")
+        whole("max_attempts", self.max_attempts, "at least 1", lambda attempts: attempts >= 1)
+        number("wait_ms", self.wait_ms, "a positive number of milliseconds", lambda wait_ms: 0 < wait_ms < math.inf)
 
 
 class Attempts:
@@ -49,17 +48,20 @@ class Attempts:
         retry: how many there may be; None: one.
         request: what is asked for; each attempt asks for it within what is left of its deadline.
         timeout_s: seconds for all attempts together.
+
+    Raises:
+        InvalidRequest: that is not a positive number.
     """
 
     def __init__(self, retry: Retry | None, request: object, timeout_s: float) -> None:
         self._most, self._wait_ms = (retry.max_attempts, retry.wait_ms) if retry else (1, 0.0)
-        self._timeout_s, self._started, self._made = timeout_s, time.monotonic(), 0
-        self._limit_s, self._slo_ms = timeout_s, 0.0
+        self._timeout_s, self._started, self._made = seconds("timeout_s", timeout_s), time.monotonic(), 0
+        self._limit_s, self._slo_ms = self._timeout_s, 0.0
         self._predict: gateway_pb2.PredictRequest | None = None
         if isinstance(request, gateway_pb2.PredictRequest) and request.HasField("latency_slo_ms"):
             self._predict, self._slo_ms = request, request.latency_slo_ms
             if not request.late_ok:
-                self._limit_s = min(timeout_s, self._slo_ms / 1000)
+                self._limit_s = min(self._timeout_s, self._slo_ms / 1000)
 
     def begin(self) -> float:
         """The next attempt begins; returns the seconds that it has."""

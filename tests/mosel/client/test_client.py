@@ -32,8 +32,8 @@ def test_what_is_not_demanded_is_not_in_the_request() -> None:
 def test_every_demand_is_in_both_requests() -> None:
     fields: dict[str, Any] = {"min_accuracy": 0.0, "latency_slo_ms": 5.0, "modalities": ["pen"], "late_ok": True}
     for effort, number in (("cheapest", gateway_pb2.CHEAPEST), ("best", gateway_pb2.BEST)):
-        request = predict_request("digits", payloads_of(2), {**fields, "effort": effort}, 64)  # type: ignore[typeddict-item]
-        spec = spec_of("digits", 2, {**fields, "effort": effort})  # type: ignore[typeddict-item]
+        request = predict_request("digits", payloads_of(2), {**fields, "effort": effort}, 64)
+        spec = spec_of("digits", 2, {**fields, "effort": effort})
         assert spec == gateway_pb2.JobSpec(model="digits", size=2, effort=number, **fields)
         request.payloads.clear()
         assert request == gateway_pb2.PredictRequest(model="digits", effort=number, **fields)
@@ -41,7 +41,7 @@ def test_every_demand_is_in_both_requests() -> None:
 
 def test_an_unknown_effort_is_named() -> None:
     with pytest.raises(InvalidRequest, match=r"^effort is 'most'; expected cheapest or best$"):
-        spec_of("digits", 2, {"effort": "most"})  # type: ignore[typeddict-item]
+        spec_of("digits", 2, {"effort": "most"})
 
 
 def sent(upload: Upload) -> tuple[gateway_pb2.JobSpec, list[Payloads]]:
@@ -98,6 +98,15 @@ async def test_a_batch_that_cannot_be_sent_ends_the_messages_and_is_remembered()
         upload = Upload("digits", items, 5, {}, 1)
         assert len([request async for request in upload.async_requests()]) == 2
         assert isinstance(upload.error, PayloadTooLarge)
+
+
+async def test_a_batch_that_is_none_is_named() -> None:
+    for batch in (np.zeros(2), "pen", {1: np.zeros(2)}):
+        upload = Upload("digits", [batch], 5, {}, 1)  # type: ignore[list-item]
+        assert len(list(upload.requests())) == 1
+        assert isinstance(upload.error, InvalidRequest)
+        assert str(upload.error).startswith("a batch of items ")
+        assert str(upload.error).endswith("; expected a mapping from modality to array, such as {'image': images}")
 
 
 @pytest.mark.parametrize(("slack_ms", "met"), [(0.5, True), (0.0, True), (-0.5, False)])
