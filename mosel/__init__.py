@@ -1,6 +1,7 @@
 """MOSEL: serve multi-modal models, choosing request by request which modalities to run.
 
-`Client` and `AsyncClient` talk to a gateway; `mosel.errors` has what they raise.
+`Client` and `AsyncClient` talk to a gateway, the other classes are what they take and give, and `mosel.errors` has what
+they raise.
 """
 
 import importlib
@@ -9,25 +10,57 @@ from typing import TYPE_CHECKING
 from mosel import errors
 
 if TYPE_CHECKING:
-    from mosel.client import AsyncClient, Client, Prediction
-    from mosel.client.answers import ItemResults, JobAccepted, JobSummary
-    from mosel.client.retry import Retry
-    from mosel.tls import Tls
+    from mosel.client import (
+        AsyncClient,
+        Client,
+        Demand,
+        EdgeInfo,
+        ItemResults,
+        JobAccepted,
+        JobEvent,
+        JobInfo,
+        JobSummary,
+        ModalityInfo,
+        ModelInfo,
+        Payloads,
+        PlanInfo,
+        Prediction,
+        Retry,
+        ServiceInfo,
+        SetInfo,
+        StrategyInfo,
+        SupportsDlpack,
+        Tls,
+    )
 
-__all__ = ["AsyncClient", "Client", "ItemResults", "JobAccepted", "JobSummary", "Prediction", "Retry", "Tls", "errors"]
-
-_MODULES = {
-    "mosel.client.answers": ("ItemResults", "JobAccepted", "JobSummary"),
-    "mosel.client": ("AsyncClient", "Client", "Prediction"),
-    "mosel.client.retry": ("Retry",),
-    "mosel.tls": ("Tls",),
-}
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "Demand",
+    "EdgeInfo",
+    "ItemResults",
+    "JobAccepted",
+    "JobEvent",
+    "JobInfo",
+    "JobSummary",
+    "ModalityInfo",
+    "ModelInfo",
+    "Payloads",
+    "PlanInfo",
+    "Prediction",
+    "Retry",
+    "ServiceInfo",
+    "SetInfo",
+    "StrategyInfo",
+    "SupportsDlpack",
+    "Tls",
+    "errors",
+]
 
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
         # What is asked for, when it is: NumPy alone would take most of the time of a health check.
-        for module, names in _MODULES.items():
-            if name in names:
-                return getattr(importlib.import_module(module), name)
+        if name in __all__:
+            return getattr(importlib.import_module("mosel.client"), name)
         raise AttributeError(f"module 'mosel' has no attribute {name!r}")

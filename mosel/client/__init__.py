@@ -15,8 +15,9 @@ from mosel.client.answers import (
     SetInfo,
     StrategyInfo,
 )
+from mosel.client.arrays import SupportsDlpack
 from mosel.client.client import AsyncClient, Client
-from mosel.client.demands import Demand
+from mosel.client.demands import Demand, Payloads
 from mosel.client.retry import Retry
 from mosel.tls import Tls
 
@@ -32,11 +33,13 @@ __all__ = [
     "JobSummary",
     "ModalityInfo",
     "ModelInfo",
+    "Payloads",
     "PlanInfo",
     "Prediction",
     "Retry",
     "ServiceInfo",
     "SetInfo",
     "StrategyInfo",
+    "SupportsDlpack",
     "Tls",
 ]
