@@ -8,8 +8,8 @@ from encoders.encoder import ModalityEncoder
 from mosel.compute.timing import latency_points
 from mosel.compute.workers import Workers
 from mosel.config import Settings
+from mosel.observability.compute_observer import ComputeObserver
 from mosel.observability.metrics import Metrics, show_arenas, show_fetched, single
-from mosel.observability.steps import Steps
 from mosel.observability.tracing import OFF, Tracing
 from mosel.packages.model_package import find_package
 from mosel.runtime.service import Context, answers_with_status, deadline_of
@@ -50,7 +50,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         transport = settings.transport
         self._lease_grace_s, self._full_wait_s = transport.lease_grace_ms / 1000, transport.full_wait_ms / 1000
         self._metrics = Metrics(name)
-        self._steps = Steps(self._metrics, tracing, "encode", "modality", workers.statistics)
+        self._observer = ComputeObserver(self._metrics, tracing, "encode", "modality", workers.statistics)
         text = "Payload bytes that were read: those of the chosen modalities alone."
         read = encoder.counters
         self._metrics.counter("mosel_payload_read_bytes_total", text, (), lambda: single(read, "payload_bytes_read"))
@@ -75,16 +75,16 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         deadline = deadline_of(context)
         lease_s = deadline.remaining + self._lease_grace_s
         modality = self._encoder.modality
-        with self._steps.follow(f"encode {modality}", request, modality) as step:
-            ref, step.seconds = await self._workers.run(
+        with self._observer.follow(f"encode {modality}", request, modality) as call:
+            ref, call.seconds = await self._workers.run(
                 lambda: self._encoder.encode(
                     request.model, request.rows, request.rung, lease_s, self._full_wait_s, deadline
                 ),
                 deadline,
                 "encoding",
             )
-            step.items = ref.shape[0]
-        return encoder_pb2.EncodeReply(embeddings=ref, compute_us=round(step.seconds * 1e6))
+            call.items = ref.shape[0]
+        return encoder_pb2.EncodeReply(embeddings=ref, compute_us=round(call.seconds * 1e6))
 
     @answers_with_status
     async def Load(self, request: service_pb2.LoadRequest, context: Context) -> service_pb2.LoadReply:

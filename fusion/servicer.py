@@ -9,8 +9,8 @@ from fusion.predictor import Predictor
 from mosel.compute.timing import latency_points
 from mosel.compute.workers import Workers
 from mosel.modality import format_set
+from mosel.observability.compute_observer import ComputeObserver
 from mosel.observability.metrics import MIXED, Metrics, show_fetched
-from mosel.observability.steps import Steps
 from mosel.observability.tracing import OFF, Tracing
 from mosel.packages.model_package import find_package
 from mosel.runtime.service import Context, answers_with_status, deadline_of
@@ -44,7 +44,7 @@ class FusionServicer(fusion_pb2_grpc.FusionServicer):
         self._predictor, self._workers, self._reader = predictor, workers, reader
         self._address, self._models_dir = address, models_dir
         self._metrics = Metrics("fusion")
-        self._steps = Steps(self._metrics, tracing, "fuse", "modality_set", workers.statistics)
+        self._observer = ComputeObserver(self._metrics, tracing, "fuse", "modality_set", workers.statistics)
         text = "Embedding bytes that were read."
         self._metrics.counter("mosel_embedding_read_bytes_total", text, (), lambda: {(): reader.bytes_read})
         show_fetched(self._metrics, reader.statistics)
@@ -53,13 +53,13 @@ class FusionServicer(fusion_pb2_grpc.FusionServicer):
     async def Fuse(self, request: fusion_pb2.FuseRequest, context: Context) -> fusion_pb2.FuseReply:
         groups = [{name: rows.rows for name, rows in group.embeddings.items()} for group in request.groups]
         sets = {format_set(group) for group in groups}
-        with self._steps.follow("fuse", request, sets.pop() if len(sets) == 1 else MIXED) as step:
+        with self._observer.follow("fuse", request, sets.pop() if len(sets) == 1 else MIXED) as call:
             deadline = deadline_of(context)
-            outputs, step.seconds = await self._workers.run(
+            outputs, call.seconds = await self._workers.run(
                 lambda: self._predictor.fuse(request.model, groups, deadline), deadline, "fusing"
             )
-            step.items = sum(output.shape[0] for output in outputs)
-        return fusion_pb2.FuseReply(outputs=outputs, compute_us=round(step.seconds * 1e6))
+            call.items = sum(output.shape[0] for output in outputs)
+        return fusion_pb2.FuseReply(outputs=outputs, compute_us=round(call.seconds * 1e6))
 
     @answers_with_status
     async def OpenArena(self, request: arena_pb2.OpenArenaRequest, context: Context) -> arena_pb2.PreflightReport:

@@ -16,7 +16,7 @@ from mosel.errors import DeadlineExceeded, MoselError, Overloaded, Unreachable
 
 
 @dataclass(frozen=True)
-class Answer:
+class JobAnswer:
     """What became of one job: a prediction, or the error that it was answered with.
 
     Attributes:
@@ -89,7 +89,7 @@ def payload_bytes_read(client: Client) -> int:
     return sum(service.counters.get("payload_bytes_read", 0) for service in client.status())
 
 
-def summarise(setting: Setting, answers: Sequence[Answer], bytes_read: int, bytes_per_item: int) -> Row:
+def summarise(setting: Setting, answers: Sequence[JobAnswer], bytes_read: int, bytes_per_item: int) -> Row:
     """One row from the answers of a setting; `bytes_per_item` is what all modalities of an item have."""
     answered = [(answer, answer.prediction) for answer in answers if answer.prediction is not None]
     items = sum(answer.items for answer, _ in answered)
@@ -121,7 +121,7 @@ def percentile(times_ms: Sequence[float], q: float) -> float:
     return float(np.percentile(times_ms, q, method="inverted_cdf")) if times_ms else float("nan")
 
 
-def _ask(client: Client, model: str, job: Samples, setting: Setting) -> Answer:
+def _ask(client: Client, model: str, job: Samples, setting: Setting) -> JobAnswer:
     start = time.perf_counter()
     try:
         prediction = client.predict(
@@ -132,7 +132,7 @@ def _ask(client: Client, model: str, job: Samples, setting: Setting) -> Answer:
             modalities=setting.modalities,
         )
     except (Unreachable, DeadlineExceeded, Overloaded) as error:
-        return Answer(len(job), 0, (time.perf_counter() - start) * 1000, None, error)
+        return JobAnswer(len(job), 0, (time.perf_counter() - start) * 1000, None, error)
     elapsed_ms = (time.perf_counter() - start) * 1000
     right = int((prediction.output.reshape(len(job), -1).argmax(axis=1) == job.labels).sum())
-    return Answer(len(job), right, elapsed_ms, prediction)
+    return JobAnswer(len(job), right, elapsed_ms, prediction)

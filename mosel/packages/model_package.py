@@ -49,7 +49,7 @@ class OutputSpec:
 
 
 @dataclass(frozen=True)
-class Accuracy:
+class StatedAccuracy:
     """Accuracy of each modality set, 0..1, measured on `samples` items of the validation split.
 
     Where the figures were not measured on these weights, `source` says where they are from; `samples` is 0 if unknown.
@@ -118,7 +118,7 @@ class ModelPackage:
             raise PackageError(f"{self.folder}: the files changed while they were read; load the model again")
 
     @cached_property
-    def accuracy(self) -> Accuracy:
+    def accuracy(self) -> StatedAccuracy:
         """The accuracies of this package's weights, or those that stand in for them.
 
         Raises:
@@ -284,7 +284,7 @@ def _check_output(file: Path, output: OutputSpec) -> None:
         )
 
 
-def _load_accuracy(package: ModelPackage) -> Accuracy:
+def _load_accuracy(package: ModelPackage) -> StatedAccuracy:
     file = package.accuracy_file
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -310,7 +310,7 @@ def _load_accuracy(package: ModelPackage) -> Accuracy:
         raise PackageError(
             f"{file}: key 'weights_sha256' is not the hash of {package.weights.name}: measure again; {_ACCURACY_HINT}"
         )
-    return Accuracy(samples=samples, sets=sets, source=source)
+    return StatedAccuracy(samples=samples, sets=sets, source=source)
 
 
 def _digest(parts: Iterable[str | Path]) -> str:

@@ -36,7 +36,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Milliseconds = Annotated[float, Field(ge=0)]
 
 
-class Accuracy(_Value):
+class MeasuredAccuracy(_Value):
     """Accuracy of a modality set, 0..1, on so many samples, and its 95 % interval."""
 
     value: Fraction
@@ -61,7 +61,7 @@ class JobPoint(_Value):
     p95_ms: Milliseconds
 
 
-class Call(_Value):
+class CallCost(_Value):
     """What a call costs as the selector sees it: `overhead_ms + factor * Point.p50_ms`."""
 
     overhead_ms: Milliseconds
@@ -135,12 +135,12 @@ class Profile(_Value):
     concurrency: PositiveInt
     accuracy_source: str
     accuracy_measured: bool
-    accuracy: dict[str, Accuracy]
+    accuracy: dict[str, MeasuredAccuracy]
     encoders: dict[str, Points]
     fusion: dict[str, Points]
     end_to_end: dict[str, tuple[JobPoint, ...]] = {}
-    calls: dict[str, Call]
-    loaded_calls: dict[str, Call] = {}
+    calls: dict[str, CallCost]
+    loaded_calls: dict[str, CallCost] = {}
     edge_ms: Milliseconds = 0.0
     edge_item_ms: Milliseconds = 0.0
     edge_cpu_ms: Milliseconds = 0.0
@@ -154,10 +154,10 @@ class Profile(_Value):
         return self
 
 
-def wilson(value: float, samples: int) -> Accuracy:
+def wilson(value: float, samples: int) -> MeasuredAccuracy:
     """An accuracy with its 95 % interval, see `wilson_interval`. Without samples it is everything."""
     low, high = wilson_interval(value, samples, _Z95) if samples else (0.0, 1.0)
-    return Accuracy(value=value, samples=samples, low=low, high=high)
+    return MeasuredAccuracy(value=value, samples=samples, low=low, high=high)
 
 
 def wilson_interval(value: float, samples: int, z: float) -> tuple[float, float]:
@@ -174,7 +174,7 @@ def wilson_interval(value: float, samples: int, z: float) -> tuple[float, float]
     return max(0.0, min(low, value)), min(1.0, max(high, value))
 
 
-def package_accuracy(package: ModelPackage) -> dict[str, Accuracy]:
+def package_accuracy(package: ModelPackage) -> dict[str, MeasuredAccuracy]:
     """The accuracies that a model package states.
 
     Raises:
@@ -196,7 +196,7 @@ def quick_profile(
     hardware: Hardware,
     encoders: Mapping[str, tuple[Point, ...]],
     fusion: Mapping[str, tuple[Point, ...]],
-    calls: Mapping[str, Call],
+    calls: Mapping[str, CallCost],
 ) -> Profile:
     """A profile of what the selector measures by itself; accuracies are the model package's."""
     versions = Versions(

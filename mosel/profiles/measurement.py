@@ -17,7 +17,7 @@ from mosel.demo.measure import measure, percentile
 from mosel.demo.plan import Setting
 from mosel.errors import DeadlineExceeded, Overloaded, Unreachable
 from mosel.modality import parse_set
-from mosel.profiles.files import Accuracy, Call, JobPoint, Profile, wilson
+from mosel.profiles.files import CallCost, JobPoint, MeasuredAccuracy, Profile, wilson
 
 JOB_SIZES = (1, 2, 4, 8, 16, 32)
 # Jobs of one set and size: as many as asked for, but after the time is over no more than the least.
@@ -32,7 +32,7 @@ Payloads = Mapping[str, NDArray[np.generic]]
 
 
 @dataclass(frozen=True)
-class Edge:
+class EdgeCosts:
     """Milliseconds that client and gateway add to a job of one item, and for each further item."""
 
     ms: float
@@ -45,7 +45,7 @@ Advance = Callable[[str], None]
 
 def measured_accuracy(
     client: Client, model: str, sets: Iterable[str], samples: Samples, advance: Advance
-) -> dict[str, Accuracy]:
+) -> dict[str, MeasuredAccuracy]:
     """The accuracy of every modality set on labelled samples, through the services.
 
     Raises:
@@ -63,7 +63,7 @@ def measured_accuracy(
 
 def end_to_end(
     client: Client, quick: Profile, payloads: Payloads, sizes: Sequence[int], advance: Advance
-) -> tuple[dict[str, tuple[JobPoint, ...]], dict[str, Call], Edge]:
+) -> tuple[dict[str, tuple[JobPoint, ...]], dict[str, CallCost], EdgeCosts]:
     """Times jobs of every modality set on an idle system, one at a time.
 
     Args:
@@ -99,12 +99,12 @@ def end_to_end(
 def calls_under_load(
     client: Client,
     quick: Profile,
-    idle: Mapping[str, Call],
+    idle: Mapping[str, CallCost],
     payloads: Payloads,
     seconds: float,
     edge_cpu_s: Callable[[], float],
     advance: Advance,
-) -> tuple[dict[str, Call], float]:
+) -> tuple[dict[str, CallCost], float]:
     """What calls cost while the services are saturated, as the selector learned it from its own calls.
 
     It is stated beside `idle`, what they cost on an idle system: `overhead + factor * idle`.
@@ -148,11 +148,11 @@ def calls_under_load(
     return calls, edge_cpu_ms
 
 
-def _edge(by_size: Mapping[int, float]) -> Edge:
+def _edge(by_size: Mapping[int, float]) -> EdgeCosts:
     """From what was added to jobs of some sizes."""
     smallest, largest = min(by_size), max(by_size)
     per_item = (by_size[largest] - by_size[smallest]) / max(largest - smallest, 1)
-    return Edge(max(by_size[smallest] - per_item * (smallest - 1), 0.0), max(per_item, 0.0))
+    return EdgeCosts(max(by_size[smallest] - per_item * (smallest - 1), 0.0), max(per_item, 0.0))
 
 
 def _job_times(client: Client, model: str, payloads: Payloads) -> tuple[list[float], float]:
@@ -191,22 +191,22 @@ def _selector_counters(client: Client) -> dict[str, int]:
     return next(service.counters for service in client.status() if service.name == "selector")
 
 
-def _learned(prefix: str, readings: Sequence[Mapping[str, int]]) -> Call:
+def _learned(prefix: str, readings: Sequence[Mapping[str, int]]) -> CallCost:
     """What the selector learned of calls: `overhead + factor * expected`."""
     seen = [r for r in readings if f"{prefix}.factor_permille" in r]
     if not seen:
-        return Call(overhead_ms=0.0)
+        return CallCost(overhead_ms=0.0)
     factor = statistics.median(r[f"{prefix}.factor_permille"] for r in seen) / 1000
-    return Call(overhead_ms=statistics.median(r[f"{prefix}.overhead_us"] for r in seen) / 1000, factor=factor)
+    return CallCost(overhead_ms=statistics.median(r[f"{prefix}.overhead_us"] for r in seen) / 1000, factor=factor)
 
 
-def _after(learned: Call, expected: Call) -> Call:
+def _after(learned: CallCost, expected: CallCost) -> CallCost:
     """What calls cost if the selector, which expected this, learned that."""
     overhead_ms = learned.overhead_ms + learned.factor * expected.overhead_ms
-    return Call(overhead_ms=overhead_ms, factor=learned.factor * expected.factor)
+    return CallCost(overhead_ms=overhead_ms, factor=learned.factor * expected.factor)
 
 
-def _beside(idle: Call, loaded: Call) -> Call:
+def _beside(idle: CallCost, loaded: CallCost) -> CallCost:
     """One as overhead and factor of the other."""
     factor = loaded.factor / idle.factor
-    return Call(overhead_ms=max(loaded.overhead_ms - factor * idle.overhead_ms, 0.0), factor=factor)
+    return CallCost(overhead_ms=max(loaded.overhead_ms - factor * idle.overhead_ms, 0.0), factor=factor)

@@ -13,7 +13,7 @@ from mosel.modality import format_set, modality_of, parse_set
 from mosel.packages.model_package import ModelPackage
 from mosel.profiles.files import (
     FUSION,
-    Call,
+    CallCost,
     Hardware,
     Point,
     Profile,
@@ -229,14 +229,14 @@ class Latencies:
             times.append((time.perf_counter() - started) * 1000)
         self._ways[lane] = min(times)
 
-    def _call(self, lane: str) -> Call:
+    def _call(self, lane: str) -> CallCost:
         """What the way to a service and back costs.
 
         By sockets it is the same to all: where one seems longer, something else was running, and small networks differ
         by less than that.
         """
         ways = self._ways.values() if _all_on_this_machine(self._settings) else (self._ways[lane],)
-        return Call(overhead_ms=min(ways))
+        return CallCost(overhead_ms=min(ways))
 
     def _put(self, model: Model) -> None:
         """Puts what was measured so far into a model's profile; all of it, for the way may have turned out shorter."""

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from statistics import NormalDist
 
 from mosel.modality import parse_set
-from mosel.profiles.files import FUSION, Call, Point, Profile, wilson_interval
+from mosel.profiles.files import FUSION, CallCost, Point, Profile, wilson_interval
 from selector.core.profile import LatencyCurve, ModelProfile
 
 
@@ -41,6 +41,6 @@ def believed_accuracy(value: float, samples: int, confidence: float) -> float:
     return wilson_interval(value, samples, NormalDist().inv_cdf(confidence))[0]
 
 
-def latency_curve(points: Iterable[Point], call: Call) -> LatencyCurve:
+def latency_curve(points: Iterable[Point], call: CallCost) -> LatencyCurve:
     """The time of calls as the selector sees them: network, transport and message."""
     return LatencyCurve(tuple((p.batch_size, call.overhead_ms + call.factor * p.p50_ms) for p in points))

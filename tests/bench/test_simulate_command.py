@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from mosel.cli import app
 from mosel.errors import ConfigError
-from mosel.profiles.files import Call, Hardware, Point, Profile, Versions, save_profile, wilson
+from mosel.profiles.files import CallCost, Hardware, Point, Profile, Versions, save_profile, wilson
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def profile(tmp_path: Path) -> Path:
         accuracy={name: wilson(value, 100) for name, value in {"a": 0.8, "b": 0.7, "a+b": 0.9}.items()},
         encoders={"a": points, "b": points},
         fusion={"a": points, "b": points, "a+b": points},
-        calls={lane: Call(overhead_ms=1) for lane in ("a", "b", "fusion")},
+        calls={lane: CallCost(overhead_ms=1) for lane in ("a", "b", "fusion")},
     )
     save_profile(made_up, tmp_path / "two.json")
     return tmp_path / "two.json"

@@ -11,7 +11,7 @@ from bench.example import example
 from bench.outcomes import Ending, Outcome, Summary, summarise
 from bench.simulation import World, capacity, new_scheduler, simulate, world_and_demands
 from bench.workload import Arrival, Demands, poisson
-from mosel.profiles.files import Call, Hardware, JobPoint, Point, Profile, Versions, wilson
+from mosel.profiles.files import CallCost, Hardware, JobPoint, Point, Profile, Versions, wilson
 from selector.core.jobs import Effort
 from selector.core.profile import LatencyCurve, ModelProfile
 
@@ -168,7 +168,7 @@ def test_a_profile_gives_world_and_demands() -> None:
         encoders={"audio": (Point(batch_size=1, p50_ms=10, p95_ms=10 * 1.1**1.645),)},
         fusion={"audio": (Point(batch_size=1, p50_ms=0, p95_ms=0),)},
         end_to_end={"audio": (JobPoint(size=1, p50_ms=15, p95_ms=20),)},
-        calls={"audio": Call(overhead_ms=1, factor=2), "fusion": Call(overhead_ms=1)},
+        calls={"audio": CallCost(overhead_ms=1, factor=2), "fusion": CallCost(overhead_ms=1)},
         edge_ms=3,
     )
     world, demands = world_and_demands(profile)

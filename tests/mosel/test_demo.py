@@ -12,7 +12,7 @@ from rich.console import Console
 from mosel.client import ModelInfo, Prediction, SetInfo
 from mosel.config import reference_models
 from mosel.data import datasets
-from mosel.demo.measure import Answer, percentile, summarise
+from mosel.demo.measure import JobAnswer, percentile, summarise
 from mosel.demo.plan import (
     PREFERRED_FLOORS,
     Sets,
@@ -57,13 +57,13 @@ EASY = profile({"a": 1.0, "b": 2.0}, {"a": 0.96, "b": 0.98, "a+b": 0.99})
 SINGLE = profile({"a": 1.0}, {"a": 0.7})
 
 
-def answer(name: str, items: int, right: int, ms: float, expected: float = 0.9) -> Answer:
+def answer(name: str, items: int, right: int, ms: float, expected: float = 0.9) -> JobAnswer:
     prediction = Prediction("0" * 32, np.zeros((items, 2)), (), (name,) * items, expected, 0.0, ms, 0.0)
-    return Answer(items, right, ms, prediction)
+    return JobAnswer(items, right, ms, prediction)
 
 
-def refused(message: str) -> Answer:
-    return Answer(4, 0, 1.0, None, DeadlineUnreachable(message))
+def refused(message: str) -> JobAnswer:
+    return JobAnswer(4, 0, 1.0, None, DeadlineUnreachable(message))
 
 
 def test_a_set_costs_the_sum_of_its_modalities() -> None:
@@ -122,7 +122,7 @@ def test_percentiles_are_measured_times() -> None:
 
 
 def test_a_row_counts_items_and_jobs() -> None:
-    late = Answer(4, 0, 9.0, None, DeadlineExceeded("late"))
+    late = JobAnswer(4, 0, 9.0, None, DeadlineExceeded("late"))
     answers = [answer("pen", 4, 3, 2.0, 0.7), answer("audio+pen", 1, 1, 8.0, 0.9), refused("too slow"), late]
     row = summarise(SETTING, answers, bytes_read=30, bytes_per_item=10)
     assert (row.in_time, row.refused, row.missed, row.items) == (2, 1, 1, 5)

@@ -16,7 +16,7 @@ from mosel.config import Settings
 from mosel.errors import ConfigError
 from mosel.packages.model_package import ModelPackage
 from mosel.profiles.files import (
-    Call,
+    CallCost,
     Point,
     Profile,
     device_name,
@@ -42,7 +42,7 @@ def settings(settings_with: Callable[..., Settings], tmp_path: Path) -> Settings
 
 @pytest.fixture
 def quick(fruit: ModelPackage, settings: Settings) -> Profile:
-    calls = dict.fromkeys(LANES, Call(overhead_ms=0.5))
+    calls = dict.fromkeys(LANES, CallCost(overhead_ms=0.5))
     hardware = this_hardware(settings, "cpu")
     return quick_profile(fruit, hardware, dict.fromkeys(fruit.modalities, POINTS), dict.fromkeys(SETS, POINTS), calls)
 

@@ -11,7 +11,7 @@ from mosel.observability.tracing import Tracing
 from mosel.packages.model_package import name_of
 
 
-class Request(Protocol):
+class ComputeRequest(Protocol):
     """What the requests to all such services say of the jobs behind them."""
 
     @property
@@ -25,14 +25,14 @@ class Request(Protocol):
 
 
 @dataclass
-class Step:
+class ComputedCall:
     """One call under way; whoever computes says what it took."""
 
     seconds: float = 0.0
     items: int = 0
 
 
-class Steps:
+class ComputeObserver:
     """Follows calls.
 
     Args:
@@ -56,8 +56,8 @@ class Steps:
         metrics.gauge("mosel_worker_calls", text, (), lambda: single(statistics(), "calls_waiting"))
 
     @contextlib.contextmanager
-    def follow(self, name: str, request: Request, value: str) -> Iterator[Step]:
-        """Follows a call through the body, which tells the `Step` what it took.
+    def follow(self, name: str, request: ComputeRequest, value: str) -> Iterator[ComputedCall]:
+        """Follows a call through the body, which tells the `ComputedCall` what it took.
 
         Args:
             name: of the spans.
@@ -66,14 +66,14 @@ class Steps:
         """
         about_jobs(*request.job_ids)
         spans = [self._tracing.begin(name, parent, "server") for parent in request.traceparents]
-        attributes, step = {"model": name_of(request.model), self._label: value}, Step()
+        attributes, call = {"model": name_of(request.model), self._label: value}, ComputedCall()
         try:
-            yield step
+            yield call
         except BaseException as error:
             for span in spans:
                 span.end(attributes, error)
             raise
         for span in spans:
-            span.end(attributes | {"batch_size": step.items, "compute_ms": step.seconds * 1000})
-        self._seconds.observe(step.seconds, attributes["model"], value)
-        self._items.observe(step.items, attributes["model"], value)
+            span.end(attributes | {"batch_size": call.items, "compute_ms": call.seconds * 1000})
+        self._seconds.observe(call.seconds, attributes["model"], value)
+        self._items.observe(call.items, attributes["model"], value)
