@@ -13,7 +13,8 @@ from mosel.client.answers import ModalityInfo
 from mosel.data.datasets import find
 from mosel.data.samples import Samples, example_rows
 from mosel.errors import ConfigError, DatasetError
-from mosel.packages.model_package import ModalitySpec, ModelPackage
+from mosel.packages.manifest import ModalitySpec
+from mosel.packages.model_package import ModelPackage
 
 _RANDOM_ITEMS = 64
 

@@ -29,6 +29,7 @@ from pydantic_settings.exceptions import SettingsError
 
 from mosel.errors import ConfigError
 from mosel.modality import lane_of
+from mosel.validation import explain
 
 # sockaddr_un holds 108 bytes; some systems fewer. Names of services take up to 30 of them.
 MAX_SOCKET_PATH_BYTES = 90
@@ -333,15 +334,9 @@ def load_settings(**flags: Any) -> Settings:
     try:
         return Settings(**flags)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise ConfigError(f"'{key}' is no setting; `mosel config` lists them all") from None
-        if not key:
-            raise ConfigError(first["msg"].removeprefix("Value error, ")) from None
-        raise ConfigError(
-            f"setting '{key}' holds {first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
-        ) from None
+        unknown = error.errors()[0]["type"] == "extra_forbidden"
+        hint = "; `mosel config` lists them all" if unknown else ""
+        raise ConfigError(f"{explain(error, 'setting')}{hint}") from None
     except SettingsError as error:
         raise ConfigError(str(error)) from None
     except ValueError as error:

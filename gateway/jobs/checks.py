@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from mosel.deadline import Deadline
 from mosel.errors import InvalidRequest, ModelNotFound, PayloadTooLarge
-from mosel.packages.model_package import ModalitySpec, ModelPackage
+from mosel.packages.manifest import ModalitySpec
+from mosel.packages.model_package import ModelPackage
 from mosel.tensors import DTYPES, byte_count, dtype_name, from_proto
 from mosel.v1 import gateway_pb2, tensor_pb2
 

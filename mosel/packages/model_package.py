@@ -13,39 +13,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pydantic import ValidationError
+
 from mosel.errors import ConfigError, ModelNotFound, PackageError
 from mosel.modality import ModalitySet, format_set, parse_set, subsets
+from mosel.packages.manifest import MANIFEST, Manifest, ModalitySpec, OutputSpec
 from mosel.packages.model_modules import import_module
-from mosel.packages.toml_table import Table
+from mosel.validation import explain
 
 _ACCURACY_HINT = "write it with mosel.compute.training.write_accuracy"
-
-
-@dataclass(frozen=True)
-class ModalitySpec:
-    """One named input.
-
-    Attributes:
-        dtype: name of the payload's data type, `FP32`.
-        shape: payload shape of one item.
-        encoder: `module:Class` of the encoder network.
-        embedding: embedding shape of one item, FP32.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    encoder: str
-    embedding: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class OutputSpec:
-    """What the fusion network returns, per item; `labels` name the last axis."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    labels: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -156,56 +132,51 @@ def load_package(folder: Path) -> ModelPackage:
         PackageError: names the file, the key, what it holds and what was expected.
     """
     file = folder / "model.toml"
+    manifest, text = _read_manifest(file)
+    accuracy_file = folder / manifest.accuracy
+    modules = sorted(folder.rglob("*.py"))
+    code = _digest(part for module in modules for part in (str(module.relative_to(folder)), module))
+    samples, train = manifest.samples, manifest.train
+    return ModelPackage(
+        folder=folder.resolve(),
+        revision=_digest((text, accuracy_file, code)),
+        code=code,
+        name=manifest.name,
+        version=manifest.version,
+        description=manifest.description,
+        metric=manifest.metric,
+        modalities=manifest.modalities,
+        fusion=manifest.fusion.path,
+        output=manifest.output,
+        weights=folder / (manifest.weights or "weights.safetensors"),
+        accuracy_file=accuracy_file,
+        default_min_accuracy=manifest.default_min_accuracy,
+        samples=samples.module if samples else None,
+        sources=samples.sources or None if samples else None,
+        train=train.module if train else None,
+        random_weights=manifest.random_weights,
+        serve_by_default=manifest.serve_by_default,
+        parameters=manifest.parameters,
+    )
+
+
+def _read_manifest(file: Path) -> tuple[Manifest, str]:
+    """A checked `model.toml`, and the same as text."""
     try:
         text = file.read_text(encoding="utf-8")
-        content = tomllib.loads(text)
+        manifest = MANIFEST.validate_python(tomllib.loads(text))
     except FileNotFoundError:
         raise PackageError(f"{file}: no such file; a model package is a folder with a model.toml") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PackageError(f"{file}: not valid TOML: {error}") from None
-    root = Table(file, "", content)
-    modalities = {name: _modality(table) for name, table in root.tables("modalities")}
-    output, fusion = root.table("output"), root.table("fusion")
-    samples, train = root.optional_table("samples"), root.optional_table("train")
-    parameters = root.optional_table("parameters")
-    accuracy_file = folder / root.text("accuracy", default="accuracy.json")
-    modules = sorted(folder.rglob("*.py"))
-    code = _digest(part for module in modules for part in (str(module.relative_to(folder)), module))
-    package = ModelPackage(
-        folder=folder.resolve(),
-        revision=_digest((text, accuracy_file, code)),
-        code=code,
-        name=root.identifier("name"),
-        version=root.text("version"),
-        description=root.text("description", default=""),
-        metric=root.text("metric", default="accuracy"),
-        modalities=modalities,
-        fusion=fusion.code_path("class"),
-        output=OutputSpec(
-            name=output.text("name", default="output"),
-            dtype=output.dtype(default="FP32"),
-            shape=output.shape("shape"),
-            labels=output.texts("labels", default=()),
-        ),
-        weights=folder / root.text("weights", default="weights.safetensors"),
-        accuracy_file=accuracy_file,
-        default_min_accuracy=root.fraction("default_min_accuracy"),
-        samples=samples.text("module") if samples else None,
-        sources=samples.text("sources", default="") or None if samples else None,
-        train=train.text("module") if train else None,
-        random_weights=root.flag("random_weights", default=False),
-        serve_by_default=root.flag("serve_by_default", default=True),
-        parameters=parameters.numbers() if parameters else {},
-    )
-    for table in (output, fusion, samples, train, root):
-        if table:
-            table.refuse_unknown()
-    _check_output(file, package.output)
-    if package.random_weights and "weights" in content:
+    except ValidationError as error:
+        raise PackageError(f"{file}: {explain(error)}") from None
+    _check_output(file, manifest.output)
+    if manifest.random_weights and manifest.weights is not None:
         raise PackageError(
-            f"{file}: key 'weights' holds {content['weights']!r}; expected no such key beside random_weights = true"
+            f"{file}: key 'weights' holds {manifest.weights!r}; expected no such key beside random_weights = true"
         )
-    return package
+    return manifest, text
 
 
 def find_packages(models: Path, only: tuple[str, ...] = ()) -> dict[str, ModelPackage]:
@@ -257,17 +228,6 @@ def find_package(models: Path, model: str) -> ModelPackage:
     if revision and package.revision != revision:
         raise PackageError(f"{package.folder}: the files are {package.id}; expected {model}")
     return package
-
-
-def _modality(table: Table) -> ModalitySpec:
-    spec = ModalitySpec(
-        dtype=table.dtype(),
-        shape=table.shape("shape"),
-        encoder=table.code_path("encoder"),
-        embedding=table.shape("embedding"),
-    )
-    table.refuse_unknown()
-    return spec
 
 
 def _check_output(file: Path, output: OutputSpec) -> None:

@@ -19,6 +19,7 @@ from mosel.config import Settings
 from mosel.errors import ConfigError
 from mosel.modality import format_set, parse_set
 from mosel.packages.model_package import ModelPackage, file_sha256
+from mosel.validation import explain
 
 # The lane of fusion in `Profile.calls`; those of encoders are named after their modalities.
 FUSION = "fusion"
@@ -301,9 +302,7 @@ def read_profile(file: Path, package: ModelPackage | None = None) -> Profile:
     except OSError as error:
         raise ConfigError(f"profile {file}: {error.strerror}; `mosel profile` makes one") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the whole file"
-        raise ConfigError(f"profile {file}: key '{key}': {first['msg']}") from None
+        raise ConfigError(f"profile {file}: {explain(error)}") from None
     if package is None:
         return profile
     expected = {"model": package.name, "version": package.version, "weights_sha256": _weights_sha256(package)}

@@ -56,7 +56,7 @@ def test_another_file_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_an_unknown_key_in_the_file_is_named(content: str, key: str) -> None:
     write(content)
-    with pytest.raises(ConfigError, match=f"'{key}' is no setting"):
+    with pytest.raises(ConfigError, match=f"setting '{key}' is unknown; `mosel config` lists them all"):
         load_settings()
 
 
@@ -71,7 +71,7 @@ def test_an_unknown_key_in_the_file_is_named(content: str, key: str) -> None:
 )
 def test_an_unknown_environment_variable_is_named(monkeypatch: pytest.MonkeyPatch, variable: str, named: str) -> None:
     monkeypatch.setenv(variable, "1")
-    with pytest.raises(ConfigError, match=f"{named}'? is no setting"):
+    with pytest.raises(ConfigError, match=rf"{named}('? is unknown| is no setting); `mosel config` lists them all"):
         load_settings()
 
 
@@ -94,9 +94,9 @@ def test_an_unknown_environment_variable_is_named(monkeypatch: pytest.MonkeyPatc
         ({"encoders": {"addresses": {"pen": ["a:1", "a:1"]}}}, r"addresses\.pen names an address twice"),
         ({"encoders": {"addresses": {"pen": []}}}, r"'encoders\.addresses\.pen' holds \[\]"),
         ({"encoders": {"addresses": {"pen/2": "a:1"}}}, r"addresses has 'pen/2'; expected a modality"),
-        ({"tls": {"certificate": "c"}}, r"'tls' holds .*: expected certificate and key, and client_ca only beside"),
-        ({"tls": {"client_ca": "c"}}, r"'tls' holds .*: expected certificate and key, and client_ca only beside them"),
-        ({"internal_tls": {"certificate": "c", "key": "k"}}, r"'internal_tls' holds .*: expected certificate, key and"),
+        ({"tls": {"certificate": "c"}}, r"'tls' holds .*; expected certificate and key, and client_ca only beside"),
+        ({"tls": {"client_ca": "c"}}, r"'tls' holds .*; expected certificate and key, and client_ca only beside them"),
+        ({"internal_tls": {"certificate": "c", "key": "k"}}, r"'internal_tls' holds .*; expected certificate, key and"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_was_expected(flags: dict[str, Any], message: str) -> None:

@@ -178,9 +178,11 @@ def test_config_prints_what_is_in_force_and_refuses_what_is_no_setting(run_mosel
     assert "MOSEL_GATEWAY__GRPC_PORT=9002\n" in shown.stdout
     assert "MOSEL_GATEWAY__MAX_ITEMS_PER_JOB=7\n" in shown.stdout
     refused = run_mosel("config", cwd=tmp_path, env={"MOSEL_GATEWAY__GRPC_PORT": "many"})
-    assert refusal(refused).startswith("setting 'gateway.grpc_port' holds 'many': ")
+    assert refusal(refused).startswith("setting 'gateway.grpc_port' holds 'many'; expected ")
     (tmp_path / "mosel.toml").write_text("[gateway]\nport = 9001\n")
-    assert refusal(run_mosel("config", cwd=tmp_path)) == "'gateway.port' is no setting; `mosel config` lists them all"
+    assert (
+        refusal(run_mosel("config", cwd=tmp_path)) == "setting 'gateway.port' is unknown; `mosel config` lists them all"
+    )
 
 
 def test_reflection_lists_the_gateway(services: Launcher) -> None:

@@ -14,7 +14,8 @@ from gateway.jobs.checks import CheckedJob, Payloads
 from mosel.config import Settings
 from mosel.deadline import Deadline
 from mosel.errors import InvalidRequest, ModelNotFound, MoselError, PayloadTooLarge
-from mosel.packages.model_package import ModalitySpec, ModelPackage
+from mosel.packages.manifest import ModalitySpec
+from mosel.packages.model_package import ModelPackage
 from mosel.tensors import DTYPES, name_of
 from mosel.v1 import gateway_pb2
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from gateway.jobs.checks import CheckedJob, check_request, check_spec, times_of
 from mosel.deadline import Deadline
 from mosel.errors import InvalidRequest, ModelNotFound, MoselError, PayloadTooLarge
-from mosel.packages.model_package import ModalitySpec, ModelPackage
+from mosel.packages.manifest import ModalitySpec
+from mosel.packages.model_package import ModelPackage
 from mosel.tensors import to_proto
 from mosel.v1 import gateway_pb2, tensor_pb2
 

@@ -9,7 +9,8 @@ import torch
 
 from mosel.compute.networks import example_payload, load_encoder, load_fusion, to_tensor
 from mosel.errors import PackageError
-from mosel.packages.model_package import ModalitySpec, ModelPackage, OutputSpec
+from mosel.packages.manifest import ModalitySpec, OutputSpec
+from mosel.packages.model_package import ModelPackage
 from mosel.tensors import DTYPES
 
 CPU = torch.device("cpu")
@@ -37,7 +38,7 @@ def package(tmp_path: Path) -> ModelPackage:
         metric="accuracy",
         modalities=modalities,
         fusion="networks:Square",
-        output=OutputSpec("output", "FP32", (5,), ()),
+        output=OutputSpec(shape=(5,)),
         weights=tmp_path / "weights.safetensors",
         accuracy_file=tmp_path / "accuracy.json",
         default_min_accuracy=None,

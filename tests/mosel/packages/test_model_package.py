@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from mosel.errors import ConfigError, PackageError
-from mosel.packages.model_package import ModalitySpec, OutputSpec, find_packages, load_package
+from mosel.packages.manifest import ModalitySpec, OutputSpec
+from mosel.packages.model_package import find_packages, load_package
 
 TOML = """
 name = "{name}"
@@ -91,7 +92,7 @@ def test_everything_that_model_toml_says_is_read(folder: Path) -> None:
         "scent": ModalitySpec("UINT8", (16,), "networks:ScentEncoder", (4,)),
         "photo": ModalitySpec("FP32", (8, 8), "networks:PhotoEncoder", (2, 2)),
     }
-    assert package.output == OutputSpec("probabilities", "FP32", (2,), ("tea", "coffee"))
+    assert package.output == OutputSpec(name="probabilities", dtype="FP32", shape=(2,), labels=("tea", "coffee"))
     assert (package.fusion, package.samples, package.train) == ("networks:Fusion", "samples", "train")
     assert package.default_min_accuracy == 0.5
     assert (package.folder, package.weights) == (folder.resolve(), folder / "weights.safetensors")
@@ -111,7 +112,7 @@ def test_what_may_be_left_out_has_a_default(folder: Path) -> None:
     ):
         change(folder, line, "")
     package = load_package(folder)
-    assert package.output == OutputSpec("output", "FP32", (2,), ())
+    assert package.output == OutputSpec(shape=(2,))
     assert (package.samples, package.sources, package.train, package.default_min_accuracy) == (None,) * 4
     assert (package.random_weights, package.serve_by_default, package.parameters) == (False, True, {})
     assert (package.accuracy.samples, package.accuracy.source) == (50, "")
@@ -142,7 +143,9 @@ PHOTO = '[modalities.photo]\ndtype = "FP32"\nshape = [8, 8]'
         ("embedding = [4]", "", r"'modalities\.scent\.embedding' is missing", "positive integers"),
         ("networks:ScentEncoder", "networks.ScentEncoder", r"'modalities\.scent\.encoder' holds", "'module:Class'"),
         ("networks:Fusion", "../networks:Fusion", r"'fusion\.class' holds", "'module:Class'"),
-        ("[fusion]\nclass", "[fuse]\nclass", "'fusion' is missing", r"a table \[fusion\]"),
+        ("[fusion]\nclass", "[fuse]\nclass", "'fuse' is unknown", "one of: .*fusion"),
+        ('[fusion]\nclass = "networks:Fusion"', "", "'fusion' is missing", "a table"),
+        ('[fusion]\nclass = "networks:Fusion"', "[fusion]", r"'fusion\.class' is missing", "'module:Class'"),
         ("[modalities.scent]", '[modalities."a+b"]', r"'a\+b' in 'modalities'", "letters, digits and _"),
         ("[modalities.scent]", "[modalities.fusion]", "'fusion' in 'modalities'", "not 'fusion'"),
         ('[samples]\nmodule = "samples"', "[samples]", r"'samples\.module' is missing", "a string"),
@@ -164,7 +167,13 @@ def test_a_wrong_key_is_named_with_its_file_and_what_was_expected(
     assert str(folder / "model.toml") in str(raised.value)
 
 
-@pytest.mark.parametrize(("content", "message"), [("name = ", "not valid TOML"), ("modalities = 1\nname='x'", "table")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("name = ", "not valid TOML"),
+        ("name = 'x'\nversion = '1'\nmodalities = 1", "'modalities' holds 1; expected at least one table"),
+    ],
+)
 def test_a_file_that_is_no_package_is_named(folder: Path, content: str, message: str) -> None:
     (folder / "model.toml").write_text(content)
     with pytest.raises(PackageError, match=rf"model\.toml: .*{message}"):
@@ -175,7 +184,7 @@ def test_a_package_needs_a_modality_and_a_file(folder: Path) -> None:
     text = (folder / "model.toml").read_text()
     start, end = text.index("[modalities.scent]"), text.index("[fusion]")
     (folder / "model.toml").write_text(text[:start] + "[modalities]\n" + text[end:])
-    with pytest.raises(PackageError, match="'modalities' holds no modality"):
+    with pytest.raises(PackageError, match=r"'modalities' holds \{\}; expected at least one table"):
         load_package(folder)
     (folder / "model.toml").unlink()
     with pytest.raises(PackageError, match=r"no such file; a model package is a folder with a model\.toml"):
