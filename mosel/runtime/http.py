@@ -1,10 +1,11 @@
 """An ASGI application on a TCP port, in the event loop of the service that it belongs to."""
 
 import asyncio
+import contextlib
 import logging
 import math
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,15 @@ class _Connection(H11Protocol):
             self._idle = None
 
 
+class _Server(uvicorn.Server):
+    """Leaves signals to the service that it is a part of."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Captures none."""
+        yield
+
+
 class HttpServer:
     """Listens inside the block, and finishes what was begun at its end.
 
@@ -94,7 +104,7 @@ class HttpServer:
     ) -> None:
         self.port, self._host, self._setting = port, host, setting
         self._tls, self._refused = tls, refused
-        # Loop, logs and signals are the service's.
+        # Loop and logs are the service's.
         self._config = uvicorn.Config(
             app,
             http=partial(_Connection, idle_s),  # type: ignore[arg-type] # it is called, and no more
@@ -109,7 +119,7 @@ class HttpServer:
             # A little longer: those whose jobs are ended then are told so.
             timeout_graceful_shutdown=math.ceil(grace_s) + 1,
         )
-        self._server = uvicorn.Server(self._config)
+        self._server = _Server(self._config)
 
     async def __aenter__(self) -> "HttpServer":
         context = None if self._tls is None else await asyncio.to_thread(self._tls.ssl_context, self._refused)
@@ -123,12 +133,10 @@ class HttpServer:
             where = f"{self._host}:{self.port}"
             raise ConfigError(f"{self._setting}: cannot listen on {where}: {error.strerror}") from None
         self.port = listener.getsockname()[1]
-        # As `uvicorn.Server.serve` does, without its signal handlers.
         self._config.load()
         self._config.ssl = context
-        self._server.lifespan = self._config.lifespan_class(self._config)
-        await self._server.startup([listener])
-        self._task = asyncio.create_task(self._serve(listener), name=f"http on {self.port}")
+        # The socket listens already: callers who come before uvicorn is there wait in its backlog.
+        self._task = asyncio.create_task(self._server.serve([listener]), name=f"http on {self.port}")
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -138,7 +146,3 @@ class HttpServer:
     def stop(self) -> None:
         """Takes no more calls from now on; the end of the block waits for those that were begun."""
         self._server.should_exit = True
-
-    async def _serve(self, listener: socket.socket) -> None:
-        await self._server.main_loop()
-        await self._server.shutdown([listener])
