@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
 from gateway.access.guarding import guarding
+from gateway.access.handshakes import handshakes_watched
 from gateway.access.interceptor import OnlyTenants
 from gateway.access.middleware import OnlyTenantsHttp
 from gateway.data_plane import DataPlane
@@ -88,11 +89,10 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
                 plane.guard = guard
                 first = checks if guard is None else (OnlyTenants(guard), *checks)
                 async with (
+                    handshakes_watched(refused) if settings.tls.certificate else contextlib.nullcontext(),
                     _showing_metrics(settings, plane, refused),
                     _speaking_http(settings, plane, refused) as http,
-                    Service(
-                        settings, address, "--grpc-port", register, first, _NAMES, public=True, refused=refused
-                    ) as public,
+                    Service(settings, address, "--grpc-port", register, first, _NAMES, public=True) as public,
                     # For this user alone, who needs no token there.
                     Service(settings, settings.local_gateway_address, "run_dir", register, checks, _NAMES) as local,
                     _following_models((public, local), plane, models_changed),

@@ -42,14 +42,12 @@ class FetchListeners:
         host = await _own_host(encoder)
         async with self._opening:
             if host not in self._listeners:
-                # Where the public port has TLS, that hears of handshakes that failed.
                 listener = Service(
                     self._settings,
                     f"{host}:0",
                     "gateway",
                     partial(arena_pb2_grpc.add_ProducerServicer_to_server, self._servicer),
                     names=[PRODUCER],
-                    refused=None,
                 )
                 self._listeners[host] = await self._opened.enter_async_context(listener)
                 listener.set_ready(True)

@@ -6,13 +6,11 @@ import ctypes
 import functools
 import logging
 import os
-import re
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
@@ -31,16 +29,12 @@ from mosel.runtime.exposure import internal_server_tls, public_tls
 from mosel.runtime.health import Health
 from mosel.runtime.incoming import note_incoming
 from mosel.runtime.messages import check_message, limit_bytes
-from mosel.runtime.native_log import native_lines
 from mosel.status import RETRY_AFTER, message_of, retry_after_ms, status_of
-from mosel.tls import handshake_refused
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Context = grpc.aio.ServicerContext[Any, Any]
 Register = Callable[[grpc.aio.Server], None]
-# Called with the reason.
-Refused = Callable[[str], None]
 
 # After the grace, those whose calls are ended are told so.
 _LAST_WORDS_S = 0.5
@@ -48,8 +42,6 @@ _LAST_WORDS_S = 0.5
 _HUNG_S = 1.0
 # Longer deadlines, and none, count as this long.
 MAX_DEADLINE_S = 3600.0
-# What gRPC writes about a caller that its TLS does not let in: plain text, no certificate, or a wrong one.
-_HANDSHAKE_FAILED = re.compile(r"Handshake failed with error .*?(?:OPENSSL_internal:([A-Z_0-9]+)|$)")
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +57,6 @@ class Service:
         interceptors: what sees each call first; each costs time in every call.
         names: of the gRPC services that it adds, `mosel.v1.Gateway`, for health.
         public: whether strangers may call it, with `tls`; otherwise only other services do, with `internal_tls`.
-        refused: called when TLS does not let a caller in; None: another server of this process is told.
 
     Raises:
         ConfigError: other machines could call it, and nothing protects it.
@@ -81,12 +72,11 @@ class Service:
         names: Sequence[str] = (),
         *,
         public: bool = False,
-        refused: Refused | None = handshake_refused,
     ) -> None:
         self.address = address
-        self._settings, self._setting, self._refused, self._names = settings, setting, refused, names
+        self._settings, self._setting, self._names = settings, setting, names
         self._tls = public_tls(settings) if public else internal_server_tls(settings, address, setting)
-        self._entered, self._stopped = contextlib.ExitStack(), False
+        self._stopped = False
         options = channel_options(settings)
         if public:
             # What is under way on an old connection is finished, however long that takes.
@@ -106,8 +96,6 @@ class Service:
         port = await self._add_port()
         if path is None:
             self.address = f"{self.address.rpartition(':')[0]}:{port}"
-        if self._tls is not None and self._refused is not None:
-            self._entered.enter_context(native_lines(partial(_heard, self._refused)))
         self._health.set("", True)
         self.set_ready(False)
         await self._server.start()
@@ -120,13 +108,12 @@ class Service:
         path = socket_path(self.address)
         if path is not None:
             leftovers.remove(path)
-        self._entered.close()
         log.info("stopped")
 
     async def finish(self) -> None:
         """Says that nothing is ready, goes on until nobody watches its health any more, and stops; within the grace.
 
-        Whoever watches has work under way that needs this service, and leaves when that is done.
+        A watcher has work under way that needs this service, and leaves when that is done.
         """
         grace = Deadline.after(self._settings.stop_grace_ms / 1000)
         self.set_ready(False)
@@ -154,14 +141,6 @@ class Service:
         """Sets what `grpc.health.v1` answers for some names, or for its gRPC services; the process lives anyway."""
         for name in names or self._names:
             self._health.set(name, ready)
-
-
-def _heard(refused: Refused, line: str) -> None:
-    """Something that gRPC wrote to standard error."""
-    if failed := _HANDSHAKE_FAILED.search(line):
-        refused(failed[1] or "unknown reason")
-    else:
-        log.info("grpc", extra={"line": line})
 
 
 def socket_path(address: str) -> Path | None:

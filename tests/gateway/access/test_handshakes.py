@@ -6,7 +6,7 @@ import sys
 PROGRAM = """
 import asyncio, contextlib, logging, os, sys
 from mosel.observability.logs import configure_logs
-from mosel.runtime.native_log import native_lines
+from gateway.access.handshakes import native_lines
 
 configure_logs("test", "info")
 log = logging.getLogger("program")

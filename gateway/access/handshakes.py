@@ -1,16 +1,35 @@
-"""What C libraries write to standard error, such as gRPC's word that a TLS handshake failed, as log lines."""
+"""TLS handshakes that gRPC refused: it tells nobody, but writes a line to standard error."""
 
 import asyncio
 import contextlib
 import faulthandler
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TextIO
 
 _STDERR = 2
 _PIPE_BYTES = 64 * 1024
+# Of a caller whom TLS does not let in: plain text, no certificate, or a wrong one.
+_HANDSHAKE_FAILED = re.compile(r"Handshake failed with error .*?(?:OPENSSL_internal:([A-Z_0-9]+)|$)")
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.asynccontextmanager
+async def handshakes_watched(refused: Callable[[str], None]) -> AsyncIterator[None]:
+    """Calls back with the reason for each handshake that a gRPC server of this process refuses inside the block."""
+
+    def on_line(line: str) -> None:
+        if failed := _HANDSHAKE_FAILED.search(line):
+            refused(failed[1] or "unknown reason")
+        else:
+            log.info("grpc", extra={"line": line})
+
+    with native_lines(on_line):
+        yield
 
 
 @contextlib.contextmanager
