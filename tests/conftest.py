@@ -22,9 +22,14 @@ from mosel.launcher import Launcher
 from mosel.packages.model_package import ModelPackage, load_package
 
 PRODUCT = ["mosel", "gateway", "selector", "encoders", "fusion"]
+# Where a developer keeps recordings beside the checkout; tests that need them are skipped without.
+RECORDINGS = Path(__file__).parents[2] / "shared" / "data"
 YOUR_MODEL = Path(__file__).parents[1] / "docs" / "your-model.md"
 
 _LIMIT = pytest.StashKey[Any]()
+
+if RECORDINGS.is_dir():
+    os.environ.setdefault("MOSEL_DATA", str(RECORDINGS))
 
 Payloads = dict[str, NDArray[np.generic]]
 Output = NDArray[np.float32]

@@ -1,9 +1,9 @@
 """Find the labelled recordings of a model, or fetch them from their publishers.
 
 A model package says in its `sources` module what its dataset is: `DATASET`, a `Dataset`. Looked in, in this order: the
-folder that the caller names, the folder in the environment variable MOSEL_DATA, `../shared/data` beside a checkout, the
-user's cache; `get` then asks the publishers and fills the cache. Whatever the place, a file counts only if it is the
-prepared file, bit for bit, or holds the same arrays.
+folder that the caller names, the folder in the environment variable MOSEL_DATA, the user's cache; `get` then asks the
+publishers and fills the cache. Whatever the place, a file counts only if it is the prepared file, bit for bit, or holds
+the same arrays.
 """
 
 import hashlib
@@ -25,8 +25,6 @@ from mosel.errors import DatasetError
 from mosel.packages.model_package import ModelPackage, file_sha256
 
 Arrays = Mapping[str, NDArray[Any]]
-
-_CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -166,13 +164,9 @@ def _places(dataset: Dataset, data: Path | None) -> list[tuple[Path, str]]:
     """Folders to look in before the cache, each with what it is called in messages."""
     if data is not None:
         return [(data / dataset.name, f"--data {data}"), (data, f"--data {data}")]
-    places = []
     if named := os.environ.get("MOSEL_DATA"):
-        places += [(Path(named) / dataset.name, f"MOSEL_DATA={named}"), (Path(named), f"MOSEL_DATA={named}")]
-    shared = _CHECKOUT.parent / "shared" / "data"
-    if shared.is_dir():
-        places.append((shared / dataset.name, "../shared/data"))
-    return places
+        return [(Path(named) / dataset.name, f"MOSEL_DATA={named}"), (Path(named), f"MOSEL_DATA={named}")]
+    return []
 
 
 def _search(dataset: Dataset, places: list[tuple[Path, str]]) -> FoundData | None:

@@ -54,12 +54,11 @@ def payloads(package: ModelPackage) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def data() -> Path:
     """The folder with the real recordings; tests that need them are skipped without."""
-    roots = [Path(os.environ["MOSEL_DATA"])] if os.environ.get("MOSEL_DATA") else []
-    for root in (*roots, ROOT.parent / "shared" / "data"):
-        for folder in (root / "hapt", root):
+    if root := os.environ.get("MOSEL_DATA"):
+        for folder in (Path(root) / "hapt", Path(root)):
             if (folder / "hapt.npz").is_file():
                 return folder
-    pytest.skip("the recordings of har are neither in MOSEL_DATA nor in ../shared/data")
+    pytest.skip("MOSEL_DATA names no folder with the recordings of har")
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 
 from mosel.cli.data import data_app
 from mosel.cli.train import train
-from mosel.data import datasets
 from mosel.data.datasets import content_sha256, find, get
 from mosel.data.downloads import PATIENCE_S, Downloads, within
 from mosel.errors import DatasetError, PackageError
@@ -113,7 +112,6 @@ def silent_port() -> Iterator[int]:
 def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No recordings of this machine are found by chance."""
     monkeypatch.delenv("MOSEL_DATA", raising=False)
-    monkeypatch.setattr(datasets, "_CHECKOUT", tmp_path / "checkout")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
 
 
@@ -146,8 +144,6 @@ def test_the_places_are_looked_in_in_order(
         find(package, cache=cache)
     assert get(package, cache=cache).origin.startswith("fetched from a test server")
     assert find(package, cache=cache).origin == f"the cache {cache}"
-    put(tmp_path / "shared" / "data" / "toys")
-    assert find(package, cache=cache).origin == "../shared/data"
     put(tmp_path / "named" / "toys")
     assert find(package, cache=cache).origin == f"MOSEL_DATA={tmp_path / 'named'}"
     put(tmp_path / "given" / "toys")
@@ -157,7 +153,7 @@ def test_the_places_are_looked_in_in_order(
 
 
 def test_a_folder_that_is_given_must_have_it(package: ModelPackage, tmp_path: Path) -> None:
-    put(tmp_path / "shared" / "data" / "toys")
+    put(tmp_path / "user" / "mosel" / "data" / "toys")
     with pytest.raises(DatasetError, match=r"no folder 'toys' with toy\.npz in --data"):
         get(package, tmp_path)
 
@@ -300,6 +296,6 @@ def test_the_command_trains(package: ModelPackage, tmp_path: Path) -> None:
     code = "def main(data, out, seed):\n    out.mkdir()\n    (out / 'said').write_text(f'{data} {seed}')\n"
     (package.folder / "train.py").write_text(code)
     assert isinstance(CliRunner().invoke(app, arguments).exception, DatasetError)
-    folder = put(tmp_path / "shared" / "data" / "toys")
+    folder = put(tmp_path / "user" / "mosel" / "data" / "toys")
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert (out / "said").read_text() == f"{folder} 7"
