@@ -16,6 +16,7 @@ help: ## This list
 
 demo: $(VENV)/.ready-demo ## Serve a real model and show how floors and deadlines change what is run
 	@$(BIN)/mosel demo
+	@command -v mosel >/dev/null || echo "next: source $(BIN)/activate (puts mosel on the path), then mosel up"
 
 test: $(VENV)/.ready-dev ## Every test but the slow ones and those that need a GPU
 	@$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile

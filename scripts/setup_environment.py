@@ -198,7 +198,7 @@ def setup(role: str, folder: Path, index: str | None, system: str) -> None:
     pip.install("-e", f".[{role}]")
     for ready in ("demo", "dev") if role == "dev" else (role,):
         (folder / f".ready-{ready}").touch()
-    say("done")
+    say(f"done; source {folder.name}/bin/activate puts mosel on the path")
 
 
 def main() -> int:

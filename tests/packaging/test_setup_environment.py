@@ -69,6 +69,21 @@ def test_elsewhere_the_client_alone_is_installed_and_the_container_named(
     assert pip.installed[-1] == ("-e", ".")
 
 
+def test_the_end_says_how_to_get_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pip = Recorder({"torch": wheel_of(1000, tmp_path, "torch")})
+    monkeypatch.setattr(setup_environment, "create_venv", lambda folder: folder / "bin" / "python")
+    monkeypatch.setattr(setup_environment, "Pip", lambda _: pip)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100 * GB))
+    folder = tmp_path / ".venv"
+    folder.mkdir()
+    setup_environment.setup("dev", folder, None, "Linux")
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last == "setup: done; source .venv/bin/activate puts mosel on the path"
+    assert sorted(file.name for file in folder.iterdir()) == [".ready-demo", ".ready-dev"]
+
+
 def wheel_of(size: int, folder: Path, name: str) -> str:
     """The address of a file of `size` bytes that takes no space."""
     path = folder / name
