@@ -24,17 +24,20 @@ class Tls:
         key: the private key of that certificate, without a passphrase, in a file that only this user can read.
 
     Raises:
-        ConfigError: only one of certificate and key is given.
+        ConfigError: only one of certificate and key is given, or something is no path.
 
     Example:
-        >>> Client("mosel.example.org:8001", token=token, tls=Tls(ca=Path("ca.pem")))
+        >>> Client("mosel.example.org:8001", token=token, tls=Tls(ca="ca.pem"))
     """
 
-    ca: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
+    ca: str | Path | None = None
+    certificate: str | Path | None = None
+    key: str | Path | None = None
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, str | Path | None):
+                raise ConfigError(f"tls.{name} is a {type(value).__name__}; expected the path of a PEM file, or None")
         if (self.certificate is None) != (self.key is None):
             missing = "certificate" if self.certificate is None else "key"
             raise ConfigError(f"tls.{missing} is missing; expected certificate and key, or neither")
@@ -48,10 +51,10 @@ class Tls:
         Raises:
             ConfigError: a file cannot be read, or is not what it should be.
         """
-        roots = None if self.ca is None else _read_certificates(self.ca, f"{section}.ca")
+        roots = None if self.ca is None else _read_certificates(Path(self.ca), f"{section}.ca")
         if self.certificate is None or self.key is None:
             return grpc.ssl_channel_credentials(roots)
-        certificate, key = _read_pair(self.certificate, self.key, section)
+        certificate, key = _read_pair(Path(self.certificate), Path(self.key), section)
         return grpc.ssl_channel_credentials(roots, key, certificate)
 
 

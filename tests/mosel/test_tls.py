@@ -48,6 +48,13 @@ def test_good_files_become_credentials(folder: Path) -> None:
         assert isinstance(tls.channel_credentials(), grpc.ChannelCredentials)
 
 
+def test_paths_may_be_strings_and_nothing_else(folder: Path) -> None:
+    tls = Tls(str(folder / "ca.pem"), str(folder / "certificate.pem"), str(folder / "key.pem"))
+    assert isinstance(tls.channel_credentials(), grpc.ChannelCredentials)
+    with pytest.raises(ConfigError, match=r"^tls\.ca is a bytes; expected the path of a PEM file, or None$"):
+        Tls((folder / "ca.pem").read_bytes())  # type: ignore[arg-type]
+
+
 def test_words_beside_a_certificate_are_no_error(folder: Path) -> None:
     assert isinstance(Tls(folder / "with-text.pem").channel_credentials(), grpc.ChannelCredentials)
 
