@@ -14,6 +14,7 @@ from mosel.client.checks import seconds
 from mosel.client.connection import Connection
 from mosel.client.demands import Demand, Payloads, Upload
 from mosel.client.retry import Retry
+from mosel.errors import InvalidRequest
 from mosel.tls import Tls
 from mosel.v1 import gateway_pb2, gateway_pb2_grpc
 
@@ -217,6 +218,7 @@ class AsyncClient:
         retries: Retry | None = _RETRY,
     ) -> None:
         self._connection = Connection(address, token, tls, max_message_mib, retries)
+        self._channel: grpc.aio.Channel | None = None
         if tls is None:
             self._open(None)
 
@@ -237,6 +239,7 @@ class AsyncClient:
     ) -> AsyncGenerator[JobEvent, None]:
         """As `Client.submit_job`; cancelling the task cancels the job."""
         upload = Upload(model, items, size, demand, self._connection.max_message_mib)
+        self._check_open()
         return self._events(upload, seconds("timeout_s", timeout_s))
 
     async def plan(self, model: str, size: int, *, timeout_s: float = 5.0, **demand: Unpack[Demand]) -> PlanInfo:
@@ -269,7 +272,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Closes the connection."""
-        await self._channel.close()
+        if self._channel is not None:
+            await self._channel.close()
 
     async def __aenter__(self) -> Self:
         if self._connection.tls is not None:
@@ -288,7 +292,12 @@ class AsyncClient:
             self._channel = grpc.aio.secure_channel(at.address, credentials, at.options)
         self._stub = gateway_pb2_grpc.GatewayStub(self._channel)
 
+    def _check_open(self) -> None:
+        if self._channel is None:
+            raise InvalidRequest("a client with tls was not entered; expected `async with AsyncClient(...) as client`")
+
     async def _call(self, call: UnaryCall[Found], timeout_s: float) -> Found:
+        self._check_open()
         attempts = self._connection.attempts(call.request, timeout_s)
         method = getattr(self._stub, call.method)
         while True:

@@ -94,6 +94,15 @@ async def test_over_tls_whom_the_client_trusts_is_called(
     assert len(servicer.requests) == 1
 
 
+async def test_an_asynchronous_client_with_tls_says_that_it_must_be_entered() -> None:
+    client = AsyncClient("127.0.0.1:1", tls=Tls())
+    with pytest.raises(InvalidRequest, match=r"^a client with tls was not entered; expected `async with"):
+        await client.predict("digits", PAYLOADS)
+    with pytest.raises(InvalidRequest, match=r"^a client with tls was not entered; expected `async with"):
+        client.submit_job("digits", PAYLOADS)
+    await client.close()
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"tls\.ca: .*ca\.pem"):
         Client("127.0.0.1:1", tls=Tls(ca=tmp_path / "ca.pem"))
