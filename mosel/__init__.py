@@ -57,6 +57,8 @@ __all__ = [
     "errors",
 ]
 
+__version__ = "0.1.0"
+
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:

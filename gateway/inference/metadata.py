@@ -1,8 +1,8 @@
 """What servers and models are, as the Open Inference Protocol's JSON has it; gRPC says the same in messages."""
 
-from importlib.metadata import version
 from typing import Any
 
+import mosel
 from gateway.data_plane import DataPlane
 from gateway.inference.requests import served
 from gateway.inference.responses import output_tensors
@@ -13,8 +13,6 @@ from mosel.packages.model_package import ModelPackage
 Json = dict[str, Any]
 
 PLATFORM = "mosel"
-# Read once: it is in a file.
-VERSION = version("mosel-server")
 # The names that Triton gave to what both do.
 EXTENSIONS = (
     "binary_tensor_data",
@@ -44,7 +42,7 @@ def model_ready(plane: DataPlane, model: str, model_version: str = "") -> bool:
 
 def server_metadata() -> Json:
     """Who answers, and which extensions of the protocol it knows."""
-    return {"name": PLATFORM, "version": VERSION, "extensions": list(EXTENSIONS)}
+    return {"name": PLATFORM, "version": mosel.__version__, "extensions": list(EXTENSIONS)}
 
 
 def model_metadata(package: ModelPackage) -> Json:

@@ -5,8 +5,9 @@ from functools import cache
 
 from pydantic.json_schema import models_json_schema
 
+import mosel
 from gateway.inference.json_messages import IndexRequestJson, InferRequestJson, LoadRequestJson
-from gateway.inference.metadata import VERSION, Json
+from gateway.inference.metadata import Json
 
 _DESCRIPTION = (
     "The Open Inference Protocol (KServe v2) with the binary tensor extension. Bodies may be compressed with gzip or "
@@ -37,7 +38,7 @@ def document() -> Json:
     """The document: OpenAPI 3.1."""
     return {
         "openapi": "3.1.0",
-        "info": {"title": "MOSEL", "version": VERSION, "description": _DESCRIPTION},
+        "info": {"title": "MOSEL", "version": mosel.__version__, "description": _DESCRIPTION},
         "paths": dict(_paths()),
         "components": {
             "schemas": _sent() | _answered(),

@@ -15,6 +15,7 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+import mosel
 from mosel.config import Settings
 from mosel.errors import ConfigError
 from mosel.modality import format_set, parse_set
@@ -200,17 +201,12 @@ def quick_profile(
     calls: Mapping[str, CallCost],
 ) -> Profile:
     """A profile of what the selector measures by itself; accuracies are the model package's."""
-    versions = Versions(
-        python=platform.python_version(),
-        torch=importlib.metadata.version("torch"),
-        mosel=importlib.metadata.version("mosel-server"),
-    )
     return Profile(
         model=package.name,
         version=package.version,
         weights_sha256=_weights_sha256(package),
         hardware=hardware,
-        versions=versions,
+        versions=this_software(),
         measured_on=datetime.now(UTC).date(),
         quick=True,
         concurrency=hardware.workers,
@@ -221,6 +217,12 @@ def quick_profile(
         fusion=dict(fusion),
         calls=dict(calls),
     )
+
+
+def this_software() -> Versions:
+    """The software of this process; torch is not imported."""
+    torch = importlib.metadata.version("torch")
+    return Versions(python=platform.python_version(), torch=torch, mosel=mosel.__version__)
 
 
 def this_hardware(settings: Settings, device: str) -> Hardware:

@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+import mosel
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"mosel", "gateway", "selector", "encoders", "fusion", "bench"}
 MODEL_FILES = {".toml", ".py", ".safetensors", ".json", ".md", ".npz"}
@@ -70,6 +72,10 @@ def run_dir() -> Iterator[Path]:
 def names(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
         return [name for name in archive.namelist() if ".dist-info/" not in name]
+
+
+def test_the_wheel_has_the_version_that_the_code_states(wheel: Path) -> None:
+    assert wheel.name.split("-")[1] == mosel.__version__
 
 
 def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:

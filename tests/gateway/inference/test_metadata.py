@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from importlib.metadata import version
 from typing import Any
 
 import grpc
@@ -10,6 +9,7 @@ import pytest
 from google.protobuf import json_format
 from numpy.typing import NDArray
 
+import mosel
 from gateway.inference.messages import message
 from mosel.v1 import gateway_pb2, selector_pb2
 from tests.gateway.inference.support import infer_request, stub_of
@@ -79,7 +79,7 @@ async def test_a_server_without_a_selector_is_live_but_not_ready(gateway: Gatewa
 
 async def test_the_server_says_who_it_is(ask: Ask) -> None:
     said = await ask("ServerMetadata")
-    assert (said["name"], said["version"]) == ("mosel", version("mosel-server"))
+    assert (said["name"], said["version"]) == ("mosel", mosel.__version__)
     assert {"model_configuration", "statistics", "schedule_policy"} <= {*said["extensions"]}
     assert not {name for name in said["extensions"] if "shared_memory" in name or name in ("sequence", "trace")}
 
