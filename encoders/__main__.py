@@ -16,10 +16,10 @@ from mosel.compute.workers import Workers
 from mosel.config import Settings
 from mosel.errors import ConfigError
 from mosel.modality import lane_of
-from mosel.observability.tracing import open_tracing
 from mosel.packages.model_package import find_packages
 from mosel.runtime.channels import open_blocking_channel
 from mosel.runtime.service import Service, run_service
+from mosel.runtime.tracing import open_tracing
 from mosel.transport import Reader, open_arena
 from mosel.transport.cupy_ipc import device_ipc_for
 from mosel.transport.device_arena import DeviceArena

@@ -11,10 +11,10 @@ from fusion.servicer import FusionServicer
 from mosel.compute import networks
 from mosel.compute.workers import Workers
 from mosel.config import Settings
-from mosel.observability.tracing import open_tracing
 from mosel.packages.model_package import find_packages
 from mosel.runtime.channels import open_blocking_channel
 from mosel.runtime.service import Service, run_service
+from mosel.runtime.tracing import open_tracing
 from mosel.transport import Reader
 from mosel.transport.cupy_ipc import device_ipc_for
 from mosel.transport.torch_exchange import TensorReader

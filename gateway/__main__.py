@@ -26,11 +26,11 @@ from gateway.selector_link import SelectorLink
 from gateway.servicer import GatewayServicer
 from mosel.config import Settings
 from mosel.deadline import Deadline
-from mosel.observability.tracing import open_tracing
 from mosel.packages.model_package import find_packages
 from mosel.runtime.exposure import check_public, public_tls
 from mosel.runtime.http import HttpServer
 from mosel.runtime.service import RefuseGarbage, RefuseHugeAnswers, Service, run_service
+from mosel.runtime.tracing import open_tracing
 from mosel.tls import handshake_refused
 from mosel.transport import open_arena
 from mosel.v1 import arena_pb2, gateway_pb2, gateway_pb2_grpc, tensor_pb2

@@ -7,10 +7,10 @@ from typing import NoReturn
 
 from mosel.config import Settings
 from mosel.deadline import Deadline
-from mosel.observability.tracing import open_tracing
 from mosel.packages.model_package import find_packages
 from mosel.runtime.messages import ENVELOPE_BYTES, limit_bytes
 from mosel.runtime.service import Service, run_service
+from mosel.runtime.tracing import open_tracing
 from mosel.v1 import selector_pb2_grpc
 from selector.core.scheduler import Scheduler
 from selector.dispatcher import Dispatcher

@@ -1,15 +1,11 @@
-"""Traces: what each step of a request took, in which service. Off unless the settings name a collector.
+"""Traces: what each step of a request took, in which service. `mosel.runtime.tracing` turns them on.
 
 A trace travels as a W3C `traceparent`; an empty one means that nobody records it.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
-
-from mosel.config import Settings
-from mosel.errors import ConfigError
 
 Attributes = Mapping[str, str | int | float]
 NONE: Attributes = MappingProxyType({})
@@ -68,30 +64,3 @@ class Tracing:
 
 
 OFF = Tracing()
-
-
-@contextlib.contextmanager
-def open_tracing(settings: Settings, service: str) -> Iterator[Tracing]:
-    """What the settings ask for; at the end, what is not sent yet is sent, for a second at most.
-
-    Args:
-        settings: the effective settings.
-        service: the service's name.
-
-    Raises:
-        ConfigError: what it needs is not installed.
-    """
-    if not settings.tracing.otlp_endpoint:
-        yield OFF
-        return
-    try:
-        from mosel.observability.otlp import OtlpTracing
-    except ImportError as error:
-        raise ConfigError(
-            f"tracing.otlp_endpoint is set, but {error.name} is not installed: pip install 'mosel-server[tracing]'"
-        ) from None
-    tracing = OtlpTracing(settings.tracing, service)
-    try:
-        yield tracing
-    finally:
-        tracing.close(min(settings.stop_grace_ms / 1000, 1.0))

@@ -9,7 +9,8 @@ import pytest
 
 from mosel.config import load_settings
 from mosel.errors import ConfigError
-from mosel.observability.tracing import OFF, open_tracing
+from mosel.observability.tracing import OFF
+from mosel.runtime.tracing import open_tracing
 
 PARENT = f"00-{'ab' * 16}-{'cd' * 8}-01"
 
@@ -32,7 +33,7 @@ def test_off_nothing_of_opentelemetry_is_loaded() -> None:
     code = """
 import sys
 from mosel.config import load_settings
-from mosel.observability.tracing import open_tracing
+from mosel.runtime.tracing import open_tracing
 import gateway.__main__, selector.__main__, encoders.__main__, fusion.__main__
 with open_tracing(load_settings(), "gateway") as tracing:
     tracing.begin("request").end()
@@ -47,7 +48,7 @@ import sys
 sys.modules["opentelemetry"] = None
 from mosel.config import load_settings
 from mosel.errors import ConfigError
-from mosel.observability.tracing import open_tracing
+from mosel.runtime.tracing import open_tracing
 settings = load_settings(tracing={"otlp_endpoint": "http://127.0.0.1:4317"})
 try:
     with open_tracing(settings, "gateway"):
