@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from mosel.config import Settings
     from mosel.data.datasets import FoundData
     from mosel.data.samples import Samples
-    from mosel.demo.measure import Row
     from mosel.packages.model_package import ModelPackage
+    from mosel.profiles.labelled_run import Row
 
 _JOB_ITEMS, _IN_FLIGHT = 4, 4
 # Under the tight deadline a job is large and alone, so that its time is computation, not hops or other jobs.
@@ -102,9 +102,9 @@ def _test_items(package: "ModelPackage", found: "FoundData", items: int) -> "Sam
 
 
 def _show_floors(console: "Console", client: "Client", model: "ModelInfo", samples: "Samples") -> "list[Row]":
-    from mosel.demo.measure import measure
-    from mosel.demo.plan import PREFERRED_FLOORS, Setting, choose_floors
+    from mosel.demo.plan import PREFERRED_FLOORS, choose_floors
     from mosel.demo.tables import floors_table
+    from mosel.profiles.labelled_run import Setting, measure
 
     floors = choose_floors(model.sets)
     measure(client, model.name, samples.take(slice(0, 64)), Setting(None, _JOB_ITEMS, _IN_FLIGHT))  # warms up
@@ -126,9 +126,9 @@ def _show_floors(console: "Console", client: "Client", model: "ModelInfo", sampl
 def _show_deadline(
     console: "Console", client: "Client", model: "ModelInfo", samples: "Samples", floors: Sequence[float | None]
 ) -> None:
-    from mosel.demo.measure import measure
-    from mosel.demo.plan import Setting, full_set, tight_deadline_ms, without_slowest
+    from mosel.demo.plan import full_set, tight_deadline_ms, without_slowest
     from mosel.demo.tables import deadline_table
+    from mosel.profiles.labelled_run import Setting, measure
 
     full, fast = full_set(model.sets), without_slowest(model.sets)
     if fast is None:

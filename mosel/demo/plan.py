@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from mosel.client import SetInfo
 from mosel.modality import format_set, parse_set
@@ -11,25 +10,6 @@ PREFERRED_FLOORS = (0.60, 0.85, 0.95)
 _DISTINCT_SETS = 3
 
 Sets = Mapping[str, SetInfo]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How jobs are sent.
-
-    Attributes:
-        floor: the least expected accuracy, 0..1, or None.
-        job_items: items per job; the last job may be smaller.
-        in_flight: jobs under way at once.
-        deadline_ms: milliseconds that each job is given, or None.
-        modalities: only these may be run; all if empty.
-    """
-
-    floor: float | None
-    job_items: int
-    in_flight: int
-    deadline_ms: float | None = None
-    modalities: tuple[str, ...] = ()
 
 
 def full_set(sets: Sets) -> str:

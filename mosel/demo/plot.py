@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mosel.client import ModelInfo, SetInfo
-from mosel.demo.measure import Row
 from mosel.demo.plan import frontier
 from mosel.demo.tables import floor
+from mosel.profiles.labelled_run import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
-from mosel.demo.measure import Row
+from mosel.profiles.labelled_run import Row
 
 _NOTHING = "-"
 

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 
 from mosel.client import Client
 from mosel.data.samples import Samples
-from mosel.demo.measure import measure, percentile
-from mosel.demo.plan import Setting
 from mosel.errors import DeadlineExceeded, Overloaded, Unreachable
 from mosel.modality import parse_set
 from mosel.profiles.files import CallCost, JobPoint, MeasuredAccuracy, Profile, wilson
+from mosel.profiles.labelled_run import Setting, measure, percentile
 
 JOB_SIZES = (1, 2, 4, 8, 16, 32)
 # Jobs of one set and size: as many as asked for, but after the time is over no more than the least.

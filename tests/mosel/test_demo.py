@@ -12,11 +12,9 @@ from rich.console import Console
 from mosel.client import ModelInfo, Prediction, SetInfo
 from mosel.config import reference_models
 from mosel.data import datasets
-from mosel.demo.measure import JobAnswer, percentile, summarise
 from mosel.demo.plan import (
     PREFERRED_FLOORS,
     Sets,
-    Setting,
     cheapest,
     choose_floors,
     frontier,
@@ -28,6 +26,7 @@ from mosel.demo.plot import write_plot
 from mosel.demo.tables import deadline_table, floors_table, share, size
 from mosel.errors import DatasetError, DeadlineExceeded, DeadlineUnreachable
 from mosel.packages.model_package import load_package
+from mosel.profiles.labelled_run import JobAnswer, Setting, percentile, summarise
 
 SETTING = Setting(0.85, 4, 2)
 

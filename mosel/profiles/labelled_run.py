@@ -11,8 +11,26 @@ import numpy as np
 
 from mosel.client import Client, Prediction
 from mosel.data.samples import Samples
-from mosel.demo.plan import Setting
 from mosel.errors import DeadlineExceeded, MoselError, Overloaded, Unreachable
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How jobs are sent.
+
+    Attributes:
+        floor: the least expected accuracy, 0..1, or None.
+        job_items: items per job; the last job may be smaller.
+        in_flight: jobs under way at once.
+        deadline_ms: milliseconds that each job is given, or None.
+        modalities: only these may be run; all if empty.
+    """
+
+    floor: float | None
+    job_items: int
+    in_flight: int
+    deadline_ms: float | None = None
+    modalities: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
