@@ -19,7 +19,7 @@ demo: $(VENV)/.ready-demo ## Serve a real model and show how floors and deadline
 	@command -v mosel >/dev/null || echo "next: source $(BIN)/activate (puts mosel on the path), then mosel up"
 
 test: $(VENV)/.ready-dev ## Every test but the slow ones and those that need a GPU
-	@$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: $(VENV)/.ready-dev ## The slow tests; on a machine that does nothing else
 	@$(BIN)/python -m pytest -m "slow and not gpu"

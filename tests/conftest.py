@@ -26,6 +26,8 @@ PRODUCT = ["mosel", "gateway", "selector", "encoders", "fusion"]
 RECORDINGS = Path(__file__).parents[2] / "shared" / "data"
 YOUR_MODEL = Path(__file__).parents[1] / "docs" / "your-model.md"
 
+# Folders whose files take long, most of it for starting services.
+_LONGEST = ("chaos", "system", "packaging")
 _LIMIT = pytest.StashKey[Any]()
 
 if RECORDINGS.is_dir():
@@ -33,6 +35,12 @@ if RECORDINGS.is_dir():
 
 Payloads = dict[str, NDArray[np.generic]]
 Output = NDArray[np.float32]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts those first whose files take longest, so that several workers end at about the same time."""
+    last = len(_LONGEST)
+    items.sort(key=lambda item: next((n for n, name in enumerate(_LONGEST) if name in item.path.parts), last))
 
 
 @pytest.hookimpl(wrapper=True)

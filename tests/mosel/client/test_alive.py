@@ -50,15 +50,15 @@ def busy(process: Connection, run_dir: str) -> None:
 
 
 @contextlib.contextmanager
-def serving(tmp_path: Path) -> Iterator[tuple[int, str]]:
-    """Its process id and address."""
+def serving(tmp_path: Path) -> Iterator[tuple[int, Connection]]:
+    """Its process id, and what its address comes from."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=busy, args=(there, str(tmp_path)))
     process.start()
     try:
         assert process.pid is not None
-        yield process.pid, here.recv()
+        yield process.pid, here
     finally:
         process.kill()
         process.join()
@@ -67,7 +67,8 @@ def serving(tmp_path: Path) -> Iterator[tuple[int, str]]:
 @pytest.fixture
 def services(tmp_path: Path) -> Iterator[list[tuple[int, str]]]:
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(serving(tmp_path)) for _ in range(4)]
+        started = [stack.enter_context(serving(tmp_path)) for _ in range(4)]
+        yield [(pid, address.recv()) for pid, address in started]
 
 
 @pytest.fixture
