@@ -14,12 +14,18 @@ import grpc
 import numpy as np
 import pytest
 from blockbuster import BlockBuster
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from numpy.typing import NDArray
 
 from mosel.client import Client
 from mosel.config import FREE_PORTS, Settings, load_settings
 from mosel.launcher import Launcher
 from mosel.packages.model_package import ModelPackage, load_package
+
+# How long an example takes is up to what else the machine does.
+hypothesis_settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("tests")
 
 PRODUCT = ["mosel", "gateway", "selector", "encoders", "fusion"]
 # Where a developer keeps recordings beside the checkout; tests that need them are skipped without.

@@ -261,7 +261,7 @@ def test_any_bytes_are_a_request_or_refused(data: st.DataObject) -> None:
 
 
 def test_reading_gives_way_to_other_threads() -> None:
-    nested = np.arange(900_000).reshape(-1, 3)
+    nested = np.arange(300_000).reshape(-1, 3)
     content = json.dumps(request_with(shape=nested.shape, data=nested.tolist())).encode()
     reading = threading.Thread(target=read, args=(content,))
     started = last = time.perf_counter()
