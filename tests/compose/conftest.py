@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ import yaml
 
 from tests.compose.stack import Stack, run
 from tests.deploy.support import ROOT, compose_program
+from tests.ports import free_ports
 
 IMAGE = "mosel-test"
 # What the image is built from: `docker import` makes one where no registry can be reached (docs/operations.md).
@@ -57,7 +57,7 @@ def stack(docker: str, image: str, tmp_path_factory: pytest.TempPathFactory) -> 
     override.write_text(yaml.safe_dump({"services": {name: {"image": image} for name in services}}))
     compose = [*program, "-p", f"moseltest{os.getpid()}", "--project-directory", str(ROOT)]
     compose += ["-f", str(ROOT / "docker-compose.yml"), "-f", str(override)]
-    grpc_port, http_port, metrics_port = _free_ports(3)
+    grpc_port, http_port, metrics_port = free_ports(3)
     environment = os.environ | {
         "GRPC_PORT": str(grpc_port),
         "HTTP_PORT": str(http_port),
@@ -84,11 +84,3 @@ def eventually() -> Callable[..., float]:
         return time.monotonic() - started
 
     return wait
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +16,7 @@ import psutil
 import pytest
 
 import mosel
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"mosel", "gateway", "selector", "encoders", "fusion", "bench"}
@@ -109,12 +109,6 @@ def test_command_runs_from_a_hostile_folder(bin_dir: Path, hostile_folder: Path)
     assert all(command in result.stdout for command in ("up", "demo", "predict"))
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port
-
-
 def wait_for(text: str, log: Path, process: subprocess.Popen[bytes], seconds: float) -> None:
     """Returns when `text` stands in `log`; fails when the process ends before, or time is over."""
     give_up = time.monotonic() + seconds
@@ -130,7 +124,7 @@ def test_services_start_from_a_hostile_folder_and_leave_nothing(
     models = hostile_folder / "models"
     site_packages = next(bin_dir.parent.glob("lib/python*/site-packages"))
     shutil.copytree(site_packages / "mosel" / "reference_models" / "har", models / "har")
-    port = free_port()
+    (port,) = free_ports(1)
     own = {"MOSEL_RUN_DIR": str(run_dir / "run"), "MOSEL_TRANSPORT__SHM_DIR": str(shared_memory)}
     command = [str(bin_dir / "mosel"), "up", "--models", "models", "--device", "cpu", "--grpc-port", str(port)]
     log = hostile_folder / "up.log"

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -17,18 +16,13 @@ from mosel.client import Client
 from mosel.config import Settings
 from mosel.errors import ServiceUnavailable
 from mosel.launcher import Launcher
+from tests.ports import free_ports
 
 Payloads = dict[str, NDArray[Any]]
 Draw = Callable[..., Payloads]
 Directly = Callable[[Payloads, Iterable[str]], NDArray[Any]]
 Counters = Callable[[Client], dict[str, dict[str, int]]]
 Until = Callable[..., None]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +36,8 @@ def launcher(settings_with: Callable[..., Settings]) -> Iterator[Launcher]:
 @pytest.fixture
 def second(launcher: Launcher, until: Until) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """The address and the process of one more gateway of the same selector."""
-    settings, ports = launcher.settings, {name: free_port() for name in ("grpc_port", "http_port", "metrics_port")}
+    settings, names = launcher.settings, ("grpc_port", "http_port", "metrics_port")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
     own = settings.model_copy(update={"parent_pid": 0, "gateway": settings.gateway.model_copy(update=ports)})
     with subprocess.Popen([sys.executable, "-P", "-m", "gateway"], env=os.environ | own.as_environment()) as process:
         try:

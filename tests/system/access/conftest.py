@@ -1,7 +1,5 @@
 """Services with everything turned on, and the files that it takes."""
 
-import contextlib
-import socket
 from collections.abc import Callable, Iterator
 from subprocess import CompletedProcess
 
@@ -10,6 +8,7 @@ import trustme
 
 from mosel.config import FREE_PORTS, Settings
 from mosel.launcher import Launcher
+from tests.ports import free_ports
 from tests.system.access.support import (
     ENCODERS,
     Files,
@@ -44,14 +43,6 @@ def files(tmp_path_factory: pytest.TempPathFactory, run_mosel: Run) -> Files:
         for name, limits in tenants.items()
     }
     return Files(folder, made)
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 @pytest.fixture(scope="session")
