@@ -23,9 +23,8 @@ from bench.outcomes import Ending, Outcome, Summary, summarise
 from bench.simulation import World, new_scheduler, simulate
 from bench.workload import Arrival
 from mosel.profiles.files import FUSION
-from selector.core.frontier import Strategy
+from selector.core.frontier import Frontiers, Strategy
 from selector.core.jobs import Effort
-from selector.core.options import Frontiers
 from selector.core.profile import LatencyCurve, ModelProfile
 
 # Speeds at which the policy's plans are made, as a share of the services'.
@@ -43,8 +42,9 @@ class Cheapest:
 
     def __call__(self, arrival: Arrival) -> Strategy:
         """The one for a job; the most accurate one if none meets its floor."""
-        strategies = self._frontiers.of(self._sets, arrival.size)
-        return next((s for s in strategies if s.accuracy >= (arrival.min_accuracy or 0.0) - _TOLERANCE), strategies[-1])
+        found = self._frontiers.of(self._sets, arrival.size)
+        meets_floor = int(np.searchsorted(found.accuracy, (arrival.min_accuracy or 0.0) - _TOLERANCE))
+        return found[min(meets_floor, len(found) - 1)]
 
 
 def capacity_ratio(profile: ModelProfile, arrivals: Sequence[Arrival]) -> float:

@@ -1,23 +1,22 @@
 """The frontier: for a job size, the strategies that no other strategy beats in both accuracy and cost.
 
-A label-setting dynamic programme takes the modality sets one by one. A label is a mix of the sets taken so far, with
-its size, the sum of its items' accuracies and its cost; of the labels of one size those are kept that no other beats.
-Costs are those of the mix as it runs, items of several sets sharing encoder calls. What it promises:
+Costs are those of a mix as it runs, items of several sets sharing encoder calls. Where all mixes are few they are
+looked at, and the frontier is exact: with 3 modalities for up to 10 items. Otherwise the work is bounded whatever the
+number of modalities and items, since it is done while calls and answers wait:
 
-* Where calls that are merged never cost more than apart, no mix costs less with its sets run apart (the sum of
-  `ModelProfile.cost_ms`, the separable cost) than a strategy that is as accurate. Suppose a kept label is no worse than
-  a partial mix run apart; items of one more set then add at most what they cost alone. So it holds set by set.
-* If no two sets have a modality in common nothing is shared, and the frontier is exact whatever the curves.
-* Otherwise an optimum can be missed: what a label's next items cost depends on the encoder calls that it has already,
-  and labels are compared by their cost alone. So the sets are taken twice, the most accurate first and the least
-  accurate first. Against all mixes of 5 and of 10 items, for 600 random profiles of 3 modalities (`bench.frontier`),
-  97 % of the frontiers were exact; the dearest strategy of all was 2.9 % above the optimum.
+* Calls cost something before their first item, so that costs are nearly concave in the number of items. Were they, and
+  could items be divided, then a cheapest mix with an accuracy would be a vertex of a polytope with two constraints, and
+  run two sets at most. So mixes of two sets are looked at.
+* The sets for that are those nearest to the line that the best of them span when a whole job runs one set.
+* What is left of concavity, since items and calls are whole, is mended by moving some items of the mixes that are not
+  beaten from one set to another, a third one perhaps, twice.
 
-If the largest size is above 64, labels of all sizes are thinned and the sets are taken once; see `_STEP`.
+Single sets are all looked at, so jobs of one item have exact frontiers. `bench.frontier` compares with an exact search.
 """
 
-import itertools
-from collections.abc import Sequence
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,16 +25,14 @@ from numpy.typing import NDArray
 from mosel.modality import ModalitySet, format_set
 from selector.core.profile import ModelProfile
 
-# Up to this size nothing is thinned.
-_LARGEST_EXACT = 64
-# Beyond, of the labels between two powers of 1 + _STEP in cost only the most accurate is kept. A label that gets no
-# items of a set stays between the same powers, so a mix of s sets is found at most a factor (1 + _STEP) ** s dearer
-# than run apart: within 1 % for up to 4 sets, the most that strategies for 256 items of random profiles mixed. A size
-# has at most log(dearest / cheapest) / _STEP labels.
-_STEP = 0.002
+# So many mixes are looked at if those are all; and in each step otherwise.
+_MOST_MIXES, _MOST_IN_STEP = 8192, 3072
+# So many sets are mixed with each other.
+_MIXED_SETS = 8, 17
+# Frontiers that a model keeps.
+_KEPT = 128
 # Accuracies are summed as whole numbers, so that equal sums are equal in whatever order they were added.
 _UNITS = 1e12
-_ROUNDING_MS = 1e-9
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -61,220 +58,223 @@ class Strategy:
         return sum(count for _, count in self.counts)
 
 
-def frontiers(profile: ModelProfile, sets: Sequence[ModalitySet], max_size: int) -> tuple[tuple[Strategy, ...], ...]:
-    """The frontiers of all job sizes up to one.
+@dataclass(frozen=True, eq=False)
+class Frontier:
+    """Strategies of one job size, by strictly rising cost and strictly rising accuracy; each is made when asked for.
+
+    Attributes:
+        sets: the K sets that they mix.
+        counts: [L, K], items.
+        accuracy: [L], expected mean over the items, 0..1.
+        cost_ms: [L].
+        considered: mixes that were compared to find it.
+    """
+
+    sets: Sequence[ModalitySet]
+    counts: Integers
+    accuracy: Floats
+    cost_ms: Floats
+    considered: int
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __getitem__(self, at: int) -> Strategy:
+        counts = ((s, count) for s, count in zip(self.sets, self.counts[at].tolist(), strict=True) if count)
+        ordered = tuple(sorted(counts, key=lambda entry: format_set(entry[0])))
+        return Strategy(ordered, float(self.accuracy[at]), float(self.cost_ms[at]))
+
+    def __iter__(self) -> Iterator[Strategy]:
+        return map(self.__getitem__, range(len(self)))
+
+    def thin(self, limit: int, floor: float = 0.0) -> list[Strategy]:
+        """At most so many of those with an accuracy, both ends among them, evenly spread in cost."""
+        first = int(np.searchsorted(self.accuracy, floor))
+        return [self[first + i] for i in _spread(self.cost_ms[first:], limit)]
+
+
+class Frontiers:
+    """The frontiers of one model by modality sets and job size; those that were asked for last are kept.
+
+    Args:
+        profile: the model's.
+    """
+
+    def __init__(self, profile: ModelProfile) -> None:
+        self._profile = profile
+        self._kept: OrderedDict[tuple[frozenset[ModalitySet], int], Frontier] = OrderedDict()
+        self._computed = self._considered = 0
+
+    def of(self, sets: Iterable[ModalitySet], size: int) -> Frontier:
+        """The frontier of a job size; every latency of the sets is measured."""
+        key = frozenset(sets), size
+        if len(key[0]) == 1:
+            return frontier(self._profile, key[0], size)
+        if key not in self._kept:
+            self._kept[key] = found = frontier(self._profile, key[0], size)
+            self._computed, self._considered = self._computed + 1, self._considered + found.considered
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def statistics(self) -> dict[str, int]:
+        """Frontiers that are kept; and since the start those that were computed, and the mixes compared for it."""
+        computed = {"frontiers_computed": self._computed, "mixes_compared": self._considered}
+        return {"frontiers_kept": len(self._kept)} | computed
+
+
+def frontier(profile: ModelProfile, sets: Iterable[ModalitySet], size: int) -> Frontier:
+    """The frontier of one job size.
 
     Args:
         profile: the model's; every latency of the sets is measured.
         sets: the modality sets that may be run.
-        max_size: the largest job, items.
-
-    Returns:
-        At index n - 1 the frontier of size n: by strictly rising cost and strictly rising accuracy.
+        size: items of the job.
 
     Raises:
         ValueError: there is no set, or the size is below 1.
     """
-    return _search(profile, sets, range(1, max_size + 1))
-
-
-def frontier(profile: ModelProfile, sets: Sequence[ModalitySet], size: int) -> tuple[Strategy, ...]:
-    """The frontier of one job size; see `frontiers`.
-
-    Raises:
-        ValueError: there is no set, or the size is below 1.
-    """
-    return _search(profile, sets, range(size, size + 1))[0]
+    found = sorted(set(sets), key=format_set)
+    if not found or size < 1:
+        raise ValueError(f"a frontier needs modality sets and a size of at least 1, got {len(found)} sets and {size}")
+    if len(found) == 1:
+        mean, cost = np.array([profile.accuracy[found[0]]]), np.array([profile.cost_ms(found[0], size)])
+        return Frontier(found, np.array([[size]]), mean, cost, 1)
+    if size > 1 and math.comb(size + len(found) - 1, size) <= _MOST_MIXES:
+        return _Mixes(profile, found, size).unbeaten(_all_mixes(len(found), size))
+    ranked, single = _ranked(profile, found, size)
+    mixes = _Mixes(profile, [found[i] for i in ranked], size)
+    mixed = min(len(ranked), _mixed_sets(size))
+    pairs = _mixes_of_two(len(ranked), mixed, size)
+    best = mixes.unbeaten(np.concatenate([single, pairs]))
+    # Powers of 4, as these are the sizes of calls; doubled first.
+    for least in (2, 1, 2, 1) if size > 1 else ():
+        if best.considered < _MOST_MIXES:
+            items = [least * 4**n for n in range(8) if least * 4**n <= size]
+            best = mixes.unbeaten(np.concatenate([best.counts, _moved(best, mixed, items)]), best.considered)
+    return best
 
 
 def thin(strategies: Sequence[Strategy], limit: int) -> tuple[Strategy, ...]:
-    """Some strategies of a frontier: at most so many, both ends among them, evenly spread in cost.
+    """Some strategies by rising cost: at most so many, both ends among them, evenly spread in cost.
 
     Raises:
         ValueError: the limit is below 2.
     """
     if limit < 2:
         raise ValueError(f"limit is {limit}, but both ends of a frontier are kept")
-    if len(strategies) <= limit:
-        return tuple(strategies)
-    costs = np.array([strategy.cost_ms for strategy in strategies])
+    return tuple(strategies[i] for i in _spread(np.array([s.cost_ms for s in strategies]), limit))
+
+
+def _spread(costs: Floats, limit: int) -> list[int]:
+    """Indices of some rising costs: at most so many, both ends among them, evenly spread."""
+    if len(costs) <= limit:
+        return list(range(len(costs)))
     wanted = np.linspace(costs[0], costs[-1], limit)
-    nearest = np.abs(costs - wanted[:, None]).argmin(axis=1)
-    return tuple(strategies[i] for i in np.unique(nearest))
+    nearest: list[int] = np.unique(np.abs(costs - wanted[:, None]).argmin(axis=1)).tolist()
+    return nearest
 
 
-@dataclass(frozen=True)
-class _Tables:
-    """A profile as arrays over K sets, M modalities and 0 to N items.
+class _Mixes:
+    """What mixes of some sets cost; counts are arrays [L, K]."""
 
-    Attributes:
-        sets: the K modality sets.
-        accuracy: [K], in units of 1 / _UNITS.
-        has: [K, M], whether the set has the modality.
-        encoders: [M, N + 1], milliseconds.
-        fusion: [K, N + 1], milliseconds.
+    def __init__(self, profile: ModelProfile, sets: Sequence[ModalitySet], size: int) -> None:
+        self._sets, self._size = sets, size
+        modalities = sorted(frozenset().union(*sets))
+        self._has = np.array([[float(modality in s) for modality in modalities] for s in sets])
+        self._encoders = np.stack([profile.encoders[modality].table(size) for modality in modalities])
+        self._fusion = np.stack([profile.fusion[s].table(size) for s in sets])
+        self._accuracy = np.rint([profile.accuracy[s] * _UNITS for s in sets]).astype(np.int64)
+
+    def unbeaten(self, counts: Integers, considered: int = 0) -> Frontier:
+        """The mixes that no other of these beats."""
+        cost = self._sums(self._encoders, (counts @ self._has).astype(np.int64)) + self._sums(self._fusion, counts)
+        accuracy = counts @ self._accuracy
+        ranked = cost.argsort()
+        kept = ranked[_rising(accuracy[ranked])]
+        # Of those that cost the same, the last is the most accurate.
+        kept = kept[np.append(np.diff(cost[kept]) > 0, True)]
+        mean = accuracy[kept] / (self._size * _UNITS)
+        return Frontier(self._sets, counts[kept], mean, cost[kept], considered + len(counts))
+
+    def _sums(self, tables: Floats, items: Integers) -> Floats:
+        """For each row of numbers of items, the sum over the tables."""
+        starts = np.arange(len(tables)) * (self._size + 1)
+        return np.asarray(tables.take(items + starts).sum(axis=1))
+
+
+def _ranked(profile: ModelProfile, sets: Sequence[ModalitySet], size: int) -> tuple[list[int], Integers]:
+    """Which sets a frontier may need: those worth mixing most first, then those that no other beats.
+
+    Returns:
+        Indices of the sets; and the mixes that run one of them, [K, K].
     """
-
-    sets: tuple[ModalitySet, ...]
-    accuracy: Integers
-    has: NDArray[np.bool_]
-    encoders: Floats
-    fusion: Floats
-
-    @classmethod
-    def of(cls, profile: ModelProfile, sets: Sequence[ModalitySet], size: int) -> "_Tables":
-        """Tables for jobs of up to so many items."""
-        ordered = tuple(sorted(set(sets), key=format_set))
-        modalities = sorted(frozenset().union(*ordered))
-        sizes = range(1, size + 1)
-        encoders = [[0.0, *map(profile.encoders[modality].ms, sizes)] for modality in modalities]
-        return cls(
-            sets=ordered,
-            accuracy=np.rint([profile.accuracy[s] * _UNITS for s in ordered]).astype(np.int64),
-            has=np.array([[modality in s for modality in modalities] for s in ordered]),
-            encoders=np.array(encoders),
-            fusion=np.array([[0.0, *map(profile.fusion[s].ms, sizes)] for s in ordered]),
-        )
-
-    @property
-    def max_size(self) -> int:
-        """N."""
-        return len(self.fusion[0]) - 1
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether labels are kept however little they differ."""
-        return self.max_size <= _LARGEST_EXACT
-
-    def cost_ms(self, counts: Integers) -> Floats:
-        """What mixes cost, [L], given the items of each set, [L, K]."""
-        rows = counts @ self.has
-        encoding = self.encoders[np.arange(len(self.encoders)), rows].sum(axis=1)
-        return np.asarray(encoding + self.fusion[np.arange(len(self.sets)), counts].sum(axis=1))
-
-    def undominated(self) -> list[int]:
-        """Indices of the sets that a frontier may need, the least accurate first.
-
-        A set k is dropped for a set j that is as accurate if running j instead costs no more for any count: of every
-        mix, all y items of k can then go to j. Modalities that both have keep their rows. The others of j, and j's
-        fusion, get y more items, which adds at most the largest rise of their curves over y; k's fusion is spared
-        altogether, and the others of k lose y items, which spares at least the smallest rise. Sets go one at a time,
-        each for one that is still there, so every mix keeps one that is no worse.
-
-        Thinned frontiers count what the lost items cost alone instead: that keeps what is promised of the separable
-        cost, and leaves some 15 of 63 sets instead of up to 55.
-        """
-        others = self.has[:, None] & ~self.has
-        added = others @ _largest_rises(self.encoders) + _largest_rises(self.fusion)[:, None]
-        spared = -_largest_rises(-self.encoders) if self.is_exact else self.encoders
-        cheaper = (added <= others.swapaxes(0, 1) @ spared + self.fusion + _ROUNDING_MS).all(axis=-1)
-        beats = cheaper & (self.accuracy[:, None] >= self.accuracy)
-        left = [int(i) for i in np.argsort(self.accuracy, kind="stable")]
-        for k in tuple(left):
-            if any(beats[j, k] for j in left if j != k):
-                left.remove(k)
-        return left
+    accuracy = np.array([profile.accuracy[s] for s in sets])
+    encoders = {m: profile.encoders[m].ms(size) for m in frozenset().union(*sets)}
+    cost = np.array([sum(encoders[m] for m in s) + profile.fusion[s].ms(size) for s in sets])
+    by_cost = np.lexsort((-accuracy, cost))
+    unbeaten = by_cost[_rising(accuracy[by_cost])].tolist()
+    hull: list[int] = []
+    for i in unbeaten:
+        while len(hull) > 1 and _is_below(accuracy, cost, hull[-2], hull[-1], i):
+            hull.pop()
+        hull.append(i)
+    # Free sets are as good as any.
+    excess = (cost + 1e-9) / (np.interp(accuracy, accuracy[hull], cost[hull]) + 1e-9)
+    nearest: list[int] = np.argsort(excess, kind="stable")[: _mixed_sets(size) if size > 1 else 0].tolist()
+    ranked = [*nearest, *(i for i in unbeaten if i not in nearest)]
+    return ranked, np.eye(len(ranked), dtype=np.int64) * size
 
 
-def _largest_rises(curves: Floats) -> Floats:
-    """The most that y further items add anywhere on a curve, by y."""
-    length = curves.shape[1]
-    return np.stack([(curves[:, y:] - curves[:, : length - y]).max(axis=1) for y in range(length)], axis=1)
-
-
-@dataclass(frozen=True)
-class _Labels:
-    """Mixes of the sets taken so far.
-
-    Attributes:
-        size: [L], items, rising.
-        accuracy: [L], summed over the items, in units of 1 / _UNITS.
-        cost: [L], milliseconds.
-        rows: [M, L], items per modality.
-    """
-
-    size: Integers
-    accuracy: Integers
-    cost: Floats
-    rows: Integers
-
-
-def _search(profile: ModelProfile, sets: Sequence[ModalitySet], sizes: range) -> tuple[tuple[Strategy, ...], ...]:
-    if not sets or not sizes or sizes[0] < 1:
-        raise ValueError(f"a frontier needs modality sets and a size of at least 1, got {len(sets)} sets and {sizes}")
-    tables = _Tables.of(profile, sets, sizes[-1])
-    order = tables.undominated()
-    orders = (order[::-1], order) if tables.is_exact and len(order) > 1 else (order[::-1],)
-    counts = np.concatenate([_mixes(tables, order, sizes) for order in orders])
-    found, accuracy, cost = counts.sum(axis=1), counts @ tables.accuracy, tables.cost_ms(counts)
-    ranked = np.lexsort((-accuracy, cost, found))
-    starts = np.searchsorted(found[ranked], [*sizes, sizes[-1] + 1])
-    groups = (ranked[start:end] for start, end in itertools.pairwise(starts))
-    return tuple(_strategies(tables, counts[group[_rising(accuracy[group])]]) for group in groups)
-
-
-def _strategies(tables: _Tables, counts: Integers) -> tuple[Strategy, ...]:
-    accuracies = (counts @ tables.accuracy) / (counts.sum(axis=1) * _UNITS)
-    rows = zip(counts.tolist(), accuracies.tolist(), tables.cost_ms(counts).tolist(), strict=True)
-    return tuple(
-        Strategy(tuple((s, count) for s, count in zip(tables.sets, row, strict=True) if count), accuracy, cost)
-        for row, accuracy, cost in rows
+def _mixed_sets(size: int) -> int:
+    return max(
+        (n for n in range(*_MIXED_SETS) if math.comb(n, 2) * (size - 1) <= _MOST_IN_STEP), default=_MIXED_SETS[0]
     )
 
 
-def _mixes(tables: _Tables, order: Sequence[int], sizes: range) -> Integers:
-    """Counts, [L, K], of the labels that are left when the sets have been taken in this order."""
-    nothing = np.zeros(1, np.int64)
-    labels = _Labels(nothing, nothing, np.zeros(1), np.zeros((len(tables.encoders), 1), np.int64))
-    steps: list[tuple[Integers, Integers]] = []
-    for k in order:
-        needed = sizes if k == order[-1] else range(tables.max_size + 1)
-        labels, before, added = _extended(tables, labels, k, needed)
-        steps.append((before, added))
-    counts = np.zeros((len(labels.size), len(tables.sets)), np.int64)
-    at = np.arange(len(labels.size))
-    for k, (before, added) in zip(reversed(order), reversed(steps), strict=True):
-        counts[:, k] = added[at]
-        at = before[at]
+def _is_below(accuracy: Floats, cost: Floats, before: int, at: int, after: int) -> bool:
+    """Whether a point is not above the line between its neighbours, by accuracy over cost."""
+    rise, run = accuracy[after] - accuracy[before], cost[after] - cost[before]
+    return bool((accuracy[at] - accuracy[before]) * run <= rise * (cost[at] - cost[before]))
+
+
+def _all_mixes(sets: int, size: int) -> Integers:
+    """Every way to share items among sets."""
+    counts, left = np.zeros((1, 0), np.int64), np.array([size])
+    for _ in range(sets - 1):
+        before = np.repeat(np.arange(len(left)), left + 1)
+        taken = np.arange(len(before)) - np.repeat(np.cumsum(left + 1) - left - 1, left + 1)
+        counts, left = np.column_stack([counts[before], taken]), left[before] - taken
+    return np.column_stack([counts, left])
+
+
+def _mixes_of_two(sets: int, mixed: int, size: int) -> Integers:
+    """Mixes of two of the first sets, with as many numbers of items, evenly spread, as there is room for."""
+    one, other = np.triu_indices(mixed, 1)
+    most = _MOST_IN_STEP // max(len(one), 1)
+    items = np.unique(np.linspace(1, size - 1, min(size - 1, most)).round().astype(np.int64))
+    counts = np.zeros((len(one), len(items), sets), np.int64)
+    pairs = np.arange(len(one))
+    counts[pairs, :, one], counts[pairs, :, other] = items, size - items
+    return counts.reshape(-1, sets)
+
+
+def _moved(best: Frontier, mixed: int, items: Sequence[int]) -> Integers:
+    """Mixes with some items moved from one set to another of the first sets; of as many mixes as there is room for."""
+    source, target = np.nonzero(~np.eye(best.counts.shape[1], mixed, dtype=bool))
+    possible = best.counts[:, source, None] >= np.array(items, np.int64)
+    room = max(_MOST_IN_STEP * len(best) // max(int(possible.sum()), 1), 2)
+    among = np.array(_spread(best.cost_ms, room))
+    mix, move, number = np.nonzero(possible[among])
+    counts: Integers = best.counts[among[mix]]
+    each = np.arange(len(mix))
+    counts[each, source[move]] -= np.take(items, number)
+    counts[each, target[move]] += np.take(items, number)
     return counts
 
 
-def _extended(tables: _Tables, labels: _Labels, k: int, sizes: range) -> tuple[_Labels, Integers, Integers]:
-    """Takes one more set.
-
-    Returns:
-        The labels of these sizes that no other beats; for each the index of the label before, and the items added.
-    """
-    shared = np.flatnonzero(tables.has[k])
-    apart = labels.cost - sum(tables.encoders[m][labels.rows[m]] for m in shared)
-    kept, accuracies, costs = [], [], []
-    for size, end in zip(sizes, np.searchsorted(labels.size, sizes, side="right"), strict=True):
-        added = size - labels.size[:end]
-        cost = apart[:end] + tables.fusion[k][added]
-        for m in shared:
-            cost += tables.encoders[m][labels.rows[m, :end] + added]
-        accuracy = labels.accuracy[:end] + tables.accuracy[k] * added
-        best = np.argsort(cost)
-        best = best[_rising(accuracy[best])]
-        if not tables.is_exact:
-            best = best[_last_of_each_step(cost[best])]
-        kept.append(best)
-        accuracies.append(accuracy[best])
-        costs.append(cost[best])
-    before = np.concatenate(kept)
-    size_of = np.repeat(np.array(sizes), [len(best) for best in kept])
-    added = size_of - labels.size[before]
-    rows = labels.rows[:, before] + tables.has[k][:, None] * added
-    return _Labels(size_of, np.concatenate(accuracies), np.concatenate(costs), rows), before, added
-
-
-def _rising(accuracy: Integers) -> NDArray[np.bool_]:
-    """Which labels, by rising cost, are more accurate than all before."""
+def _rising(accuracy: Integers | Floats) -> NDArray[np.bool_]:
+    """Which mixes, by rising cost, are more accurate than all before."""
     best = np.maximum.accumulate(accuracy)
     return np.append(True, best[1:] > best[:-1])
-
-
-def _last_of_each_step(cost: Floats) -> NDArray[np.bool_]:
-    """Which of some rising costs is the last between two powers of 1 + _STEP."""
-    power = np.floor(np.log(np.maximum(cost, _ROUNDING_MS)) / np.log1p(_STEP))
-    return np.append(power[1:] > power[:-1], True)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from mosel.errors import FloorUnreachable, ServiceUnavailable
 from mosel.modality import ModalitySet, format_set, subsets
-from selector.core.frontier import Strategy, frontiers, thin
+from selector.core.frontier import Frontiers, Strategy
 from selector.core.jobs import Effort, Job, Option
 from selector.core.profile import ModelProfile
 
@@ -12,44 +12,8 @@ from selector.core.profile import ModelProfile
 _TOLERANCE = 1e-9
 # A policy weighs so many strategies per job; a frontier has more, hardly different ones.
 _MOST_OPTIONS = 8
-# Frontiers are kept up to this size; larger jobs are cut like one of it, to its 1/32 of their items.
-_LARGEST_FRONTIER = 32
 # Of what little thrift is worth beside accuracy: it only breaks ties and orders.
 _THRIFT = 1e-3
-
-
-class Frontiers:
-    """The frontiers of one model by available modality sets; each is computed once."""
-
-    def __init__(self, profile: ModelProfile) -> None:
-        self._profile = profile
-        self._known: dict[frozenset[ModalitySet], Sequence[Sequence[Strategy]]] = {}
-
-    def of(self, sets: Iterable[ModalitySet], size: int) -> Sequence[Strategy]:
-        """The frontier for a job of this size, cheapest first."""
-        key = frozenset(sets)
-        if len(key) == 1:
-            return [strategy_of(self._profile, dict.fromkeys(key, size))]
-        if key not in self._known:
-            ordered = sorted(key, key=format_set)
-            self._known[key] = frontiers(self._profile, ordered, _LARGEST_FRONTIER)
-        if size <= _LARGEST_FRONTIER:
-            return self._known[key][size - 1]
-        return self._scaled(self._known[key][-1], size)
-
-    def _scaled(self, strategies: Sequence[Strategy], size: int) -> Sequence[Strategy]:
-        """Strategies for a larger job in the same proportions; what rounding leaves goes to the most accurate set."""
-        larger = []
-        for strategy in strategies:
-            counts = {s: count * size // strategy.size for s, count in strategy.counts}
-            best = max(counts, key=lambda s: self._profile.accuracy[s])
-            counts[best] += size - sum(counts.values())
-            larger.append(strategy_of(self._profile, {s: count for s, count in counts.items() if count}))
-        kept: list[Strategy] = []
-        for strategy in sorted(larger, key=lambda s: (s.cost_ms, -s.accuracy)):
-            if not kept or strategy.accuracy > kept[-1].accuracy:
-                kept.append(strategy)
-        return kept
 
 
 def strategy_of(profile: ModelProfile, counts: Mapping[ModalitySet, int]) -> Strategy:
@@ -72,7 +36,7 @@ def floor_of(profile: ModelProfile, job: Job) -> float:
 
 def allowed_options(
     profile: ModelProfile,
-    frontiers_of: Frontiers,
+    frontiers: Frontiers,
     job: Job,
     items: int,
     floor: float,
@@ -83,7 +47,7 @@ def allowed_options(
 
     Args:
         profile: the model's.
-        frontiers_of: the model's.
+        frontiers: the model's.
         job: the job.
         items: how many of its items are to be planned.
         floor: the accuracy that they need on average.
@@ -101,21 +65,28 @@ def allowed_options(
             f"min_accuracy {floor:.4g} cannot be met with {format_set(job.modalities)}; {best_of(profile, candidates)}"
             f"{_what_is_missing(profile, job.modalities, floor)}"
         )
-    running = [s for s in candidates if is_up(s) and profile.can_run(s)]
-    strategies = frontiers_of.of(running, items) if running else ()
-    meeting = [s for s in strategies if s.accuracy >= floor - _TOLERANCE]
-    if not meeting:
+    running = runnable(profile, candidates, job.modalities, is_up)
+    strategies = frontiers.of(running, items).thin(_MOST_OPTIONS, floor - _TOLERANCE) if running else []
+    if not strategies:
         raise ServiceUnavailable(
             f"service {_why_not(accurate[-1], is_up)}, so no modality set that meets accuracy {floor:.4g} can be run; "
             f"{best_of(profile, running)}"
         )
     effort = job.effort or (Effort.BEST if job.min_accuracy is None else Effort.CHEAPEST)
     if effort is Effort.CHEAPEST:
-        return [Option(s, -_THRIFT * i) for i, s in enumerate(thin(meeting, _MOST_OPTIONS))]
-    options = [Option(s, s.accuracy) for s in reversed(thin(meeting, _MOST_OPTIONS))]
+        return [Option(s, -_THRIFT * i) for i, s in enumerate(strategies)]
+    options = [Option(s, s.accuracy) for s in reversed(strategies)]
     if job.min_accuracy is None and job.modalities in running:
-        return _all_that_was_sent_first(profile, job.modalities, items, options)
+        return _first(strategy_of(profile, {job.modalities: items}), options)
     return options
+
+
+def runnable(
+    profile: ModelProfile, candidates: Iterable[ModalitySet], sent: ModalitySet, is_up: Callable[[ModalitySet], bool]
+) -> list[ModalitySet]:
+    """Those of some sets, all of modalities that were sent, that could run now; `is_up` as in `allowed_options`."""
+    there = frozenset(modality for modality in sent if is_up(frozenset({modality})))
+    return [s for s in candidates if s <= there and profile.can_run(s)]
 
 
 def best_of(profile: ModelProfile, candidates: Iterable[ModalitySet]) -> str:
@@ -136,14 +107,11 @@ def _what_is_missing(profile: ModelProfile, sent: ModalitySet, floor: float) -> 
     return f"; with {more} as well, {format_set(nearest)} has {profile.accuracy[nearest]:.4g}"
 
 
-def _all_that_was_sent_first(
-    profile: ModelProfile, sent: ModalitySet, items: int, options: Sequence[Option]
-) -> list[Option]:
-    """Without a floor the caller wants what it sent, even where fewer modalities are as accurate."""
-    full = strategy_of(profile, {sent: items})
-    others = [option for option in options if option.strategy.cost_ms < full.cost_ms]
+def _first(preferred: Strategy, options: Sequence[Option]) -> list[Option]:
+    """Prefers a strategy, even where a cheaper one is as accurate; those that are no cheaper are not wanted."""
+    others = [option for option in options if option.strategy.cost_ms < preferred.cost_ms]
     most = max((option.value for option in others), default=0.0)
-    return [Option(full, max(full.accuracy, most + _THRIFT)), *others]
+    return [Option(preferred, max(preferred.accuracy, most + _THRIFT)), *others]
 
 
 def _why_not(modality_set: ModalitySet, is_up: Callable[[ModalitySet], bool]) -> str:

@@ -1,5 +1,6 @@
 """Plans: who is admitted, and which strategy each queued job has."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -8,9 +9,9 @@ from mosel.errors import MoselError
 from mosel.modality import ModalitySet
 from selector.core.arriving import Arriving
 from selector.core.forecast import Forecast
-from selector.core.frontier import Strategy
+from selector.core.frontier import Frontiers, Strategy
 from selector.core.jobs import Job, Option
-from selector.core.options import Frontiers, allowed_options, floor_of, strategy_of
+from selector.core.options import allowed_options, floor_of, runnable, strategy_of
 from selector.core.policies import PLANNED_JOBS, POLICIES, Choices, Queued, finish_times, placed
 from selector.core.profile import ModelProfile
 from selector.core.promises import Promises
@@ -22,6 +23,8 @@ from selector.core.work import Work
 # Plans are made at most so often, and the more jobs they have the less often: a plan of one job takes about a tenth of
 # that, and while the selector plans, no call is handed out. Between two, newcomers join the plan as it is.
 _REPLAN_S, _REPLAN_S_PER_JOB = 0.010, 0.0015
+# Of a frontier that is shown: each strategy has a forecast of its own.
+_SHOWN = 64
 
 
 class Planner:
@@ -44,9 +47,9 @@ class Planner:
         self.stages = Stages(profiles)
         self._promises = Promises()
 
-    def add(self, model: str, frontiers: Frontiers) -> None:
+    def add(self, model: str) -> None:
         """Jobs may name one more model."""
-        self._frontiers[model] = frontiers
+        self._frontiers[model] = Frontiers(self._profiles[model])
 
     def forget(self, model: str) -> None:
         """No job will name a model any more."""
@@ -166,12 +169,17 @@ class Planner:
     def frontier(self, job: Job, now: float) -> list[tuple[Strategy, float]]:
         """Strategies for a job's size over what it sent, cheapest first, with their milliseconds on an idle system."""
         profile = self._profiles[job.model]
-        sets = [s for s in profile.accuracy if s <= job.modalities and self._is_ready(profile, s)]
-        strategies = self._frontiers[job.model].of(sets, job.size) if sets else ()
+        is_up = partial(self._resources.is_up, lacking=profile.lacking)
+        sets = runnable(profile, profile.accuracy, job.modalities, is_up)
+        strategies = self._frontiers[job.model].of(sets, job.size).thin(_SHOWN) if sets else []
         return [(s, self._idle_s(self.stages.remaining(job.model, s), now) * 1000) for s in strategies]
 
-    def _is_ready(self, profile: ModelProfile, modality_set: frozenset[str]) -> bool:
-        return self._resources.is_up(modality_set, profile.lacking) and profile.can_run(modality_set)
+    def statistics(self) -> Counter[str]:
+        """Of the frontiers of all models."""
+        counts: Counter[str] = Counter()
+        for frontiers in self._frontiers.values():
+            counts.update(frontiers.statistics())
+        return counts
 
     def _reassigned(self, queue: Sequence[Queued], forecast: Forecast) -> Choices:
         choices = POLICIES[self._policy](queue, forecast)

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mosel.modality import ModalitySet
 
 # A batch is good enough if an item in it costs so little more than in the best one: smaller calls yield sooner.
@@ -52,6 +55,12 @@ class LatencyCurve:
         """Milliseconds of all calls that so many items take: whole ones of the best batch, and one with the rest."""
         calls, rest = divmod(items, self.best_batch)
         return calls * self.call_ms(self.best_batch) + (self.call_ms(rest) if rest else 0.0)
+
+    def table(self, items: int) -> NDArray[np.float64]:
+        """The same for 0, 1 and so on to so many items."""
+        calls, rest = np.divmod(np.arange(items + 1), self.best_batch)
+        sizes, times = zip(*self.points, strict=True)
+        return calls * self.call_ms(self.best_batch) + np.where(rest, np.interp(rest, sizes, times), 0.0)
 
 
 @dataclass

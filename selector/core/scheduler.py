@@ -27,7 +27,6 @@ from mosel.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, MoselE
 from mosel.modality import ModalitySet, format_set, modality_of
 from selector.core.jobs import Call, EncodeCall, Ended, FuseCall, Job, Rows, Wait
 from selector.core.lanes import Lanes
-from selector.core.options import Frontiers
 from selector.core.planner import Planner
 from selector.core.policies import Choices
 from selector.core.profile import ModelProfile
@@ -186,19 +185,18 @@ class Scheduler:
         if work is None or work.job.deadline - self._resources.reply_s <= now:
             self._planner.missed(work, now)
 
-    def load(self, model: str, profile: ModelProfile, frontiers: Frontiers | None = None) -> None:
+    def load(self, model: str, profile: ModelProfile) -> None:
         """Jobs may name a model from now on, again if it was retired.
 
         Args:
             model: not the name of another that is here.
             profile: of the model; the same one as before if it is still here.
-            frontiers: of the profile, if some of them are known already.
         """
         self._resources.add_lanes(sorted(profile.modalities))
         self._retired.discard(model)
         if model not in self._profiles:
             self._profiles[model] = profile
-            self._planner.add(model, frontiers or Frontiers(profile))
+            self._planner.add(model)
 
     def retire(self, model: str) -> None:
         """Admits no more jobs of a model; those that are here go on. What is not known is passed over."""
@@ -260,7 +258,7 @@ class Scheduler:
             "jobs_waiting": self.waiting().total(),
             "queued_items": self._queued_items,
         }
-        return counts | self._resources.statistics() | self.counters
+        return counts | self._planner.statistics() | self._resources.statistics() | self.counters
 
     def _check(self, job: Job) -> None:
         if not self.serves(job.model):

@@ -21,7 +21,6 @@ from mosel.runtime.background import Background
 from mosel.status import error_from_rpc
 from mosel.v1 import selector_pb2
 from selector.conversions import set_profile
-from selector.core.options import Frontiers
 from selector.core.profile import ModelProfile
 from selector.core.scheduler import Scheduler
 from selector.core.stages import FUSION, service_name
@@ -219,10 +218,7 @@ class Models:
         try:
             await self._load_in_all(model, away)
             await self._find_latencies(model, before)
-            frontiers = Frontiers(model.profile)
-            # Takes long enough to be noticed; what the first job needs is known then.
-            await asyncio.to_thread(frontiers.of, model.profile.accuracy, 1)
-            self._scheduler.load(model_id, model.profile, frontiers)
+            self._scheduler.load(model_id, model.profile)
         except Exception:
             if new:
                 self._freeing[model_id] = self._work.task(self._free(model))

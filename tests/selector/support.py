@@ -87,9 +87,17 @@ def fuse_call(scheduler: Scheduler, now: float = 0.0) -> FuseCall:
     return call
 
 
+# Counts since the start, and frontiers, which are kept for jobs to come.
+NOT_HELD = {"jobs_dropped", "items_tried_again", "frontiers_kept", "frontiers_computed", "mixes_compared"}
+
+
+def held(scheduler: Scheduler) -> dict[str, int]:
+    """What there is of jobs and calls."""
+    return {name: count for name, count in scheduler.statistics().items() if count and name not in NOT_HELD}
+
+
 def is_empty(scheduler: Scheduler) -> bool:
-    since_the_start = {"jobs_dropped", "items_tried_again"}
-    return not any(count for name, count in scheduler.statistics().items() if name not in since_the_start)
+    return not held(scheduler)
 
 
 class Driver:

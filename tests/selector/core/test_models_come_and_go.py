@@ -11,7 +11,6 @@ from mosel.errors import ModelNotFound, ServiceUnavailable
 from selector.core.jobs import Job, Wait
 from selector.core.profile import ModelProfile
 from tests.selector.core.test_interleavings import (
-    FRONTIERS,
     PROFILES,
     SchedulerMachine,
     budgets_ms,
@@ -56,7 +55,7 @@ class ModelsMachine(SchedulerMachine):
     def a_model_is_loaded(self, name: str) -> None:
         self.revisions += 1
         model, profile = f"{name}@{self.revisions:03}", dataclasses.replace(PROFILES[name])
-        self.scheduler.load(model, profile, FRONTIERS[name])
+        self.scheduler.load(model, profile)
         self.serving[model] = profile
 
     @precondition(lambda self: self.serving)
@@ -72,7 +71,7 @@ class ModelsMachine(SchedulerMachine):
     def one_that_was_retired_is_loaded_again(self, data: st.DataObject) -> None:
         model = data.draw(st.sampled_from(sorted(self.retired)))
         self.serving[model] = self.retired.pop(model)
-        self.scheduler.load(model, self.serving[model], FRONTIERS[name_of(model)])
+        self.scheduler.load(model, self.serving[model])
 
     @precondition(lambda self: self.retired)
     @rule()

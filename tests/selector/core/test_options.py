@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from mosel.errors import FloorUnreachable, ServiceUnavailable
 from mosel.modality import ModalitySet, format_set, parse_set
+from selector.core.frontier import Frontiers
 from selector.core.jobs import Effort, Job, Option
-from selector.core.options import Frontiers, allowed_options, floor_of, strategy_of
+from selector.core.options import allowed_options, floor_of, strategy_of
 from selector.core.profile import ModelProfile
 from tests.selector.support import profile_of
 
@@ -96,13 +97,13 @@ def test_without_a_floor_only_as_accurate_as_what_was_sent(profile: ModelProfile
 
 
 def test_without_a_floor_what_was_sent_comes_first_then_by_falling_accuracy_down_to_the_default_floor() -> None:
-    noisy = profile_of(ACCURACY | {"audio+image": 0.97}, ENCODER_MS, 0.1, default_floor=0.7)
-    options = allowed(noisy, job())
+    known = profile_of(ACCURACY | {"audio+image": 0.97}, ENCODER_MS, 0.1, default_floor=0.7)
+    options = allowed(known, job())
     assert names(options)[0] == ALL
     assert names(options)[1:] == ["audio+image", "audio+pen", "image+pen"], "audio alone costs more than image+pen"
     values = [option.value for option in options]
     assert values == sorted(set(values), reverse=True)
-    assert names(allowed(noisy, job(effort=Effort.CHEAPEST)))[0] == "image+pen"
+    assert names(allowed(known, job(effort=Effort.CHEAPEST)))[0] == "image+pen"
 
 
 def test_the_default_floor_never_refuses_what_was_sent() -> None:
@@ -230,7 +231,7 @@ def test_every_option_meets_the_floor_with_all_items_and_runs_only_what_may_be_r
 @settings(deadline=None, max_examples=100)
 @given(profile=profiles, size=st.integers(33, 200))
 def test_strategies_of_large_jobs_are_a_frontier_with_the_best_set_at_its_end(profile: ModelProfile, size: int) -> None:
-    strategies = Frontiers(profile).of(list(profile.accuracy), size)
+    strategies = list(Frontiers(profile).of(profile.accuracy, size))
     assert all(strategy.size == size for strategy in strategies)
     for cheaper, dearer in itertools.pairwise(strategies):
         assert cheaper.cost_ms <= dearer.cost_ms
