@@ -1,6 +1,6 @@
 """Which strategies a job may use, in the order in which they are preferred; never one below its accuracy floor."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from mosel.errors import FloorUnreachable, ServiceUnavailable
 from mosel.modality import ModalitySet, format_set, subsets
@@ -77,7 +77,8 @@ def allowed_options(
         return [Option(s, -_THRIFT * i) for i, s in enumerate(strategies)]
     options = [Option(s, s.accuracy) for s in reversed(strategies)]
     if job.min_accuracy is None and job.modalities in running:
-        return _first(strategy_of(profile, {job.modalities: items}), options)
+        accurate = [s for s in running if profile.accuracy[s] >= floor - _TOLERANCE]
+        return _first(strategy_of(profile, {_worth_running(profile, job.modalities, accurate, items): items}), options)
     return options
 
 
@@ -105,6 +106,26 @@ def _what_is_missing(profile: ModelProfile, sent: ModalitySet, floor: float) -> 
     nearest = min(missing, key=lambda s: (len(s - sent), -profile.accuracy[s], format_set(s)))
     more = ", ".join(sorted(nearest - sent))
     return f"; with {more} as well, {format_set(nearest)} has {profile.accuracy[nearest]:.4g}"
+
+
+def _worth_running(profile: ModelProfile, sent: ModalitySet, sets: Collection[ModalitySet], items: int) -> ModalitySet:
+    """What was sent; or, if something in it does not help, the cheapest set that is as good as any that is no dearer.
+
+    As good are accuracies that the samples of the profile cannot tell apart. The caller wants what it sent, so that is
+    judged in favour of what was sent: by the least difference that so many samples can show.
+
+    Args:
+        profile: the model's.
+        sent: the modality set.
+        sets: those that may be run, with `sent`.
+        items: of the job.
+    """
+    near = [s for s in sets if profile.accuracy[s] >= profile.accuracy[sent] - profile.least_difference]
+    costs = {s: profile.cost_ms(s, items) for s in near}
+    no_dearer = [s for s in near if costs[s] <= costs[sent]]
+    most = max(profile.accuracy[s] for s in no_dearer)
+    as_good = [s for s in no_dearer if profile.accuracy[s] >= most - profile.least_difference]
+    return min(as_good, key=lambda s: (costs[s], -profile.accuracy[s], -len(s)))
 
 
 def _first(preferred: Strategy, options: Sequence[Option]) -> list[Option]:

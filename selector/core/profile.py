@@ -13,6 +13,8 @@ from mosel.modality import ModalitySet
 
 # A batch is good enough if an item in it costs so little more than in the best one: smaller calls yield sooner.
 _GOOD_ENOUGH = 1.05
+# Of the normal distribution, for an interval of 95 %.
+_Z = 1.96
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,16 @@ class ModelProfile:
     def modalities(self) -> frozenset[str]:
         """All that the model has."""
         return frozenset(m for modality_set in self.accuracy for m in modality_set)
+
+    @property
+    def least_difference(self) -> float:
+        """The least difference between the accuracies of two sets that the samples can show, with 95 % confidence.
+
+        Both were measured on the same items. At least so many of those came out differently as the difference says; if
+        no others did, its normal interval is narrowest, and holds 0 for differences up to z² / (samples + z²). With
+        unknown samples (0), every difference counts.
+        """
+        return _Z**2 / (self.samples + _Z**2) if self.samples else 0.0
 
     def take_latencies(self, of: "ModelProfile") -> None:
         """Takes over what is not known here from a model with the same networks."""

@@ -97,13 +97,62 @@ def test_without_a_floor_only_as_accurate_as_what_was_sent(profile: ModelProfile
 
 
 def test_without_a_floor_what_was_sent_comes_first_then_by_falling_accuracy_down_to_the_default_floor() -> None:
-    known = profile_of(ACCURACY | {"audio+image": 0.97}, ENCODER_MS, 0.1, default_floor=0.7)
+    known = profile_of(ACCURACY, ENCODER_MS, 0.1, default_floor=0.7)
     options = allowed(known, job())
     assert names(options)[0] == ALL
     assert names(options)[1:] == ["audio+image", "audio+pen", "image+pen"], "audio alone costs more than image+pen"
     values = [option.value for option in options]
     assert values == sorted(set(values), reverse=True)
     assert names(allowed(known, job(effort=Effort.CHEAPEST)))[0] == "image+pen"
+
+
+@pytest.mark.parametrize("floor", [None, 0.7])
+@pytest.mark.parametrize("effort", [None, Effort.BEST])
+@pytest.mark.parametrize("size", [1, 3, 20])
+def test_without_a_floor_a_modality_that_does_not_help_is_left_out(
+    floor: float | None, effort: Effort | None, size: int
+) -> None:
+    poor = profile_of(ACCURACY | {"audio+image": 0.97}, ENCODER_MS, 0.1, default_floor=floor)
+    assert names(allowed(poor, job(effort=effort, size=size)))[0] == "audio+image"
+    exact = allowed(poor, job(effort=effort, size=size, exact=True))
+    assert [format_set(option.strategy.counts[0][0]) for option in exact] == [ALL]
+    assert names(allowed(poor, job(size=size), full_only=True)) == [ALL]
+
+
+@pytest.mark.parametrize(
+    ("samples", "gain", "first"),
+    [
+        (1000, 0.0035, "audio+image"),
+        (1000, 0.004, ALL),
+        (100, 0.035, "audio+image"),
+        (100, 0.04, ALL),
+        (0, 0.0001, ALL),
+        (0, 0.0, "audio+image"),
+        (0, -0.1, "audio+image"),
+    ],
+)
+def test_without_a_floor_a_gain_that_the_samples_cannot_show_is_not_paid_for(
+    samples: int, gain: float, first: str
+) -> None:
+    known = profile_of(ACCURACY | {"audio+image": 0.96 - gain}, ENCODER_MS, 0.1, default_floor=0.5)
+    known.samples = samples
+    assert names(allowed(known, job()))[0] == first
+
+
+def test_without_a_floor_of_sets_that_cannot_be_told_apart_the_cheapest_is_run() -> None:
+    accuracy = ACCURACY | {"audio+image": 0.962, "audio+pen": 0.960, "image+pen": 0.957}
+    known = profile_of(accuracy, ENCODER_MS, 0.1, default_floor=0.5)
+    assert names(allowed(known, job()))[0] == "audio+pen", "image+pen is cheaper, but 0.005 less accurate than the best"
+
+
+def test_without_a_default_floor_nothing_is_less_accurate_than_what_was_sent() -> None:
+    known = profile_of(ACCURACY | {"audio+image": 0.9599}, ENCODER_MS, 0.1)
+    assert names(allowed(known, job())) == [ALL]
+
+
+def test_a_named_floor_with_effort_best_runs_the_most_accurate_strategy_however_little_it_gains() -> None:
+    known = profile_of(ACCURACY | {"audio+image": 0.9599}, ENCODER_MS, 0.1, default_floor=0.5)
+    assert names(allowed(known, job(0.5, effort=Effort.BEST)))[0] == ALL
 
 
 def test_the_default_floor_never_refuses_what_was_sent() -> None:
