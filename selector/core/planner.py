@@ -37,6 +37,7 @@ class Planner:
 
     Attributes:
         stages: the steps of every model.
+        promises: what became of those that were admitted.
     """
 
     def __init__(self, profiles: Mapping[str, ModelProfile], policy: str, resources: Resources) -> None:
@@ -45,7 +46,7 @@ class Planner:
         self._arriving = Arriving()
         self._next_plan_at = 0.0
         self.stages = Stages(profiles)
-        self._promises = Promises()
+        self.promises = Promises(resources.reply_s)
 
     def add(self, model: str) -> None:
         """Jobs may name one more model."""
@@ -119,18 +120,6 @@ class Planner:
         self.apply(works, choices)
         return [work for work, choice in zip(works, choices, strict=True) if choice is None]
 
-    def answered(self, work: Work, now: float) -> None:
-        """A job was answered, in time or not."""
-        if now + self._resources.reply_s > work.job.deadline:
-            self.missed(work, now)
-        else:
-            self._promises.note(kept=True, now=now)
-
-    def missed(self, work: Work | None, now: float) -> None:
-        """A job that was admitted got no answer in time; None if it is not known any more."""
-        if work is None or not work.job.late_ok:
-            self._promises.note(kept=False, now=now)
-
     def is_due(self, now: float) -> bool:
         """Whether the last exact plan is long enough ago."""
         return now >= self._next_plan_at
@@ -198,7 +187,7 @@ class Planner:
         """Seconds that the newcomer at a place in the queue must have to spare."""
         job = works[at].job
         ahead_s = max(works[at - 1].predicted - now, 0.0) if at else 0.0
-        return 0.0 if job.late_ok else self._promises.spare_s(job.deadline - now, ahead_s, now)
+        return 0.0 if job.late_ok else self.promises.spare_s(job.deadline - now, ahead_s, now)
 
     def _refusal(
         self,

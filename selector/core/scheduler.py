@@ -117,7 +117,7 @@ class Scheduler:
                 continue
             work.left -= len(wanted)
             if not work.left:
-                self._planner.answered(work, now)
+                self._planner.promises.answered(work.job, now)
                 self.cancelled(rows.job_id)
                 answered.append(rows.job_id)
         return answered
@@ -180,10 +180,12 @@ class Scheduler:
         return True
 
     def unwanted(self, job_id: bytes, now: float) -> None:
-        """A caller stopped waiting: if no time was left for an answer, or one is on its way, a promise was broken."""
-        work = self._works.get(job_id)
-        if work is None or work.job.deadline - self._resources.reply_s <= now:
-            self._planner.missed(work, now)
+        """A caller stopped waiting. If no time is left for an answer, a promise was broken, if one was given at all."""
+        work, promises = self._works.get(job_id), self._planner.promises
+        if work is None:
+            promises.unwanted(job_id, now)
+        elif work.job.deadline - self._resources.reply_s <= now:
+            promises.broken(work.job, now)
 
     def load(self, model: str, profile: ModelProfile) -> None:
         """Jobs may name a model from now on, again if it was retired.
@@ -365,6 +367,6 @@ class Scheduler:
         return self._resources.over(call)
 
     def _end(self, work: Work, error: MoselError, now: float) -> None:
-        self._planner.missed(work, now)
+        self._planner.promises.broken(work.job, now)
         self.cancelled(work.job.id)
         self._ended.append(Ended(work.job.id, error))

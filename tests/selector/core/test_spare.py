@@ -4,7 +4,8 @@ import contextlib
 
 import pytest
 
-from mosel.errors import Overloaded
+from mosel.errors import DeadlineUnreachable, Overloaded
+from selector.core.jobs import Ended
 from selector.core.promises import Promises
 from selector.core.scheduler import Scheduler
 from selector.core.stages import FUSION
@@ -15,10 +16,13 @@ BUDGET_S, AHEAD_S = 0.1, 1.0
 PROFILES = {"one": profile_of({"pen": 0.6}, {"pen": ((1, 10.0), (2, 20.0))}, ((1, 0.0), (2, 0.0)))}
 
 
+IN_TIME, LATE = job("in time", 1.0), job("late", 0.0)
+
+
 def spare_after(kept: int, broken: int, now: float = 0.0) -> float:
-    promises = Promises()
-    for promise in [True] * kept + [False] * broken:
-        promises.note(kept=promise, now=0.0)
+    promises = Promises(reply_s=0.1)
+    for promised in [IN_TIME] * kept + [LATE] * broken:
+        promises.answered(promised, 0.0)
     return promises.spare_s(BUDGET_S, AHEAD_S, now)
 
 
@@ -27,21 +31,21 @@ def test_nothing_is_asked_for_as_long_as_promises_are_kept() -> None:
 
 
 def test_one_broken_promise_is_made_good_by_two_hundred_kept_ones() -> None:
-    promises = Promises()
-    promises.note(kept=False, now=0.0)
+    promises = Promises(reply_s=0.1)
+    promises.broken(LATE, 0.0)
     before = promises.spare_s(BUDGET_S, AHEAD_S, 0.0)
     for _ in range(199):
-        promises.note(kept=True, now=0.0)
+        promises.answered(IN_TIME, 0.0)
     assert before > promises.spare_s(BUDGET_S, AHEAD_S, 0.0) > 0
-    promises.note(kept=True, now=0.0)
+    promises.answered(IN_TIME, 0.0)
     assert promises.spare_s(BUDGET_S, AHEAD_S, 0.0) == pytest.approx(0)
 
 
 def test_never_more_than_half_and_never_of_one_who_waits_for_nobody() -> None:
     assert spare_after(kept=0, broken=10_000) == pytest.approx(BUDGET_S / 2)
-    promises = Promises()
+    promises = Promises(reply_s=0.1)
     for _ in range(10_000):
-        promises.note(kept=False, now=0.0)
+        promises.broken(LATE, 0.0)
     assert promises.spare_s(BUDGET_S, 0.0, 0.0) == 0
     assert promises.spare_s(BUDGET_S, 0.02, 0.0) == pytest.approx(0.01)
 
@@ -92,26 +96,64 @@ def test_without_errors_nothing_is_given_away() -> None:
     assert kept > 0.97 * 3 * 100
 
 
+def is_spare_asked_for(scheduler: Scheduler, now: float) -> bool:
+    """Whether promises were broken: 10 ms for the one ahead and for itself, 1 for its answer, hardly any to spare."""
+    scheduler.submit(job("ahead", now + 0.02), now)
+    try:
+        scheduler.submit(job("b", now + 0.0212), now)
+    except Overloaded:
+        return True
+    return False
+
+
 @pytest.mark.parametrize(
-    ("stops_at", "broken"),
-    [(0.05, False), (0.0995, True), (0.15, True)],
-    ids=["before its deadline", "at its deadline", "when an answer is on its way"],
+    ("stops_at", "broken"), [(0.05, False), (0.0995, True)], ids=["before its deadline", "at its deadline"]
 )
 def test_a_caller_that_waits_until_its_time_is_over_was_promised_too_much(stops_at: float, broken: bool) -> None:
     scheduler = served(reply_ms=1)
     scheduler.submit(job("a", 0.1), 0.0)
-    if stops_at > 0.1:
-        scheduler.cancelled(b"a")
     scheduler.unwanted(b"a", stops_at)
     scheduler.cancelled(b"a")
-    scheduler.submit(job("ahead", stops_at + 0.02), stops_at)
-    # 10 ms for the one ahead, 10 ms for itself, 1 ms for the answer's way back, and hardly anything to spare.
-    tight = job("b", stops_at + 0.0212)
-    if broken:
-        with pytest.raises(Overloaded):
-            scheduler.submit(tight, stops_at)
-    else:
-        scheduler.submit(tight, stops_at)
+    assert is_spare_asked_for(scheduler, stops_at) == broken
+
+
+@pytest.mark.parametrize(
+    ("stops_at", "late_ok", "broken"),
+    [(0.05, False, False), (0.0995, False, True), (0.15, False, True), (0.15, True, False)],
+)
+def test_an_answer_that_is_on_its_way_when_the_time_is_over_was_promised_too_much(
+    stops_at: float, late_ok: bool, broken: bool
+) -> None:
+    scheduler = served(reply_ms=1)
+    driver = Driver(scheduler, PROFILES)
+    scheduler.submit(job("a", 0.1, late_ok=late_ok), 0.0)
+    driver.run()
+    assert driver.answered.keys() == {b"a"}
+    scheduler.unwanted(b"a", stops_at)
+    scheduler.unwanted(b"a", stops_at)
+    assert is_spare_asked_for(scheduler, stops_at) == broken
+
+
+def test_callers_of_jobs_that_were_never_admitted_were_promised_nothing() -> None:
+    scheduler = served(reply_ms=1)
+    for i in range(50):
+        with pytest.raises(DeadlineUnreachable):
+            scheduler.submit(job(f"{i}", 0.001), 0.0)
+        scheduler.unwanted(f"{i}".encode(), 0.002)
+    scheduler.unwanted(b"unknown", 0.002)
+    assert not is_spare_asked_for(scheduler, 0.002)
+
+
+def test_a_promise_is_broken_once() -> None:
+    def spare_after_one(*, crossed: bool) -> float:
+        scheduler = served(reply_ms=1)
+        scheduler.submit(job("a", 0.1), 0.0)
+        assert isinstance(scheduler.next(0.2), Ended)
+        if crossed:
+            scheduler.unwanted(b"a", 0.2)
+        return scheduler._planner.promises.spare_s(BUDGET_S, AHEAD_S, 0.2)
+
+    assert spare_after_one(crossed=True) == spare_after_one(crossed=False) > 0
 
 
 def test_on_several_resources_no_plan_is_given_up_unseen() -> None:
