@@ -6,6 +6,7 @@ from collections.abc import Mapping
 _MEMORY_S = 2.0
 # However much arrives, jobs that are here already get this share.
 _MOST = 0.8
+_NOTHING = 1e-6
 
 
 class Arriving:
@@ -28,5 +29,7 @@ class Arriving:
 
     def _fade(self, now: float) -> None:
         fading = math.exp(-max(now - self._at, 0.0) / _MEMORY_S)
-        self._shares = {resource: share * fading for resource, share in self._shares.items()}
+        faded = {resource: share * fading for resource, share in self._shares.items()}
+        # Resources come and go with the machines that services run on.
+        self._shares = {resource: share for resource, share in faded.items() if share > _NOTHING}
         self._at = max(now, self._at)

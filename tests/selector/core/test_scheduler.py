@@ -296,3 +296,15 @@ def test_a_service_that_goes_loses_a_job_that_needs_more_of_it(scheduler: Schedu
     assert scheduler.lane("image", up=False) == [b"a"]
     assert scheduler.completed(call, 0.01) == []
     assert is_empty(scheduler)
+
+
+def test_nothing_is_kept_of_jobs_that_are_over_before_one_that_lasts(scheduler: Scheduler) -> None:
+    scheduler.submit(job("lasts", deadline=1.0), 0.0)
+    for i in range(1000):
+        scheduler.submit(job(f"{i}", deadline=1000.0), 0.0)
+        assert scheduler.cancelled(f"{i}".encode())
+    assert len(scheduler._expiry) < 100
+    assert scheduler.cancelled(b"lasts")
+    assert scheduler.next(0.0) == Wait(None)
+    assert scheduler._expiry == []
+    assert is_empty(scheduler)

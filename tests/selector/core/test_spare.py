@@ -5,6 +5,7 @@ import contextlib
 import pytest
 
 from mosel.errors import DeadlineUnreachable, Overloaded
+from selector.core.arriving import Arriving
 from selector.core.jobs import Ended
 from selector.core.promises import Promises
 from selector.core.scheduler import Scheduler
@@ -53,6 +54,16 @@ def test_never_more_than_half_and_never_of_one_who_waits_for_nobody() -> None:
 def test_what_was_long_ago_is_forgotten() -> None:
     assert spare_after(kept=0, broken=5, now=300) == pytest.approx(spare_after(kept=0, broken=5) / 2)
     assert spare_after(kept=0, broken=5, now=10_000) == pytest.approx(0, abs=1e-9)
+
+
+def test_nothing_grows_with_the_jobs_and_resources_that_there_once_were() -> None:
+    promises, arriving = Promises(reply_s=0.1), Arriving()
+    for i in range(1000):
+        promises.answered(job(f"{i}", 10.0), i / 1000)
+        arriving.add({f"host {i}": 0.1}, 100.0 * i)
+    assert len(promises._on_the_way) == 256
+    assert arriving.shares(100_000.0) == {}
+    assert arriving._shares == {}
 
 
 def served(reply_ms: float = 0.0) -> Scheduler:
