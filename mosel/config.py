@@ -110,7 +110,7 @@ class TlsSettings(_Section):
 
 
 class InternalTlsSettings(_Section):
-    """Mutual TLS between services that listen on TCP; whoever has a certificate of `ca` is one of them."""
+    """Mutual TLS between services that listen on TCP; a certificate of `ca` makes a peer one of them."""
 
     certificate: OptionalFile = None
     key: OptionalFile = None

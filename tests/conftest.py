@@ -87,7 +87,7 @@ def grpc_stays() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def profiles_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of measured profiles, in this process and those that it starts: not that of whoever runs the tests."""
+    """The folder of measured profiles, in this process and those that it starts: not that of the user."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("profiles")
         patch.setenv("MOSEL_PROFILES_DIR", str(folder))

@@ -26,7 +26,7 @@ class ComputeRequest(Protocol):
 
 @dataclass
 class ComputedCall:
-    """One call under way; whoever computes says what it took."""
+    """One call under way; the code that computes says what it took."""
 
     seconds: float = 0.0
     items: int = 0

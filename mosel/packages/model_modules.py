@@ -37,7 +37,7 @@ def forget_modules(model: str) -> None:
         del sys.modules[name]
 
 
-class _AsItIs(SourceFileLoader):
+class _AlwaysCompiled(SourceFileLoader):
     """Never takes compiled code from a cache, which tells new source from old by whole seconds and its size only."""
 
     def path_stats(self, path: str) -> NoReturn:
@@ -54,5 +54,5 @@ def _parent(name: str, path: list[str]) -> None:
     parent = sys.modules[name] = ModuleType(name)
     parent.__path__ = path
     for folder in path:
-        loaders = (ExtensionFileLoader, EXTENSION_SUFFIXES), (_AsItIs, SOURCE_SUFFIXES)
+        loaders = (ExtensionFileLoader, EXTENSION_SUFFIXES), (_AlwaysCompiled, SOURCE_SUFFIXES)
         sys.path_importer_cache[folder] = FileFinder(folder, *loaders)

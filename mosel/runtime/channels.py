@@ -8,7 +8,7 @@ from mosel.runtime.messages import limit_bytes
 
 
 def channel_options(settings: Settings) -> list[tuple[str, int]]:
-    """Options of every server and channel: message limits in both directions, no port shared with a stranger."""
+    """Options of every server and channel: message limits in both directions, no port shared with another process."""
     limit = limit_bytes(settings.transport.max_message_mib)
     return [
         ("grpc.max_send_message_length", limit),
@@ -23,7 +23,7 @@ def channel_options(settings: Settings) -> list[tuple[str, int]]:
     ]
 
 
-def alive_options(address: str) -> list[tuple[str, int]]:
+def keepalive_options(address: str) -> list[tuple[str, int]]:
     """Has both ends of a connection between hosts ask each other whether they are there.
 
     Otherwise calls to a host that was cut off would hang until their deadlines. gRPC's own threads ask and answer, so a
@@ -49,7 +49,7 @@ def open_channel(settings: Settings, address: str) -> grpc.aio.Channel:
     Raises:
         ConfigError: it would cross a network in plain text, or a file of `internal_tls` is wrong.
     """
-    options, credentials = _ways_to(settings, address)
+    options, credentials = _options_and_credentials(settings, address)
     if credentials is None:
         return grpc.aio.insecure_channel(address, options)
     return grpc.aio.secure_channel(address, credentials, options)
@@ -57,14 +57,16 @@ def open_channel(settings: Settings, address: str) -> grpc.aio.Channel:
 
 def open_blocking_channel(settings: Settings, address: str) -> grpc.Channel:
     """As `open_channel`, for calls that block a thread of their own."""
-    options, credentials = _ways_to(settings, address)
+    options, credentials = _options_and_credentials(settings, address)
     if credentials is None:
         return grpc.insecure_channel(address, options)
     return grpc.secure_channel(address, credentials, options)
 
 
-def _ways_to(settings: Settings, address: str) -> tuple[list[tuple[str, int]], grpc.ChannelCredentials | None]:
+def _options_and_credentials(
+    settings: Settings, address: str
+) -> tuple[list[tuple[str, int]], grpc.ChannelCredentials | None]:
     """Options and credentials; without these, it is plain text."""
     tls = internal_client_tls(settings, address)
     credentials = None if tls is None else tls.channel_credentials("internal_tls")
-    return channel_options(settings) + alive_options(address), credentials
+    return channel_options(settings) + keepalive_options(address), credentials

@@ -6,7 +6,7 @@ from mosel.config import Settings
 from mosel.errors import ConfigError
 from mosel.tls import ServerTls, Tls
 
-_WAYS_OUT = "listen on 127.0.0.1, or say that other machines may come as they are: --insecure (gateway.insecure)"
+_REMEDIES = "listen on 127.0.0.1, or say that other machines may come as they are: --insecure (gateway.insecure)"
 
 
 def is_local(address: str) -> bool:
@@ -47,7 +47,7 @@ def check_public(settings: Settings, address: str, setting: str) -> None:
     if missing and not is_local(address) and not settings.gateway.insecure:
         raise ConfigError(
             f"{setting}: other machines can reach {address}, and there is no {', no '.join(missing)}: "
-            f"turn both on, {_WAYS_OUT}"
+            f"turn both on, {_REMEDIES}"
         )
 
 
@@ -94,5 +94,5 @@ def _check_plain(settings: Settings, address: str, setting: str) -> None:
     if not is_local(address) and not settings.gateway.insecure:
         raise ConfigError(
             f"{setting}: {address} is on a network, and there is no internal_tls: set its certificate, key and ca, "
-            f"use sockets (unix:), {_WAYS_OUT}"
+            f"use sockets (unix:), {_REMEDIES}"
         )

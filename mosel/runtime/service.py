@@ -24,7 +24,7 @@ from mosel.deadline import Deadline
 from mosel.errors import ConfigError, MoselError, PayloadTooLarge, ServiceUnavailable
 from mosel.observability.logs import configure_logs
 from mosel.runtime import leftovers
-from mosel.runtime.channels import alive_options, channel_options
+from mosel.runtime.channels import channel_options, keepalive_options
 from mosel.runtime.exposure import internal_server_tls, public_tls
 from mosel.runtime.health import Health
 from mosel.runtime.incoming import note_incoming
@@ -56,7 +56,7 @@ class Service:
         register: adds the servicer.
         interceptors: what sees each call first; each costs time in every call.
         names: of the gRPC services that it adds, `mosel.v1.Gateway`, for health.
-        public: whether strangers may call it, with `tls`; otherwise only other services do, with `internal_tls`.
+        public: whether callers from outside may call it, with `tls`; else only other services, with `internal_tls`.
 
     Raises:
         ConfigError: other machines could call it, and nothing protects it.
@@ -82,7 +82,7 @@ class Service:
             # What is under way on an old connection is finished, however long that takes.
             options.append(("grpc.max_connection_age_ms", round(settings.gateway.max_connection_age_s * 1000)))
         else:
-            options += alive_options(address)
+            options += keepalive_options(address)
         self._server = grpc.aio.server(options=options, interceptors=interceptors)
         self._health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
