@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from annotated_types import Predicate
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 from pydantic_core import ArgsKwargs, InitErrorDetails, PydanticCustomError
@@ -18,12 +18,6 @@ _FORBID = ConfigDict(extra="forbid")
 def _is_code_path(text: str) -> bool:
     module, _, attribute = text.partition(":")
     return module.isidentifier() and attribute.isidentifier()
-
-
-def _known_dtype(name: str) -> str:
-    if name not in DTYPES:
-        raise ValueError(f"expected one of {', '.join(DTYPES)}")
-    return name
 
 
 def _some(tables: object) -> object:
@@ -42,7 +36,7 @@ ModalityName = Annotated[
     Identifier, Predicate(lambda name: name != "fusion"), expected("letters, digits and _, and not 'fusion'")
 ]
 CodePath = Annotated[Text, Predicate(_is_code_path), expected("'module:Class'")]
-Dtype = Annotated[Text, AfterValidator(_known_dtype)]
+Dtype = Annotated[Text, Predicate(DTYPES.__contains__), expected(f"one of {', '.join(DTYPES)}")]
 Shape = Annotated[
     tuple[Annotated[int, Field(strict=True, gt=0)], ...], expected("a list of positive integers, such as [28, 28]")
 ]

@@ -138,7 +138,7 @@ PHOTO = '[modalities.photo]\ndtype = "FP32"\nshape = [8, 8]'
         ('"tea", "coffee"', '"tea", 2', r"'output\.labels' holds", "a list of strings"),
         ("[output]", "[output]\nunit = 1", r"'output\.unit' is unknown", "dtype, labels, name, shape"),
         (PHOTO, PHOTO.replace("FP32", "FP31"), r"'modalities\.photo\.dtype' holds 'FP31'", "one of BOOL"),
-        (PHOTO, PHOTO.replace('dtype = "FP32"', ""), r"'modalities\.photo\.dtype' is missing", "a string"),
+        (PHOTO, PHOTO.replace('dtype = "FP32"', ""), r"'modalities\.photo\.dtype' is missing", "one of BOOL"),
         (PHOTO, PHOTO + "\nsize = 1", r"'modalities\.photo\.size' is unknown", "dtype, embedding, encoder, shape"),
         ("embedding = [4]", "", r"'modalities\.scent\.embedding' is missing", "positive integers"),
         ("networks:ScentEncoder", "networks.ScentEncoder", r"'modalities\.scent\.encoder' holds", "'module:Class'"),
