@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from typing import NoReturn
 
 import pytest
 
@@ -34,3 +35,38 @@ async def test_what_goes_wrong_is_told(caplog: pytest.LogCaptureFixture) -> None
     await asyncio.sleep(0.01)
     assert [str(error) for error in told] == ["broken"]
     assert [record.message for record in caplog.records if record.levelno == logging.ERROR] == ["unexpected error"]
+
+
+async def test_a_loop_that_fails_is_logged_and_begins_again(caplog: pytest.LogCaptureFixture) -> None:
+    background, went_on, rounds = Background(pause_s=0), asyncio.Event(), 0
+
+    async def loop() -> NoReturn:
+        nonlocal rounds
+        rounds += 1
+        if rounds == 1:
+            raise ValueError("broken")
+        went_on.set()
+        await asyncio.Event().wait()
+        raise AssertionError("nobody sets it")
+
+    background.forever(loop, "example")
+    async with asyncio.timeout(10):
+        await went_on.wait()
+    await background.close()
+    [record] = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert record.exc_info is not None
+    assert record.exc_info[1] is not None
+    assert (str(record.exc_info[1]), vars(record)["loop"]) == ("broken", "example")
+
+
+async def test_a_loop_that_cannot_go_on_ends_the_process() -> None:
+    given_up = asyncio.Event()
+    background = Background(give_up=given_up.set, pause_s=0)
+
+    async def loop() -> NoReturn:
+        raise ValueError("broken")
+
+    background.forever(loop, "example")
+    async with asyncio.timeout(10):
+        await given_up.wait()
+    await background.close()
