@@ -6,6 +6,7 @@ from mosel.errors import InvalidRequest, MoselError
 from mosel.modality import format_set
 from mosel.status import retry_after_ms, status_number
 from mosel.transport import slice_rows
+from mosel.transport.host import clock_id
 from mosel.v1 import gateway_pb2, selector_pb2, tensor_pb2
 from selector.core.frontier import Strategy
 from selector.core.jobs import NORMAL_PRIORITY, Effort, Job
@@ -33,7 +34,8 @@ def job_from(description: selector_pb2.JobDescription, now: float) -> Job:
         raise InvalidRequest("size is 0; expected at least one item")
     if not description.modalities:
         raise InvalidRequest("modalities is empty; expected at least one")
-    deadline = now + description.budget_us / 1e6
+    deadline = _deadline_of(description, now)
+    late_s = max(description.expiry_us - description.budget_us, 0) / 1e6
     return Job(
         id=description.job_id,
         model=description.model,
@@ -45,7 +47,7 @@ def job_from(description: selector_pb2.JobDescription, now: float) -> Job:
         effort=_EFFORTS.get(description.effort),
         late_ok=description.late_ok,
         priority=description.priority or NORMAL_PRIORITY,
-        expires=max(deadline, now + description.expiry_us / 1e6) if description.late_ok else None,
+        expires=deadline + late_s if description.late_ok else None,
     )
 
 
@@ -116,6 +118,14 @@ def slots_in(refs: Iterable[tensor_pb2.TensorRef]) -> list[tensor_pb2.ArenaSlot]
 def item_group(modality_set: frozenset[str], items: Sequence[int], output: tensor_pb2.Tensor) -> selector_pb2.ItemGroup:
     """Items of a job that are done."""
     return selector_pb2.ItemGroup(modality_set=format_set(modality_set), items=items, output=output)
+
+
+def _deadline_of(description: selector_pb2.JobDescription, now: float) -> float:
+    """When an answer is no longer wanted: on one clock as the gateway says, otherwise so long from now as it says."""
+    if description.clock == clock_id():
+        # What is over is over now: nothing is planned for the past.
+        return max(description.deadline_ns / 1e9, now)
+    return now + description.budget_us / 1e6
 
 
 def _strategy(strategy: Strategy, latency_ms: float) -> gateway_pb2.Strategy:

@@ -84,6 +84,11 @@ class Arena(ABC):
         with self._lock:
             self._table.publish(slot, expires_at)
 
+    def has_room(self, nbytes: int) -> bool:
+        """Whether a slot for so many bytes is free now."""
+        with self._lock:
+            return self._table.has_room(nbytes, time.monotonic())
+
     def release(self, index: int, generation: int) -> bool:
         """Ends a lease early; False if there is no such lease."""
         with self._lock:

@@ -86,6 +86,10 @@ class Publisher:
         self.count(self.arena.rung, data.nbytes)
         return ref
 
+    def has_room(self, nbytes: int) -> bool:
+        """Whether the arena has a slot for so many bytes now."""
+        return self.arena.has_room(nbytes)
+
     def release(self, slots: Iterable[tensor_pb2.ArenaSlot]) -> None:
         """Takes slots back that nobody reads any more; stale ones and those of other arenas are passed over."""
         release_slots(self.arena, slots)

@@ -20,6 +20,13 @@ def host_identity() -> arena_pb2.HostIdentity:
     )
 
 
+@cache
+def clock_id() -> str:
+    """Names the clock of `monotonic_ns`: two processes that say the same can compare times."""
+    here = host_identity()
+    return f"{here.boot_id}/{here.time_namespace}"
+
+
 def no_shared_clock(producer: arena_pb2.HostIdentity) -> str:
     """Why leases of this producer cannot be checked here, empty if they can: it takes one kernel and one clock."""
     here = host_identity()

@@ -87,6 +87,11 @@ class SlotTable:
                 return slot
         return None
 
+    def has_room(self, nbytes: int, now: float) -> bool:
+        """Whether `acquire` would find a slot; takes none."""
+        self.expire(now)
+        return any(nbytes <= size and free for size, free in zip(SLOT_SIZES, self._free, strict=True))
+
     def refuse(self) -> None:
         """Counts a tensor for which no slot was free, however often that was tried."""
         self._refused += 1

@@ -102,6 +102,8 @@ class JobDescription(_message.Message):
     STREAM_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    DEADLINE_NS_FIELD_NUMBER: _builtins.int
+    CLOCK_FIELD_NUMBER: _builtins.int
     job_id: _builtins.bytes
     """16 random bytes, made by the gateway."""
     model: _builtins.str
@@ -110,20 +112,26 @@ class JobDescription(_message.Message):
     """Items, B."""
     min_accuracy: _builtins.float
     budget_us: _builtins.int
-    """Microseconds from now until the answer is no longer wanted."""
+    """Microseconds from the moment when this was sent until the answer is no longer wanted. Counts where the gateway has
+    another clock than the selector; on one clock deadline_ns does, which does not stretch.
+    """
     exact: _builtins.bool
     """Run all of `modalities` or refuse."""
     effort: _gateway_pb2.Effort.ValueType
     late_ok: _builtins.bool
     """A late answer is wanted, too. Then expiry_us, not budget_us, ends the job."""
     expiry_us: _builtins.int
-    """Microseconds from now until nobody waits any more; at least budget_us. 0: the same."""
+    """As budget_us, until nobody waits any more; at least budget_us. What it has more than that counts on either clock."""
     stream: _builtins.bool
     """Results are sent as they finish (`part`), not all at the end."""
     priority: _builtins.int
     """1 goes first, 9 last; 0: 5."""
     traceparent: _builtins.str
     """W3C trace context of the request; empty if it is not traced."""
+    deadline_ns: _builtins.int
+    """When the answer is no longer wanted, in nanoseconds of the monotonic clock that `clock` names."""
+    clock: _builtins.str
+    """The gateway's monotonic clock: boot id and time namespace of its host. Whoever has the same one shares it."""
     @_builtins.property
     def payloads(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.TensorRef]:
         """Payload refs [B, ...] by modality."""
@@ -149,10 +157,12 @@ class JobDescription(_message.Message):
         stream: _builtins.bool = ...,
         priority: _builtins.int = ...,
         traceparent: _builtins.str = ...,
+        deadline_ns: _builtins.int = ...,
+        clock: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy", "min_accuracy", b"min_accuracy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy", "budget_us", b"budget_us", "effort", b"effort", "exact", b"exact", "expiry_us", b"expiry_us", "job_id", b"job_id", "late_ok", b"late_ok", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "payloads", b"payloads", "priority", b"priority", "size", b"size", "stream", b"stream", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy", "budget_us", b"budget_us", "clock", b"clock", "deadline_ns", b"deadline_ns", "effort", b"effort", "exact", b"exact", "expiry_us", b"expiry_us", "job_id", b"job_id", "late_ok", b"late_ok", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "payloads", b"payloads", "priority", b"priority", "size", b"size", "stream", b"stream", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_accuracy: _TypeAlias = _typing.Literal["min_accuracy"]  # noqa: Y015
     _WhichOneofArgType__min_accuracy: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy"]  # noqa: Y015

@@ -4,6 +4,7 @@ import pytest
 
 from mosel.errors import FloorUnreachable, InvalidRequest, MoselError, Overloaded
 from mosel.modality import parse_set
+from mosel.transport.host import clock_id
 from mosel.v1 import gateway_pb2, selector_pb2, tensor_pb2
 from selector import conversions
 from selector.core.frontier import Strategy
@@ -33,6 +34,20 @@ def test_a_description_becomes_a_job() -> None:
 def test_only_a_job_that_may_be_late_lives_longer_than_its_deadline() -> None:
     assert conversions.job_from(description(expiry_us=2_000_000), now=0.0).ends == 0.25
     assert conversions.job_from(description(expiry_us=1, late_ok=True), now=0.0).ends == 0.25
+
+
+def test_on_one_clock_a_deadline_is_a_moment_however_long_its_message_took() -> None:
+    sent = description(deadline_ns=12_000_000_000, expiry_us=2_250_000, late_ok=True, clock=clock_id())
+    assert [conversions.job_from(sent, now).deadline for now in (10.0, 11.9)] == [12.0, 12.0]
+    assert [conversions.job_from(sent, now).ends for now in (10.0, 11.9)] == [14.0, 14.0]
+    # Nothing is planned for the past.
+    assert conversions.job_from(sent, now=13.0).deadline == 13.0
+
+
+@pytest.mark.parametrize("clock", ["", "another-boot/0", clock_id() + "0"])
+def test_of_another_clock_only_the_budget_counts(clock: str) -> None:
+    sent = description(deadline_ns=12_000_000_000, clock=clock)
+    assert conversions.job_from(sent, now=10.0).deadline == 10.25
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,15 @@ def test_a_full_class_borrows_from_the_next_and_then_refuses(table: SlotTable) -
     assert table.acquire(SMALL, 0.0) is None
 
 
+def test_room_is_there_when_a_slot_could_be_had(table: SlotTable) -> None:
+    assert table.has_room(LARGE, 0.0)
+    assert not table.has_room(LARGE + 1, 0.0)
+    table.publish(acquired(table, LARGE), expires_at=5.0)
+    assert not table.has_room(LARGE, 4.999)
+    assert table.has_room(SMALL, 4.999)
+    assert table.has_room(LARGE, 5.0)
+
+
 def test_refusals_are_counted_when_the_arena_gives_up(table: SlotTable) -> None:
     table.refuse()
     assert table.statistics().refused_total == 1
