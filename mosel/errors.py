@@ -8,6 +8,7 @@
     │   ├── PermissionDenied        the token does not allow this           PERMISSION_DENIED
     │   ├── ModelNotFound           no such model                           NOT_FOUND
     │   ├── JobNotFound             no such job, or long forgotten          NOT_FOUND
+    │   │   └── JobElsewhere        another gateway has it, or had it       NOT_FOUND
     │   └── Unreachable             no modality set is good enough          FAILED_PRECONDITION
     │       ├── FloorUnreachable    not accurate enough                     FAILED_PRECONDITION
     │       └── DeadlineUnreachable accurate enough, but not fast enough    FAILED_PRECONDITION
@@ -59,6 +60,19 @@ class ModelNotFound(RequestError):
 
 class JobNotFound(RequestError):
     """The request names a job that is not known here, or is over for so long that it was forgotten."""
+
+
+class JobElsewhere(JobNotFound):
+    """The request names a job of another gateway than the one that was asked.
+
+    Args:
+        message: which one.
+        asked: the name of the gateway that was asked, in hexadecimal digits.
+    """
+
+    def __init__(self, message: str, asked: str = "") -> None:
+        super().__init__(message)
+        self.asked = asked
 
 
 class Unreachable(RequestError):

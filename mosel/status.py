@@ -15,6 +15,7 @@ from mosel.errors import (
     InternalError,
     InvalidRequest,
     JobCancelled,
+    JobElsewhere,
     JobNotFound,
     ModelNotFound,
     MoselError,
@@ -29,6 +30,8 @@ from mosel.errors import (
 )
 
 RETRY_AFTER = "retry-after-ms"
+# The gateway that was asked for a job of another.
+_ASKED = "mosel-asked"
 # Of the beginning and of the end of a message, which says what was expected. Each character may take 12 bytes of the
 # trailer, which callers read up to 8 KiB of.
 _SHOWN_FIRST, _SHOWN_LAST = 300, 300
@@ -40,6 +43,7 @@ STATUS: dict[type[MoselError], grpc.StatusCode] = {
     PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     ModelNotFound: grpc.StatusCode.NOT_FOUND,
     JobNotFound: grpc.StatusCode.NOT_FOUND,
+    JobElsewhere: grpc.StatusCode.NOT_FOUND,
     Unreachable: grpc.StatusCode.FAILED_PRECONDITION,
     FloorUnreachable: grpc.StatusCode.FAILED_PRECONDITION,
     DeadlineUnreachable: grpc.StatusCode.FAILED_PRECONDITION,
@@ -68,6 +72,7 @@ HTTP_STATUS: dict[type[MoselError], int] = {
     PermissionDenied: 403,
     ModelNotFound: 404,
     JobNotFound: 404,
+    JobElsewhere: 404,
     # Understood, and nothing that could be done: 412 is about conditions in headers.
     Unreachable: 422,
     FloorUnreachable: 422,
@@ -169,7 +174,23 @@ def error_from_rpc(
     return meant(str(found)) if meant else found
 
 
+def trailers_of(error: MoselError) -> tuple[tuple[str, str], ...]:
+    """What the status of an error cannot say."""
+    if isinstance(error, JobElsewhere):
+        return ((_ASKED, error.asked),)
+    wait_ms = retry_after_ms(error)
+    return ((RETRY_AFTER, str(wait_ms)),) if wait_ms else ()
+
+
 def retry_hint_ms(error: grpc.RpcError) -> int:
     """When to make a failed call again, in milliseconds, as the server said; 0 if it did not."""
-    trailers = {pair[0]: pair[1] for pair in cast(Iterable[tuple[str, str]], error.trailing_metadata() or ())}
-    return int(trailers.get(RETRY_AFTER, 0))
+    return int(_trailers(error).get(RETRY_AFTER, 0))
+
+
+def asked_gateway(error: grpc.RpcError) -> str:
+    """The gateway that was asked for a job of another, by name; empty if that is not why a call failed."""
+    return _trailers(error).get(_ASKED, "")
+
+
+def _trailers(error: grpc.RpcError) -> dict[str, str]:
+    return {pair[0]: pair[1] for pair in cast(Iterable[tuple[str, str]], error.trailing_metadata() or ())}

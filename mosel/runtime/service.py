@@ -29,7 +29,7 @@ from mosel.runtime.exposure import internal_server_tls, public_tls
 from mosel.runtime.health import Health
 from mosel.runtime.incoming import note_incoming
 from mosel.runtime.messages import check_message, limit_bytes
-from mosel.status import RETRY_AFTER, message_of, retry_after_ms, status_of
+from mosel.status import message_of, status_of, trailers_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -209,12 +209,10 @@ def answers_with_status(
 
 async def abort_with(context: Context, error: MoselError) -> NoReturn:
     """Ends a call with the status of an error."""
-    retry = retry_after_ms(error)
-    trailers = ((RETRY_AFTER, str(retry)),) if retry else ()
     # What grpc raises here and the call refer to each other until the garbage collector comes, which may take minutes;
     # what the error came from, such as the arena that was read, must not live as long.
     error.__traceback__ = error.__context__ = error.__cause__ = None
-    await context.abort(status_of(error), message_of(error), trailers)
+    await context.abort(status_of(error), message_of(error), trailers_of(error))
 
 
 def deadline_of(context: Context) -> Deadline:

@@ -8,6 +8,7 @@ import pytest
 from mosel import errors
 from mosel.errors import (
     InternalError,
+    JobNotFound,
     ModelNotFound,
     MoselError,
     Overloaded,
@@ -47,8 +48,8 @@ SERVED = [*leaves(RequestError), *leaves(ServiceError)]
 
 
 def test_the_table_holds_every_error_that_a_request_can_meet_and_no_other() -> None:
-    # Unreachable is what its two kinds come back as; a package that is wrong is met when a model is loaded.
-    assert set(STATUS) == {*SERVED, Unreachable, PackageError}
+    # Some are what their kinds come back as; a package that is wrong is met when a model is loaded.
+    assert set(STATUS) == {*SERVED, JobNotFound, Unreachable, PackageError}
 
 
 def test_http_has_a_status_for_each_of_them() -> None:
