@@ -21,12 +21,14 @@ from gateway.fetching import FetchListeners
 from gateway.inference.http import InferenceHttp
 from gateway.inference.messages import POOL, SERVICE
 from gateway.inference.servicer import InferenceServicer, handlers
+from gateway.jobs.store import PayloadStore
 from gateway.metrics_page import MetricsPage
 from gateway.selector_link import SelectorLink
 from gateway.servicer import GatewayServicer
 from mosel.config import Settings
 from mosel.deadline import Deadline
 from mosel.packages.model_package import find_packages
+from mosel.runtime.background import Background
 from mosel.runtime.exposure import check_public, public_tls
 from mosel.runtime.http import HttpServer
 from mosel.runtime.service import RefuseGarbage, RefuseHugeAnswers, Service, run_service
@@ -64,6 +66,7 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
         open_arena(transport, transport.gateway_arena_mib, "transport.gateway_arena_mib") as (arena, publisher),
     ):
         announcement = arena_pb2.Announcement(arenas=[arena.announcement()])
+        store = PayloadStore(transport, publisher)
 
         def transport_changed(rung: tensor_pb2.Rung.ValueType) -> None:
             publisher.rung = rung
@@ -75,74 +78,76 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
             SelectorLink(
                 settings,
                 announcement,
-                publisher.release,
+                store.release,
                 transport_changed,
                 models_changed.set,
                 listeners.address_for,
             ) as link,
         ):
-            plane = DataPlane(settings, packages, arena, publisher, link, tracing)
-            register = partial(_register, plane)
+            data_plane = DataPlane(settings, packages, arena.largest_slot, store, link, tracing)
+            register = partial(_register, data_plane)
             checks = (RefuseGarbage(), RefuseHugeAnswers(settings))
-            refused = partial(_handshake_refused, plane)
-            async with guarding(settings.gateway.tokens_file, plane.counters) as guard:
-                plane.guard = guard
+            refused = partial(_handshake_refused, data_plane)
+            async with guarding(settings.gateway.tokens_file, data_plane.counters) as guard:
+                data_plane.guard = guard
                 first = checks if guard is None else (OnlyTenants(guard), *checks)
                 async with (
                     handshakes_watched(refused) if settings.tls.certificate else contextlib.nullcontext(),
-                    _showing_metrics(settings, plane, refused),
-                    _speaking_http(settings, plane, refused) as http,
+                    _showing_metrics(settings, data_plane, refused),
+                    _speaking_http(settings, data_plane, refused) as http,
                     Service(settings, address, "--grpc-port", register, first, _NAMES, public=True) as public,
                     # For this user alone, who needs no token there.
                     Service(settings, settings.local_gateway_address, "run_dir", register, checks, _NAMES) as local,
-                    _following_models((public, local), plane, models_changed),
+                    _following_models((public, local), data_plane, models_changed),
                 ):
                     public.set_ready(True)
                     local.set_ready(True)
                     await stop.wait()
-                    await _finish(settings, plane, http, public, local)
+                    await _finish(settings, data_plane, http, public, local)
 
 
-async def _finish(settings: Settings, plane: DataPlane, http: HttpServer, *services: Service) -> None:
+async def _finish(settings: Settings, data_plane: DataPlane, http: HttpServer, *services: Service) -> None:
     """Takes no more jobs, on any way in, and waits for those under way; ends what is left when the grace is over."""
     grace_s = settings.stop_grace_ms / 1000
-    plane.registry.close()
+    data_plane.registry.close()
     http.stop()
-    asyncio.get_running_loop().call_later(grace_s, plane.registry.end_all)
+    asyncio.get_running_loop().call_later(grace_s, data_plane.registry.end_all)
     grace = Deadline.after(grace_s)
     await asyncio.gather(*(service.stop(grace) for service in services))
 
 
-def _handshake_refused(plane: DataPlane, reason: str) -> None:
-    plane.counters["refused.handshake"] += 1
+def _handshake_refused(data_plane: DataPlane, reason: str) -> None:
+    data_plane.counters["refused.handshake"] += 1
     handshake_refused(reason)
 
 
 @contextlib.asynccontextmanager
-async def _showing_metrics(settings: Settings, plane: DataPlane, refused: Callable[[str], None]) -> AsyncIterator[None]:
+async def _showing_metrics(
+    settings: Settings, data_plane: DataPlane, refused: Callable[[str], None]
+) -> AsyncIterator[None]:
     """Serves the metrics of all services."""
     host, port, grace_s = settings.gateway.host, settings.gateway.metrics_port, settings.stop_grace_ms / 1000
-    page = MetricsPage(plane.metrics, plane.link).app()
-    app = page if plane.guard is None else OnlyTenantsHttp(page, plane.guard)
+    page = MetricsPage(data_plane.metrics, data_plane.link).app()
+    app = page if data_plane.guard is None else OnlyTenantsHttp(page, data_plane.guard)
     async with HttpServer(app, host, port, "--metrics-port", grace_s, public_tls(settings), refused):
         yield
 
 
 @contextlib.asynccontextmanager
 async def _speaking_http(
-    settings: Settings, plane: DataPlane, refused: Callable[[str], None]
+    settings: Settings, data_plane: DataPlane, refused: Callable[[str], None]
 ) -> AsyncIterator[HttpServer]:
     """Serves the Open Inference Protocol over HTTP."""
     host, port, grace_s = settings.gateway.host, settings.gateway.http_port, settings.stop_grace_ms / 1000
-    with InferenceHttp(plane) as inference:
-        app = inference.app() if plane.guard is None else OnlyTenantsHttp(inference.app(), plane.guard)
+    with InferenceHttp(data_plane) as inference:
+        app = inference.app() if data_plane.guard is None else OnlyTenantsHttp(inference.app(), data_plane.guard)
         async with HttpServer(app, host, port, "--http-port", grace_s, public_tls(settings), refused) as server:
             yield server
 
 
-def _register(plane: DataPlane, server: grpc.aio.Server) -> None:
-    gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(plane), server)
-    server.add_generic_rpc_handlers((handlers(InferenceServicer(plane)),))
+def _register(data_plane: DataPlane, server: grpc.aio.Server) -> None:
+    gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(data_plane), server)
+    server.add_generic_rpc_handlers((handlers(InferenceServicer(data_plane)),))
     names = [
         SERVICE.full_name,
         gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name,
@@ -154,25 +159,24 @@ def _register(plane: DataPlane, server: grpc.aio.Server) -> None:
 
 @contextlib.asynccontextmanager
 async def _following_models(
-    services: Sequence[Service], plane: DataPlane, changed: asyncio.Event
+    services: Sequence[Service], data_plane: DataPlane, changed: asyncio.Event
 ) -> AsyncIterator[None]:
     """Keeps the health of each model's name in step with what the selector says."""
 
-    async def follow() -> None:
+    async def follow() -> NoReturn:
         while True:
-            await plane.models.follow()
-            for model, service in itertools.product(list(plane.packages), services):
-                service.set_ready(plane.is_ready(model), model)
+            await data_plane.served.follow()
+            for model, service in itertools.product(list(data_plane.packages), services):
+                service.set_ready(data_plane.is_ready(model), model)
             await changed.wait()
             changed.clear()
 
-    task = asyncio.create_task(follow(), name="health of models")
+    background = Background()
+    background.forever(follow, "health of models")
     try:
         yield
     finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        await background.close()
 
 
 if __name__ == "__main__":

@@ -1,29 +1,24 @@
-"""The data plane: the one way in for every protocol. Checked jobs go in, answers come out. Knows no protocol."""
+"""The data plane: the one way in for every protocol: jobs, models, and how all is. Knows no protocol."""
 
-import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from gateway.access.guard import Guard
 from gateway.gauges import show_as_triton, show_jobs, show_models
 from gateway.inferences import Inferences
-from gateway.jobs.answers import Answer, answer_from
-from gateway.jobs.checks import CheckedJob, Times
-from gateway.jobs.intake import Check, Intake
+from gateway.jobs.life import Jobs
 from gateway.jobs.refusals import Refusals
 from gateway.jobs.registry import JobRegistry
+from gateway.jobs.store import PayloadStore
 from gateway.jobs.upload import ArrivingBytes
-from gateway.models import Models
-from gateway.observer import Observer
-from gateway.selector_link import Answers, SelectorLink
+from gateway.request_observer import RequestObserver
+from gateway.selector_link import SelectorLink
+from gateway.served_packages import ServedPackages
 from mosel.config import Settings
-from mosel.deadline import Deadline
-from mosel.errors import MoselError, Overloaded
 from mosel.observability.metrics import Metrics
 from mosel.observability.tracing import OFF, Tracing
 from mosel.packages.model_package import ModelPackage
-from mosel.transport import Publisher, SharedMemoryArena
 from mosel.v1 import selector_pb2, service_pb2
 
 
@@ -33,116 +28,62 @@ class DataPlane:
     Args:
         settings: limits.
         packages: the models that are known from the start, by name.
-        arena: where payloads are kept.
-        publisher: puts them there.
+        largest_payload: bytes that one payload may have.
+        store: where payloads are kept.
         link: the stream to the selector.
         tracing: records requests.
 
     Attributes:
         settings, link: as given.
-        models: keeps the packages in step with the selector.
+        served: keeps the packages in step with the selector.
         packages: the models by name, those that were unloaded included; always the same mapping.
-        intake: puts payloads into the arena.
-        refusals: what the selector refused a moment ago.
-        registry: the jobs under way.
         arriving: what jobs take whose items are still arriving.
         counters: requests, answers and items since the start.
         guard: who may call; None: everybody.
         metrics: of this process.
         observer: follows requests.
+        registry: the jobs under way.
+        jobs: begins the life of each.
     """
 
     def __init__(
         self,
         settings: Settings,
         packages: Mapping[str, ModelPackage],
-        arena: SharedMemoryArena,
-        publisher: Publisher,
+        largest_payload: int,
+        store: PayloadStore,
         link: SelectorLink,
         tracing: Tracing = OFF,
     ) -> None:
-        self.settings, self.link = settings, link
-        self.models = Models(settings.models_dir, packages, link)
-        self.packages: Mapping[str, ModelPackage] = self.models.packages
-        self.refusals = Refusals()
-        self.intake = Intake(settings, publisher, self.refusals.check)
-        self.registry = JobRegistry(settings.gateway.max_jobs_in_flight)
+        self.settings, self.link, limits = settings, link, settings.gateway
+        self.served = ServedPackages(settings.models_dir, packages, link)
+        self.packages: Mapping[str, ModelPackage] = self.served.packages
         limit = settings.transport.gateway_arena_mib * 1024 * 1024
-        self.arriving = ArrivingBytes(arena.largest_slot, limit, "transport.gateway_arena_mib")
+        self.arriving = ArrivingBytes(largest_payload, limit, "transport.gateway_arena_mib")
         self.counters: Counter[str] = Counter()
         self.guard: Guard | None = None
-        self._publisher = publisher
+        self._store, self._refusals = store, Refusals()
         self.metrics = Metrics("gateway")
-        self.observer = Observer(self.metrics, self.packages, settings.gateway.access_log, tracing)
-        show_jobs(self.metrics, self.registry, link, self.arriving)
+        self.observer = RequestObserver(self.metrics, self.packages, limits.access_log, tracing)
+        self.registry = JobRegistry(limits.max_jobs_in_flight)
+        self.jobs = Jobs(
+            limits,
+            self.observer,
+            self.registry,
+            self.served,
+            self._refusals,
+            self.arriving,
+            store,
+            link,
+            self.counters,
+        )
+        show_jobs(self.metrics, self.statistics)
         show_as_triton(self.metrics, self.packages, self.observer.served)
-        show_models(self.metrics, publisher, lambda: {name: self.is_ready(name) for name in self.packages})
-
-    def admit(self) -> None:
-        """Counts a request.
-
-        Raises:
-            Overloaded, ServiceUnavailable: no job can be taken now.
-        """
-        self.counters["requests"] += 1
-        self._check_room()
-
-    def check_early(self, model: str) -> None:
-        """Counts and refuses a request that has not been read yet if no job can be taken now; errors as of `admit`."""
-        try:
-            self._check_room()
-        except MoselError:
-            with self.observer.following(model):
-                self.admit()
-
-    async def predict(self, model: str, check: Check, elements: int, call: Deadline) -> Answer:
-        """Predicts the items of one job; cancelling cancels the job.
-
-        Args:
-            model: as the caller names it.
-            check: checks what the caller sent; may run in a thread.
-            elements: of all payloads together, as the caller says.
-            call: when the caller's own call ends.
-
-        Raises:
-            MoselError: whatever `check` raises, and whatever the job ends with.
-        """
-        with self.observer.following(model) as request, self.models.checking() as sent:
-            self.admit()
-            prepared = await self.intake.request(request.job_id, check, elements, call)
-            job, times = prepared.job, prepared.times
-            request.checked(job, times)
-            request.sent(prepared.description)
-            with (
-                self.registry.open(request.job_id, job.package.name, job.size, times.ends) as entry,
-                self.submit(job, times, prepared.description) as answers,
-            ):
-                sent()
-                entry.under_way()
-                groups = [group async for finished in answers for group in finished]
-                answer = answer_from(job, groups, answers.result, times.deadline.remaining * 1000)
-                entry.status.items_done = job.size
-            request.answered(Counter(answer.modality_sets), answers.result, answer.deadline_slack_ms)
-        self.counters.update(answered=1, items=job.size)
-        return answer
-
-    def _check_room(self) -> None:
-        self.registry.check_room()
-        self.link.check_connected()
+        show_models(self.metrics, self.statistics, lambda: {name: self.is_ready(name) for name in self.packages})
 
     def inferences_of(self, model: str) -> Inferences:
         """What became of the requests to a model; names of no model leave nothing behind."""
         return self.observer.served[model] if model in self.packages else Inferences()
-
-    @contextlib.contextmanager
-    def submit(self, job: CheckedJob, times: Times, description: selector_pb2.JobDescription) -> Iterator[Answers]:
-        """As `SelectorLink.submit`; remembers for others that the selector refused a job for want of time."""
-        try:
-            with self.link.submit(description) as answers:
-                yield answers
-        except Overloaded as error:
-            self.refusals.note(job, times, error)
-            raise
 
     async def load(self, model: str) -> None:
         """Loads a model from the models folder, or loads it anew; later requests are checked against what was loaded.
@@ -155,7 +96,7 @@ class DataPlane:
             ServiceUnavailable: a service that it needs is away.
         """
         await self.link.load(model)
-        await self.models.take_over(model)
+        await self.served.take_over(model)
 
     async def unload(self, model: str) -> None:
         """Admits no more jobs of a model, and returns when those under way are over and its networks are freed.
@@ -173,12 +114,12 @@ class DataPlane:
 
     def is_ready(self, model: str) -> bool:
         """Whether jobs for a model would be run."""
-        return self.state_of(model).ready and self.models.is_loaded(model) and not self.link.refused
+        return self.state_of(model).ready and self.served.is_loaded(model) and not self.link.refused
 
     def statistics(self) -> dict[str, int]:
         """Counts since the start, and what is held now."""
-        counts = dict(self.counters) | self._publisher.statistics() | self.registry.statistics()
-        counts |= self.arriving.statistics() | self.link.statistics() | self.refusals.statistics()
+        counts = dict(self.counters) | self._store.statistics() | self.registry.statistics()
+        counts |= self.arriving.statistics() | self.link.statistics() | self._refusals.statistics()
         return counts | (self.guard.statistics() if self.guard is not None else {})
 
     async def statuses(self) -> list[service_pb2.ServiceStatus]:

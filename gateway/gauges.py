@@ -3,29 +3,34 @@
 from collections.abc import Callable, Mapping
 
 from gateway.inferences import Inferences
-from gateway.jobs.registry import JobRegistry
-from gateway.jobs.upload import ArrivingBytes
-from gateway.selector_link import SelectorLink
-from mosel.observability.metrics import Metrics, Values, show_arenas, single
+from mosel.observability.metrics import Metrics, Values, parts, show_arenas, single
 from mosel.packages.model_package import ModelPackage
-from mosel.transport import Publisher
+
+Statistics = Callable[[], Mapping[str, int]]
 
 
-def show_jobs(metrics: Metrics, registry: JobRegistry, link: SelectorLink, arriving: ArrivingBytes) -> None:
-    """Shows where the jobs are that are not over."""
+def show_jobs(metrics: Metrics, statistics: Statistics) -> None:
+    """Shows where the jobs are that are not over, and what waits."""
     text = "Jobs that are not over."
-    metrics.gauge("mosel_jobs_in_flight", text, (), lambda: single(registry.statistics(), "jobs_in_flight"))
+    metrics.gauge("mosel_jobs_in_flight", text, (), lambda: single(statistics(), "jobs_in_flight"))
     text = "Those of them that the selector has."
-    metrics.gauge("mosel_jobs_at_selector", text, (), lambda: single(link.statistics(), "jobs_at_selector"))
+    metrics.gauge("mosel_jobs_at_selector", text, (), lambda: single(statistics(), "jobs_at_selector"))
     text = "Reserved for items that are still arriving."
-    metrics.gauge("mosel_arriving_bytes", text, (), lambda: single(arriving.statistics(), "arriving_bytes"))
+    metrics.gauge("mosel_arriving_bytes", text, (), lambda: single(statistics(), "arriving_bytes"))
+
+    text = "Jobs that wait for a slot in the full arena."
+    metrics.gauge("mosel_jobs_waiting_for_slots", text, (), lambda: single(statistics(), "jobs_waiting_for_slots"))
+    text = "Messages that wait to be sent to the selector, by lane."
+    metrics.gauge("mosel_outbox_messages", text, ("lane",), lambda: parts(statistics(), "outbox"))
+    text = "What the selector said of jobs and their callers have not taken yet."
+    metrics.gauge("mosel_answers_waiting", text, (), lambda: single(statistics(), "answers_waiting"))
 
 
-def show_models(metrics: Metrics, publisher: Publisher, readiness: Callable[[], Mapping[str, bool]]) -> None:
+def show_models(metrics: Metrics, statistics: Statistics, readiness: Callable[[], Mapping[str, bool]]) -> None:
     """Shows which models are ready, and the arena of their payloads."""
     text = "Whether jobs for a model would be run."
     metrics.gauge("mosel_model_ready", text, ("model",), lambda: {(m,): ready for m, ready in readiness().items()})
-    show_arenas(metrics, publisher.statistics)
+    show_arenas(metrics, statistics)
 
 
 def show_as_triton(metrics: Metrics, packages: Mapping[str, ModelPackage], served: Mapping[str, Inferences]) -> None:

@@ -3,13 +3,16 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from typing import NoReturn
 
 import grpc
 
+from gateway.outbox import Outbox, slots_of, stamp
 from mosel.config import Settings
 from mosel.deadline import Deadline
-from mosel.errors import MoselError, PackageError, ServiceUnavailable, Unreachable
+from mosel.errors import InternalError, MoselError, PackageError, ServiceUnavailable, Unreachable
 from mosel.runtime.background import Background
 from mosel.runtime.channels import open_channel
 from mosel.runtime.service import MAX_DEADLINE_S
@@ -21,8 +24,8 @@ _STATUS_TIMEOUT_S = 2.0
 # How long the stream may be behind the answer to a call.
 _HEARD_S = 1.0
 
-# The last of a job is a result or an error.
-Answer = selector_pb2.JobPart | selector_pb2.JobResult | MoselError
+# What is said of a job; the last is a result or an error.
+Word = selector_pb2.JobPart | selector_pb2.JobResult | MoselError
 
 log = logging.getLogger(__name__)
 
@@ -30,24 +33,40 @@ log = logging.getLogger(__name__)
 class Answers:
     """What the selector says of one job. Iterating, once, gives the groups of items that are done, as they finish.
 
-    Iterating raises the MoselError that the job ended with.
+    Iterating raises the MoselError that the job ended with. No more waits here than the job has items.
+
+    Args:
+        size: items of the job.
 
     Attributes:
         over: whether the last of it has been said.
         result: what was said last, once the iteration is through.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         self.over = False
         self.result = selector_pb2.JobResult()
-        self._read_all = False
-        self._messages: asyncio.Queue[Answer] = asyncio.Queue()
+        self._missing, self._read_all = size, False
+        self._words: deque[Word] = deque()
+        self._said = asyncio.Event()
 
-    def put(self, message: Answer) -> None:
+    def put(self, word: Word) -> None:
         """Adds what the selector said; nothing after its last word."""
-        if not self.over:
-            self.over = not isinstance(message, selector_pb2.JobPart)
-            self._messages.put_nowait(message)
+        if self.over:
+            return
+        if isinstance(word, selector_pb2.JobPart):
+            items = len(word.group.items)
+            if not 0 < items <= self._missing:
+                word = InternalError(f"service selector answered {items} items of a job of which {self._missing} miss")
+            self._missing -= items
+        self.over = not isinstance(word, selector_pb2.JobPart)
+        self._words.append(word)
+        self._said.set()
+
+    @property
+    def waiting(self) -> int:
+        """What was said and is not read yet."""
+        return len(self._words)
 
     def __aiter__(self) -> "Answers":
         return self
@@ -55,13 +74,16 @@ class Answers:
     async def __anext__(self) -> Sequence[selector_pb2.ItemGroup]:
         if self._read_all:
             raise StopAsyncIteration
-        message = await self._messages.get()
-        if isinstance(message, MoselError):
-            raise message
-        if isinstance(message, selector_pb2.JobPart):
-            return [message.group]
-        self.result, self._read_all = message, True
-        return message.groups
+        while not self._words:
+            self._said.clear()
+            await self._said.wait()
+        word = self._words.popleft()
+        if isinstance(word, MoselError):
+            raise word
+        if isinstance(word, selector_pb2.JobPart):
+            return [word.group]
+        self.result, self._read_all = word, True
+        return word.groups
 
 
 class SelectorLink:
@@ -95,14 +117,14 @@ class SelectorLink:
         self._release, self._transport_changed, self._models_changed = release, transport_changed, models_changed
         self._fetch_address = fetch_address
         self._work = Background()
-        self._outbox: asyncio.Queue[selector_pb2.GatewayMessage | None] | None = None
+        self._outbox: Outbox | None = None
         self._answers: dict[bytes, Answers] = {}
         self._said = asyncio.Event()
 
     async def __aenter__(self) -> "SelectorLink":
         self._channel = open_channel(self._settings, self._settings.selector_address)
         self._stub = selector_pb2_grpc.SelectorStub(self._channel)
-        self._work.start(self._stay_connected(), "selector link")
+        self._work.forever(self._stay_connected, "selector link")
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -110,8 +132,10 @@ class SelectorLink:
         await self._channel.close()
 
     def statistics(self) -> dict[str, int]:
-        """Jobs that wait for what the selector says."""
-        return {"jobs_at_selector": len(self._answers)}
+        """Jobs that wait for the selector, what it said that nobody has read, and messages that wait for it."""
+        waiting = sum(answers.waiting for answers in self._answers.values())
+        outbox = (self._outbox or Outbox()).statistics()
+        return {"jobs_at_selector": len(self._answers), "answers_waiting": waiting} | outbox
 
     @property
     def connected(self) -> bool:
@@ -134,21 +158,23 @@ class SelectorLink:
 
         Raises:
             ServiceUnavailable: the selector is away.
+            Overloaded: it does not read, and too many jobs wait for it already.
         """
         try:
             self.check_connected()
-        except ServiceUnavailable:
+            assert self._outbox is not None, "there is one while the selector is there"
+            outbox = self._outbox
+            outbox.put_job(description)
+        except MoselError:
             self._release(slots_of(description))
             raise
-        answers = self._answers[description.job_id] = Answers()
-        self._send(selector_pb2.GatewayMessage(job=description))
+        answers = self._answers[description.job_id] = Answers(description.size)
         try:
             yield answers
         finally:
             del self._answers[description.job_id]
-            if not answers.over:
-                cancel = selector_pb2.CancelJob(job_id=description.job_id)
-                self._send(selector_pb2.GatewayMessage(cancel=cancel))
+            if not answers.over and outbox.cancel(description.job_id):
+                self._release(slots_of(description))
 
     async def plan(self, description: selector_pb2.JobDescription, deadline: Deadline) -> gateway_pb2.PlanReply:
         """What a job without payloads would get.
@@ -158,6 +184,7 @@ class SelectorLink:
             ServiceUnavailable: the selector is away.
         """
         self.check_connected()
+        stamp(description)
         try:
             return await self._stub.Plan(description, timeout=deadline.remaining)
         except grpc.RpcError as error:
@@ -166,7 +193,8 @@ class SelectorLink:
     def name_models(self, models: Iterable[str]) -> None:
         """Says which models, as `name@revision`, jobs will name from now on."""
         named = selector_pb2.ModelsInUse(models=sorted(models))
-        self._send(selector_pb2.GatewayMessage(models=named))
+        if self._outbox is not None:
+            self._outbox.put_models(named)
 
     async def load(self, model: str) -> None:
         """Has a model loaded, or loaded anew; afterwards `models` says so.
@@ -220,24 +248,25 @@ class SelectorLink:
         except grpc.RpcError:
             return [service_pb2.ServiceMetrics(service="selector")]
 
-    def _send(self, message: selector_pb2.GatewayMessage) -> None:
-        if self._outbox is not None:
-            self._outbox.put_nowait(message)
-
-    async def _stay_connected(self) -> None:
+    async def _stay_connected(self) -> NoReturn:
         while True:
-            outbox: asyncio.Queue[selector_pb2.GatewayMessage | None] = asyncio.Queue()
-            outbox.put_nowait(selector_pb2.GatewayMessage(announcement=self._announcement))
+            outbox = Outbox()
+            outbox.put(selector_pb2.GatewayMessage(announcement=self._announcement))
+            call = self._stub.Connect(outbox)
             try:
-                async for message in self._stub.Connect(_drain(outbox)):
+                async for message in call:
                     # The first message says that the selector is there.
                     self._outbox = outbox
                     self._receive(message)
             except grpc.RpcError as error:
                 log.debug("selector not reachable", extra={"reason": error.code().name})
-            # grpc leaves whoever reads from it waiting for ever.
-            outbox.put_nowait(None)
-            self._disconnected()
+            finally:
+                call.cancel()
+                # grpc leaves whoever reads from it waiting for ever.
+                unsent = outbox.close()
+                self._disconnected()
+                for description in unsent:
+                    self._release(slots_of(description))
             await asyncio.sleep(_RECONNECT_S)
 
     def _receive(self, message: selector_pb2.SelectorMessage) -> None:
@@ -268,9 +297,10 @@ class SelectorLink:
             answer.address = await self._fetch_address(encoder)
         except MoselError as error:
             answer.reason = str(error)
-        self._send(selector_pb2.GatewayMessage(fetch_address=answer))
+        if self._outbox is not None:
+            self._outbox.put(selector_pb2.GatewayMessage(fetch_address=answer))
 
-    def _answer(self, job_id: bytes, message: Answer) -> None:
+    def _answer(self, job_id: bytes, message: Word) -> None:
         if job_id in self._answers:
             self._answers[job_id].put(message)
 
@@ -286,16 +316,3 @@ class SelectorLink:
         if self.models:
             self.models = {}
             self._models_changed()
-
-
-def slots_of(description: selector_pb2.JobDescription) -> list[tensor_pb2.ArenaSlot]:
-    """The slots that hold a job's payloads."""
-    return [ref.slot for ref in description.payloads.values() if ref.HasField("slot")]
-
-
-async def _drain(
-    outbox: "asyncio.Queue[selector_pb2.GatewayMessage | None]",
-) -> AsyncIterator[selector_pb2.GatewayMessage]:
-    """What is to be sent, until None."""
-    while (message := await outbox.get()) is not None:
-        yield message

@@ -5,11 +5,14 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from gateway.access.guard import Guard
 from gateway.access.tenants import read_tenants
 from mosel.errors import ConfigError
+from mosel.runtime.background import Background
 
 _LOOK_EVERY_S = 1.0
 
@@ -36,16 +39,15 @@ async def guarding(
     # Before it is read: what is written meanwhile is seen the next time. So it is below.
     state = await asyncio.to_thread(_state, path)
     guard = Guard(await asyncio.to_thread(read_tenants, path), counters)
-    task = asyncio.create_task(_follow(path, state, guard, look_every_s), name="tokens file")
+    background = Background()
+    background.forever(partial(_follow, path, state, guard, look_every_s), "tokens file")
     try:
         yield guard
     finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        await background.close()
 
 
-async def _follow(path: Path, state: object, guard: Guard, look_every_s: float) -> None:
+async def _follow(path: Path, state: object, guard: Guard, look_every_s: float) -> NoReturn:
     while True:
         await asyncio.sleep(look_every_s)
         seen, state = state, await asyncio.to_thread(_state, path)

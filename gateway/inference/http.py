@@ -40,9 +40,9 @@ _UNLOAD_DEPENDENTS = "unload_dependents"
 class InferenceHttp:
     """Serves the protocol; a context manager that owns a thread."""
 
-    def __init__(self, plane: DataPlane) -> None:
-        self._plane = plane
-        self._bodies, self._document = Bodies(plane.settings, plane.arriving), document()
+    def __init__(self, data_plane: DataPlane) -> None:
+        self._data_plane = data_plane
+        self._bodies, self._document = Bodies(data_plane.settings, data_plane.arriving), document()
         # One: what is large waits for its turn, for JSON takes many times its size while it is read.
         self._thread = ThreadPoolExecutor(1, "json")
 
@@ -88,7 +88,7 @@ class InferenceHttp:
     @answers_with_error
     async def server_ready(self, request: Request) -> Response:
         """Whether every model would answer."""
-        return _ready({}, metadata.server_ready(self._plane))
+        return _ready({}, metadata.server_ready(self._data_plane))
 
     @answers_with_error
     async def server_metadata(self, request: Request) -> Response:
@@ -104,51 +104,56 @@ class InferenceHttp:
     async def model_ready(self, request: Request) -> Response:
         """Whether a model would answer."""
         name, version = self._served(request).name, _version(request)
-        return _ready({"name": name}, metadata.model_ready(self._plane, name, version))
+        return _ready({"name": name}, metadata.model_ready(self._data_plane, name, version))
 
     @answers_with_error
     async def model_config(self, request: Request) -> Response:
         """A model as Triton describes one."""
-        return JsonReply(metadata.model_config(self._plane, self._served(request)))
+        return JsonReply(metadata.model_config(self._data_plane, self._served(request)))
 
     @answers_with_error
     async def statistics(self, request: Request) -> Response:
         """What became of the requests to a model, or to each."""
         model = request.path_params.get("model", "")
-        return JsonReply(metadata.model_statistics(self._plane, model, _version(request)))
+        return JsonReply(metadata.model_statistics(self._data_plane, model, _version(request)))
 
     @answers_with_error
     async def repository_index(self, request: Request) -> Response:
         """The models, and whether they would answer."""
         async with self._bodies.read(request) as body:
             only_ready = read(body or b"{}", IndexRequestJson).ready
-        return JsonReply(metadata.repository_index(self._plane, only_ready))
+        return JsonReply(metadata.repository_index(self._data_plane, only_ready))
 
     @answers_with_error
     async def load(self, request: Request) -> Response:
         """Loads a model, or loads it anew."""
         await self._check_parameters(request)
-        await self._plane.load(request.path_params["model"])
+        await self._data_plane.load(request.path_params["model"])
         return JsonReply({})
 
     @answers_with_error
     async def unload(self, request: Request) -> Response:
         """Unloads a model."""
         await self._check_parameters(request, _UNLOAD_DEPENDENTS)
-        await self._plane.unload(request.path_params["model"])
+        await self._data_plane.unload(request.path_params["model"])
         return JsonReply({})
 
     @answers_with_error
     async def infer(self, request: Request) -> Response:
         """Answers a request; it ends when its caller goes away."""
-        self._plane.check_early(self._served(request).name)
-        async with self._bodies.read(request) as body:
-            asked = await self._read(request, body)
-            work = infer(self._plane, asked, Deadline.after(MAX_DEADLINE_S))
-            return await self._write(request, asked, await _unless_gone(request, work))
+        jobs = self._data_plane.jobs
+        async with jobs.begin(request.path_params["model"]) as life:
+            self._served(request)
+            # The body of what is refused anyway is not read.
+            jobs.check_room()
+            async with self._bodies.read(request) as body:
+                life.admit(Deadline.after(MAX_DEADLINE_S))
+                asked = await self._read(request, body)
+                response = await _unless_gone(request, infer(self._data_plane, life, asked))
+        return await self._write(request, asked, response)
 
     def _served(self, request: Request) -> ModelPackage:
-        return served(request.path_params["model"], _version(request), self._plane.packages)
+        return served(request.path_params["model"], _version(request), self._data_plane.packages)
 
     async def _check_parameters(self, request: Request, *ignored: str) -> None:
         async with self._bodies.read(request) as body:
@@ -158,7 +163,7 @@ class InferenceHttp:
 
     async def _read(self, request: Request, body: memoryview) -> InferRequest:
         size = json_bytes_of(request.headers.get(HEADER_LENGTH), len(body))
-        limit = self._plane.settings.gateway.max_json_mib * _MIB
+        limit = self._data_plane.settings.gateway.max_json_mib * _MIB
         if size > limit:
             raise PayloadTooLarge(
                 f"the JSON has {size} bytes; expected at most {limit} (setting gateway.max_json_mib): "

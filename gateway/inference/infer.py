@@ -6,20 +6,20 @@ from gateway.data_plane import DataPlane
 from gateway.inference.requests import call_deadline, check, elements_of
 from gateway.inference.responses import respond
 from gateway.inference.words import InferRequest, InferResponse
-from mosel.deadline import Deadline
+from gateway.jobs.life import JobLife
 
 
-async def infer(plane: DataPlane, request: InferRequest, call: Deadline) -> InferResponse:
-    """Answers one request; cancelling cancels its job.
+async def infer(data_plane: DataPlane, life: JobLife, request: InferRequest) -> InferResponse:
+    """Answers one request.
 
     Args:
-        plane: the data plane.
+        data_plane: the data plane.
+        life: of its job, which is admitted.
         request: what the caller sent.
-        call: when the caller's own call ends.
 
     Raises:
-        MoselError: as `gateway.inference.requests.check` and `DataPlane.predict`.
+        MoselError: as `gateway.inference.requests.check` and `JobLife.predict`.
     """
-    checked = partial(check, request, plane.packages, plane.settings)
-    answer = await plane.predict(request.model, checked, elements_of(request), call_deadline(request, call))
-    return respond(request, answer)
+    life.job.end_by(call_deadline(request, life.job.ends, life.job.admitted))
+    checked = partial(check, request, data_plane.packages, data_plane.settings)
+    return respond(request, await life.predict(checked, elements_of(request)))

@@ -25,19 +25,19 @@ EXTENSIONS = (
 )
 
 
-def server_ready(plane: DataPlane) -> bool:
+def server_ready(data_plane: DataPlane) -> bool:
     """Whether jobs for every model that is loaded would be run."""
     try:
-        plane.link.check_connected()
+        data_plane.link.check_connected()
     except ServiceUnavailable:
         return False
-    return all(map(plane.is_ready, plane.link.models))
+    return all(map(data_plane.is_ready, data_plane.link.models))
 
 
-def model_ready(plane: DataPlane, model: str, model_version: str = "") -> bool:
+def model_ready(data_plane: DataPlane, model: str, model_version: str = "") -> bool:
     """Whether jobs for a model would be run; of one that is not served here they would not."""
-    package = plane.packages.get(model)
-    return package is not None and model_version in ("", package.version) and plane.is_ready(model)
+    package = data_plane.packages.get(model)
+    return package is not None and model_version in ("", package.version) and data_plane.is_ready(model)
 
 
 def server_metadata() -> Json:
@@ -57,16 +57,18 @@ def model_metadata(package: ModelPackage) -> Json:
     }
 
 
-def model_config(plane: DataPlane, package: ModelPackage) -> Json:
+def model_config(data_plane: DataPlane, package: ModelPackage) -> Json:
     """A model as Triton describes one; its measured accuracies are among the parameters once the selector is there."""
-    sets = {f"accuracy.{known.modality_set}": f"{known.accuracy:.4f}" for known in plane.state_of(package.name).sets}
+    sets = {
+        f"accuracy.{known.modality_set}": f"{known.accuracy:.4f}" for known in data_plane.state_of(package.name).sets
+    }
     parameters = {"metric": package.metric} | sets
     inputs = {name: (spec.dtype, spec.shape) for name, spec in package.modalities.items()}
     return {
         "name": package.name,
         "platform": PLATFORM,
         "backend": PLATFORM,
-        "max_batch_size": plane.settings.gateway.max_items_per_job,
+        "max_batch_size": data_plane.settings.gateway.max_items_per_job,
         "input": [tensor | {"optional": True} for tensor in _configured(inputs)],
         "output": _configured(output_tensors(package)),
         "dynamic_batching": {},
@@ -75,7 +77,7 @@ def model_config(plane: DataPlane, package: ModelPackage) -> Json:
     }
 
 
-def model_statistics(plane: DataPlane, model: str = "", model_version: str = "") -> Json:
+def model_statistics(data_plane: DataPlane, model: str = "", model_version: str = "") -> Json:
     """What became of the requests to a model, or to each; durations in nanoseconds.
 
     Each answered job counts as one execution: the selector merges jobs, and does not say which.
@@ -83,27 +85,27 @@ def model_statistics(plane: DataPlane, model: str = "", model_version: str = "")
     Raises:
         ModelNotFound: there is no such model.
     """
-    packages = [served(model, model_version, plane.packages)] if model else plane.packages.values()
-    return {"model_stats": [_statistics(plane, package) for package in packages]}
+    packages = [served(model, model_version, data_plane.packages)] if model else data_plane.packages.values()
+    return {"model_stats": [_statistics(data_plane, package) for package in packages]}
 
 
-def repository_index(plane: DataPlane, ready_only: bool = False) -> list[Json]:
+def repository_index(data_plane: DataPlane, ready_only: bool = False) -> list[Json]:
     """The models, and whether jobs for them would be run."""
-    ready = {name: plane.is_ready(name) for name in plane.packages}
+    ready = {name: data_plane.is_ready(name) for name in data_plane.packages}
     return [
         {
             "name": name,
             "version": package.version,
             "state": "READY" if ready[name] else "UNAVAILABLE",
-            "reason": "" if ready[name] else _why_not(plane, name),
+            "reason": "" if ready[name] else _why_not(data_plane, name),
         }
-        for name, package in plane.packages.items()
+        for name, package in data_plane.packages.items()
         if ready[name] or not ready_only
     ]
 
 
-def _why_not(plane: DataPlane, model: str) -> str:
-    return plane.link.refused or plane.state_of(model).reason or "a service that it needs is not ready"
+def _why_not(data_plane: DataPlane, model: str) -> str:
+    return data_plane.link.refused or data_plane.state_of(model).reason or "a service that it needs is not ready"
 
 
 def _tensors(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> list[Json]:
@@ -118,8 +120,8 @@ def _configured(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> list[Json]:
     ]
 
 
-def _statistics(plane: DataPlane, package: ModelPackage) -> Json:
-    done = plane.inferences_of(package.name)
+def _statistics(data_plane: DataPlane, package: ModelPackage) -> Json:
+    done = data_plane.inferences_of(package.name)
     stages = {
         "success": done.success,
         "fail": done.fail,

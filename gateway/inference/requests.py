@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 from gateway.inference.responses import check_outputs
 from gateway.inference.words import InferRequest, InputTensor, Parameter, Parameters
-from gateway.jobs.checks import CheckedJob, Payloads, Sent, check_demand, check_payloads, checked_priority, package_of
+from gateway.jobs.checks import (
+    CheckedJob,
+    Payloads,
+    SentPayload,
+    check_fields,
+    check_payloads,
+    checked_priority,
+    package_of,
+)
 from mosel.config import Settings
 from mosel.deadline import Deadline
 from mosel.errors import InvalidRequest, ModelNotFound
@@ -73,8 +81,13 @@ def served(model: str, version: str, packages: Mapping[str, ModelPackage]) -> Mo
     return package
 
 
-def call_deadline(request: InferRequest, call: Deadline) -> Deadline:
+def call_deadline(request: InferRequest, call: Deadline, came: float) -> Deadline:
     """When the caller's own call ends: its parameter `timeout`, in microseconds, may be sooner than the call itself.
+
+    Args:
+        request: what the caller sent.
+        call: when the call itself ends.
+        came: when the request came, in seconds of `time.monotonic()`.
 
     Raises:
         InvalidRequest: `timeout` is no whole number of at least 0; 0 states none.
@@ -82,8 +95,8 @@ def call_deadline(request: InferRequest, call: Deadline) -> Deadline:
     timeout = _whole("timeout", request.parameters.get("timeout", 0))
     if timeout < 0:
         raise InvalidRequest(f"timeout is {timeout}; expected microseconds, at least 0")
-    # Not `Deadline.after` of any number: a float has an end.
-    return min(call, Deadline.after(min(timeout, 2**53) / 1e6), key=attrgetter("at")) if timeout else call
+    # Not any number: a float has an end.
+    return min(call, Deadline(came + min(timeout, 2**53) / 1e6), key=attrgetter("at")) if timeout else call
 
 
 def elements_of(request: InferRequest) -> int:
@@ -101,7 +114,7 @@ def _job(parameters: Parameters, package: ModelPackage, payloads: Payloads, own_
         "late_ok": partial(_one_of, _FLAGS),
     }
     fields = {name: read(name, parameters[name]) for name, read in readers.items() if name in parameters}
-    job = check_demand("inputs", gateway_pb2.JobSpec(model=package.name, **fields), package, payloads)
+    job = check_fields("inputs", gateway_pb2.JobSpec(model=package.name, **fields), package, payloads)
     policy = _one_of({name: name for name in (_RUN_ALL, own_policy)}, "policy", parameters.get("policy", own_policy))
     return replace(job, exact=job.exact or policy == _RUN_ALL)
 
@@ -115,7 +128,7 @@ def _refuse_unknown(parameters: Parameters) -> None:
             raise InvalidRequest(f"parameters has '{name}'; expected some of {', '.join(_KNOWN)}")
 
 
-def _sent(request: InferRequest) -> Iterator[Sent]:
+def _sent(request: InferRequest) -> Iterator[SentPayload]:
     """The inputs, each once."""
     seen: dict[str, int] = {}
     for index, tensor in enumerate(request.inputs):
@@ -128,7 +141,7 @@ def _sent(request: InferRequest) -> Iterator[Sent]:
                 f"{field} has the parameter '{unknown[0]}'; expected its data in the request, and none"
             )
         dtype = tensor.datatype or "missing"
-        yield Sent(tensor.name, field, "datatype", dtype, tensor.shape, partial(_read, tensor, field))
+        yield SentPayload(tensor.name, field, "datatype", dtype, tensor.shape, partial(_read, tensor, field))
 
 
 def _read(tensor: InputTensor, field: str) -> NDArray[np.generic]:

@@ -14,7 +14,7 @@ from gateway.inference.conversions import message_from, request_from
 from gateway.inference.infer import infer
 from gateway.inference.messages import SERVICE, ModelInferResponse, ModelStreamInferResponse, class_of, message
 from gateway.inference.requests import served
-from gateway.jobs.intake import OFF_LOOP_ELEMENTS
+from gateway.jobs.store import OFF_LOOP_ELEMENTS
 from mosel.deadline import Deadline
 from mosel.errors import InvalidRequest, MoselError
 from mosel.packages.model_package import ModelPackage
@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 class InferenceServicer:
     """Serves `inference.GRPCInferenceService`."""
 
-    def __init__(self, plane: DataPlane) -> None:
-        self._plane = plane
+    def __init__(self, data_plane: DataPlane) -> None:
+        self._data_plane = data_plane
 
     @answers_with_status
     async def ServerLive(self, request: Any, context: Context) -> Message:
@@ -39,11 +39,11 @@ class InferenceServicer:
 
     @answers_with_status
     async def ServerReady(self, request: Any, context: Context) -> Message:
-        return message("ServerReadyResponse", {"ready": metadata.server_ready(self._plane)})
+        return message("ServerReadyResponse", {"ready": metadata.server_ready(self._data_plane)})
 
     @answers_with_status
     async def ModelReady(self, request: Any, context: Context) -> Message:
-        ready = metadata.model_ready(self._plane, request.name, request.version)
+        ready = metadata.model_ready(self._data_plane, request.name, request.version)
         return message("ModelReadyResponse", {"ready": ready})
 
     @answers_with_status
@@ -56,17 +56,21 @@ class InferenceServicer:
 
     @answers_with_status
     async def ModelConfig(self, request: Any, context: Context) -> Message:
-        return message("ModelConfigResponse", {"config": metadata.model_config(self._plane, self._served(request))})
+        return message(
+            "ModelConfigResponse", {"config": metadata.model_config(self._data_plane, self._served(request))}
+        )
 
     @answers_with_status
     async def ModelStatistics(self, request: Any, context: Context) -> Message:
-        statistics = metadata.model_statistics(self._plane, request.name, request.version)
+        statistics = metadata.model_statistics(self._data_plane, request.name, request.version)
         return message("ModelStatisticsResponse", statistics)
 
     @answers_with_status
     async def RepositoryIndex(self, request: Any, context: Context) -> Message:
         _check_repository(request)
-        return message("RepositoryIndexResponse", {"models": metadata.repository_index(self._plane, request.ready)})
+        return message(
+            "RepositoryIndexResponse", {"models": metadata.repository_index(self._data_plane, request.ready)}
+        )
 
     @answers_with_status
     async def RepositoryModelLoad(self, request: Any, context: Context) -> Message:
@@ -75,13 +79,13 @@ class InferenceServicer:
             raise InvalidRequest(
                 f"parameters has '{min(request.parameters)}'; expected none: a model's folder says all"
             )
-        await self._plane.load(request.model_name)
+        await self._data_plane.load(request.model_name)
         return message("RepositoryModelLoadResponse", {})
 
     @answers_with_status
     async def RepositoryModelUnload(self, request: Any, context: Context) -> Message:
         _check_repository(request)
-        await self._plane.unload(request.model_name)
+        await self._data_plane.unload(request.model_name)
         return message("RepositoryModelUnloadResponse", {})
 
     @answers_with_status
@@ -104,20 +108,23 @@ class InferenceServicer:
                 await context.write(await answer)
 
     def _served(self, request: Any) -> ModelPackage:
-        return served(request.name, request.version, self._plane.packages)
+        return served(request.name, request.version, self._data_plane.packages)
 
     async def _infer(self, request: Any, call: Deadline) -> Any:
-        if sum(math.prod(tensor.shape) for tensor in request.inputs) > OFF_LOOP_ELEMENTS:
-            converted = await asyncio.to_thread(request_from, request)
-        else:
-            converted = request_from(request)
-        return message_from(await infer(self._plane, converted, call))
+        async with self._data_plane.jobs.begin(request.model_name) as life:
+            life.admit(call)
+            if sum(math.prod(tensor.shape) for tensor in request.inputs) > OFF_LOOP_ELEMENTS:
+                converted = await asyncio.to_thread(request_from, request)
+            else:
+                converted = request_from(request)
+            return message_from(await infer(self._data_plane, life, converted))
 
     async def _streamed(self, request: Any | MoselError, call: Deadline) -> Message:
         """What a stream answers to one of its requests."""
         try:
             if isinstance(request, MoselError):
-                raise request
+                async with self._data_plane.jobs.begin(""):
+                    raise request
             response = await self._infer(request, call)
         except MoselError as error:
             reason = message_of(error)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gateway.jobs.checks import CheckedJob
+from gateway.jobs.job import Job
 from mosel.errors import InternalError
 from mosel.tensors import dtype_value, from_proto
 from mosel.v1 import gateway_pb2, selector_pb2, tensor_pb2
@@ -54,7 +55,7 @@ def answer_from(job: CheckedJob, groups: Groups, result: selector_pb2.JobResult,
     Raises:
         InternalError: the groups do not cover the items.
     """
-    _check_items(job, groups)
+    sets_of(job, groups)
     outputs = [from_proto(group.output, "output") for group in groups]
     joined, sets = outputs[0], [groups[0].modality_set] * job.size
     if len(groups) > 1:
@@ -109,29 +110,32 @@ def results_event(job: CheckedJob, group: selector_pb2.ItemGroup, items_done: in
     return gateway_pb2.JobEvent(results=results)
 
 
-def summary_event(
-    job: CheckedJob, groups: Groups, result: selector_pb2.JobResult, slack_ms: float
-) -> gateway_pb2.JobEvent:
-    """The end of a job whose results were sent as they came; arguments and errors as of `answer_from`."""
-    _check_items(job, groups)
-    strategy: Counter[str] = Counter()
-    for group in groups:
-        strategy[group.modality_set] += len(group.items)
+def summary_event(job: Job) -> gateway_pb2.JobEvent:
+    """The end of a job whose results were sent as they came."""
+    result = job.result
     summary = gateway_pb2.JobSummary(
         expected_accuracy=result.expected_accuracy,
         queue_ms=result.queue_us / 1000,
         compute_ms=result.compute_us / 1000,
-        deadline_slack_ms=slack_ms,
-        strategy=strategy,
+        deadline_slack_ms=job.slack_ms,
+        strategy=job.sets,
         unavailable_modalities=result.unavailable_modalities,
     )
     return gateway_pb2.JobEvent(summary=summary)
 
 
-def _check_items(job: CheckedJob, groups: Groups) -> None:
-    items = sum(len(group.items) for group in groups)
-    if items != job.size:
-        raise InternalError(f"service selector answered {items} items; expected the {job.size} of the job")
+def sets_of(job: CheckedJob, groups: Groups) -> Counter[str]:
+    """How many items of a job used which modality set.
+
+    Raises:
+        InternalError: the groups do not cover the items.
+    """
+    sets: Counter[str] = Counter()
+    for group in groups:
+        sets[group.modality_set] += len(group.items)
+    if sets.total() != job.size:
+        raise InternalError(f"service selector answered {sets.total()} items; expected the {job.size} of the job")
+    return sets
 
 
 def labels_of(job: CheckedJob, output: NDArray[np.generic]) -> list[str]:

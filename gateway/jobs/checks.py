@@ -4,12 +4,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mosel.deadline import Deadline
 from mosel.errors import InvalidRequest, ModelNotFound, PayloadTooLarge
 from mosel.packages.manifest import ModalitySpec
 from mosel.packages.model_package import ModelPackage
@@ -18,12 +16,12 @@ from mosel.v1 import gateway_pb2, tensor_pb2
 
 Payloads = Mapping[str, NDArray[np.generic]]
 # What both say of a job.
-Demand = gateway_pb2.PredictRequest | gateway_pb2.JobSpec
+JobFields = gateway_pb2.PredictRequest | gateway_pb2.JobSpec
 _LAST_PRIORITY = 9
 
 
 @dataclass(frozen=True)
-class Sent:
+class SentPayload:
     """One payload as its caller's protocol names and describes it; nothing of it is checked yet.
 
     Attributes:
@@ -73,27 +71,6 @@ class CheckedJob:
         return {name: byte_count(spec.dtype, (self.size, *spec.shape)) for name, spec in specs.items()}
 
 
-@dataclass(frozen=True)
-class Times:
-    """What a job is planned for, and when nobody waits for it any more; the same unless a late answer is wanted."""
-
-    deadline: Deadline
-    ends: Deadline
-
-
-def times_of(job: CheckedJob, call: Deadline, default_s: float) -> Times:
-    """When a job that arrives now is due.
-
-    Args:
-        job: the job.
-        call: when the caller's own call ends.
-        default_s: seconds for callers that state no deadline.
-    """
-    slo = Deadline.after(default_s if job.latency_slo_ms is None else job.latency_slo_ms / 1000)
-    deadline = min(slo, call, key=attrgetter("at"))
-    return Times(deadline, call if job.late_ok else deadline)
-
-
 def check_request(
     request: gateway_pb2.PredictRequest, packages: Mapping[str, ModelPackage], max_items: int
 ) -> tuple[CheckedJob, Payloads]:
@@ -114,27 +91,27 @@ def check_request(
     """
     package = package_of(request.model, packages)
     payloads = check_payloads("payloads", sent_in("payloads", request.payloads), package, max_items)
-    return check_demand("payloads", request, package, payloads), payloads
+    return check_fields("payloads", request, package, payloads), payloads
 
 
-def check_demand(field: str, demand: Demand, package: ModelPackage, payloads: Payloads) -> CheckedJob:
+def check_fields(field: str, fields: JobFields, package: ModelPackage, payloads: Payloads) -> CheckedJob:
     """Checks what is asked for items whose payloads are known to be sound.
 
     Args:
         field: names the payloads in messages.
-        demand: what is asked for.
+        fields: what is asked for.
         package: the model.
         payloads: by modality.
 
     Raises:
         InvalidRequest: names the field, what it holds and what was expected.
     """
-    for name in demand.modalities:
+    for name in fields.modalities:
         if name not in payloads:
             raise InvalidRequest(f"modalities has '{name}'; expected some of the {field}: {', '.join(payloads)}")
-    modalities = tuple(sorted(set(demand.modalities) or payloads))
-    exact = bool(demand.modalities) and not demand.HasField("min_accuracy")
-    return _job(demand, package, size_of(payloads), modalities, exact)
+    modalities = tuple(sorted(set(fields.modalities) or payloads))
+    exact = bool(fields.modalities) and not fields.HasField("min_accuracy")
+    return _job(fields, package, size_of(payloads), modalities, exact)
 
 
 def check_spec(spec: gateway_pb2.JobSpec, packages: Mapping[str, ModelPackage], max_items: int) -> CheckedJob:
@@ -153,15 +130,15 @@ def check_spec(spec: gateway_pb2.JobSpec, packages: Mapping[str, ModelPackage], 
     return _job(spec, package, spec.size, modalities, exact=False)
 
 
-def sent_in(field: str, tensors: Mapping[str, tensor_pb2.Tensor]) -> Iterator[Sent]:
+def sent_in(field: str, tensors: Mapping[str, tensor_pb2.Tensor]) -> Iterator[SentPayload]:
     """The payloads of a `mosel.v1` message, whose field names them in messages."""
     for name in sorted(tensors):
         tensor, own = tensors[name], f"{field}.{name}"
         dtype = dtype_name(tensor.dtype) if tensor.dtype else "missing"
-        yield Sent(name, own, "dtype", dtype, tuple(tensor.shape), partial(from_proto, tensor, own))
+        yield SentPayload(name, own, "dtype", dtype, tuple(tensor.shape), partial(from_proto, tensor, own))
 
 
-def check_payloads(field: str, sent: Iterable[Sent], package: ModelPackage, max_items: int) -> Payloads:
+def check_payloads(field: str, sent: Iterable[SentPayload], package: ModelPackage, max_items: int) -> Payloads:
     """Checks payloads of the same items.
 
     Args:
@@ -217,7 +194,7 @@ def checked_priority(priority: int) -> int:
 
 
 def _job(
-    request: Demand,
+    request: JobFields,
     package: ModelPackage,
     size: int,
     modalities: tuple[str, ...],
@@ -235,7 +212,7 @@ def _job(
     return CheckedJob(package, size, modalities, floor, slo, exact, request.effort, request.late_ok, priority)
 
 
-def _payload(sent: Sent, spec: ModalitySpec, max_items: int) -> NDArray[np.generic]:
+def _payload(sent: SentPayload, spec: ModalitySpec, max_items: int) -> NDArray[np.generic]:
     field, shape = sent.field, list(sent.shape)
     if sent.dtype != spec.dtype:
         raise InvalidRequest(f"{field}.{sent.dtype_field} is {sent.dtype}; expected {spec.dtype}")

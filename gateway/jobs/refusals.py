@@ -8,7 +8,8 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from gateway.jobs.checks import CheckedJob, Times
+from gateway.jobs.checks import CheckedJob
+from mosel.deadline import Deadline
 from mosel.errors import Overloaded
 
 _KEPT = 16
@@ -49,16 +50,16 @@ class Refusals:
         self._count = 0
         self._recent: deque[_Refusal] = deque(maxlen=_KEPT)
 
-    def note(self, job: CheckedJob, times: Times, error: Overloaded) -> None:
+    def note(self, job: CheckedJob, due: Deadline, error: Overloaded) -> None:
         """The selector refused a job. One that may be late is refused for other reasons, and says nothing."""
         if job.late_ok:
             return
         now, wait_s = time.monotonic(), error.retry_after_ms / 1000
-        self._recent.append(_Refusal(job, times.deadline.at + wait_s, now + wait_s))
+        self._recent.append(_Refusal(job, due.at + wait_s, now + wait_s))
 
-    def check(self, job: CheckedJob, times: Times) -> None:
+    def check(self, job: CheckedJob, due: Deadline) -> None:
         """Raises Overloaded if the selector would refuse a job, too."""
-        now, deadline = time.monotonic(), times.deadline.at
+        now, deadline = time.monotonic(), due.at
         for refusal in () if job.late_ok else self._recent:
             if refusal.covers(job, deadline, now):
                 self._count += 1

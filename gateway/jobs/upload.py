@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import numpy as np
 
 from gateway.jobs.checks import CheckedJob, check_payloads, sent_in, size_of
+from gateway.jobs.store import OFF_LOOP_ELEMENTS, elements_of
 from mosel.errors import DeadlineExceeded, InvalidRequest, Overloaded, PayloadTooLarge
 from mosel.tensors import DTYPES
 from mosel.v1 import gateway_pb2
@@ -15,7 +16,7 @@ from mosel.v1 import gateway_pb2
 Read = Callable[[], Awaitable[gateway_pb2.SubmitJobRequest | None]]
 
 
-class Upload:
+class JobUpload:
     """Collects the payloads of one job.
 
     Args:
@@ -77,7 +78,22 @@ async def read_spec(read: Read, seconds: float) -> gateway_pb2.JobSpec:
     return message.job
 
 
-async def read_batch(read: Read, upload: Upload) -> gateway_pb2.ItemBatch:
+async def read_items(read: Read, upload: JobUpload) -> AsyncIterator[int]:
+    """Reads batches until all items have arrived; says how many have after each.
+
+    Raises:
+        MoselError: as `read_batch` and `JobUpload.add`.
+    """
+    while not upload.complete:
+        batch = await read_batch(read, upload)
+        if elements_of(batch.payloads) > OFF_LOOP_ELEMENTS:
+            await asyncio.to_thread(upload.add, batch)
+        else:
+            upload.add(batch)
+        yield upload.received
+
+
+async def read_batch(read: Read, upload: JobUpload) -> gateway_pb2.ItemBatch:
     """The next message while items are missing.
 
     Raises:

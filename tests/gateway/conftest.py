@@ -10,6 +10,7 @@ import pytest
 
 from gateway.data_plane import DataPlane
 from gateway.inference.servicer import InferenceServicer, handlers
+from gateway.jobs.store import PayloadStore
 from gateway.selector_link import SelectorLink
 from gateway.servicer import GatewayServicer
 from mosel.config import FREE_PORTS, Settings
@@ -50,14 +51,15 @@ async def gateway(settings: Settings, fruit: ModelPackage, opened: Opened) -> As
         publisher.rung = rung
         rungs.put_nowait(rung)
 
-    link = SelectorLink(settings, opened.announcement, publisher.release, changed, lambda: None, nowhere)
+    store = PayloadStore(settings.transport, publisher)
+    link = SelectorLink(settings, opened.announcement, store.release, changed, lambda: None, nowhere)
     async with serving(settings) as selector, link:
-        plane = DataPlane(settings, {"fruit": fruit}, opened.arena, publisher, link)
-        gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(plane), server)
-        server.add_generic_rpc_handlers((handlers(InferenceServicer(plane)),))
+        data_plane = DataPlane(settings, {"fruit": fruit}, opened.arena.largest_slot, store, link)
+        gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(data_plane), server)
+        server.add_generic_rpc_handlers((handlers(InferenceServicer(data_plane)),))
         address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
-        gateway = Gateway(address, selector, rungs, plane)
+        gateway = Gateway(address, selector, rungs, data_plane)
         await gateway.told(tensor_pb2.POSIX_SHM)
         async with gateway.client, gateway.channel:
             yield gateway

@@ -113,8 +113,10 @@ async def nowhere(encoder: str) -> str:
 class Gateway:
     """A gateway in this process, its selector, and clients."""
 
-    def __init__(self, address: str, selector: ScriptedSelector, rungs: "asyncio.Queue[int]", plane: DataPlane) -> None:
-        self.address, self.selector, self.rungs, self.plane = address, selector, rungs, plane
+    def __init__(
+        self, address: str, selector: ScriptedSelector, rungs: "asyncio.Queue[int]", data_plane: DataPlane
+    ) -> None:
+        self.address, self.selector, self.rungs, self.data_plane = address, selector, rungs, data_plane
         self.client = AsyncClient(address, retries=None)
         self.channel = grpc.aio.insecure_channel(address)
         self.stub = gateway_pb2_grpc.GatewayStub(self.channel)

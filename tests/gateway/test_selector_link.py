@@ -66,7 +66,7 @@ async def connected(link: SelectorLink, recorder: Recorder) -> None:
 def job(number: int) -> selector_pb2.JobDescription:
     slot = tensor_pb2.ArenaSlot(arena_id=1, epoch=2, slot=number, generation=1)
     payloads = {"photo": tensor_pb2.TensorRef(slot=slot), "scent": tensor_pb2.TensorRef(inline=b"..")}
-    return selector_pb2.JobDescription(job_id=bytes([number] * 16), model="fruit", size=1, payloads=payloads)
+    return selector_pb2.JobDescription(job_id=bytes([number] * 16), model="fruit", size=4, payloads=payloads)
 
 
 def group(*items: int) -> selector_pb2.ItemGroup:
@@ -150,7 +150,7 @@ async def test_plans_are_passed_on(settings: Settings) -> None:
             await link.plan(job(1), Deadline.after(30))
         async with serving(settings) as selector:
             await connected(link, recorder)
-            assert (await link.plan(job(1), Deadline.after(30))).refusal == "as scripted for 1 items"
+            assert (await link.plan(job(1), Deadline.after(30))).refusal == "as scripted for 4 items"
             assert selector.planned == [job(1)]
 
 

@@ -31,9 +31,9 @@ class Http:
 @asynccontextmanager
 async def speaking_http(gateway: Gateway, idle_s: float = 60, **limits: float) -> AsyncIterator[Http]:
     """An HTTP port in front of a gateway; limits are settings of its section."""
-    changed = gateway.plane.settings.gateway.model_copy(update=limits)
-    gateway.plane.settings = gateway.plane.settings.model_copy(update={"gateway": changed})
-    with InferenceHttp(gateway.plane) as inference:
+    changed = gateway.data_plane.settings.gateway.model_copy(update=limits)
+    gateway.data_plane.settings = gateway.data_plane.settings.model_copy(update={"gateway": changed})
+    with InferenceHttp(gateway.data_plane) as inference:
         server = HttpServer(inference.app(), "127.0.0.1", 0, "--http-port", 5, idle_s=idle_s)
         async with (
             server,

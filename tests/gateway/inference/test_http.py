@@ -30,7 +30,7 @@ async def test_a_request_becomes_a_job_and_its_result_the_response(gateway: Gate
     parameters: dict[str, Any] = {"min_accuracy": 0.5, "latency_slo_ms": 9_000, "priority": 3, "effort": "best"}
     body = infer_body(draw(3), id="7", outputs=["modalities", "probabilities", "labels"], policy="all", **parameters)
     call, description = await under_way(gateway, http.infer(body))
-    assert description.model == gateway.plane.packages["fruit"].id
+    assert description.model == gateway.data_plane.packages["fruit"].id
     assert (description.size, list(description.modalities)) == (3, ["photo", "scent"])
     assert (description.min_accuracy, description.exact, description.priority) == (0.5, True, 3)
     assert 0 < description.budget_us <= 9_000_000
@@ -135,7 +135,7 @@ async def test_health(gateway: Gateway, http: Http, monkeypatch: pytest.MonkeyPa
     for path, word in paths.items():
         response = await http.client.get(path)
         assert (response.status_code, response.json()[word]) == (200, True)
-    monkeypatch.setattr(gateway.plane, "is_ready", lambda model: False)
+    monkeypatch.setattr(gateway.data_plane, "is_ready", lambda model: False)
     for path, word in paths.items():
         response = await http.client.get(path)
         expected = (200, True) if word == "live" else (503, False)
@@ -144,10 +144,10 @@ async def test_health(gateway: Gateway, http: Http, monkeypatch: pytest.MonkeyPa
 
 async def test_metadata(gateway: Gateway, http: Http) -> None:
     assert (await http.client.get("/v2")).json() == metadata.server_metadata()
-    fruit = gateway.plane.packages["fruit"]
+    fruit = gateway.data_plane.packages["fruit"]
     for path in ("/v2/models/fruit", "/v2/models/fruit/versions/1"):
         assert (await http.client.get(path)).json() == metadata.model_metadata(fruit)
-        assert (await http.client.get(f"{path}/config")).json() == metadata.model_config(gateway.plane, fruit)
+        assert (await http.client.get(f"{path}/config")).json() == metadata.model_config(gateway.data_plane, fruit)
     index = [{"name": "fruit", "version": "1", "state": "READY", "reason": ""}]
     for body in (b"", b"{}", b'{"ready": true}'):
         assert (await http.client.post("/v2/repository/index", content=body)).json() == index
@@ -177,7 +177,7 @@ async def test_models_are_loaded_and_unloaded(
     async def ask(model: str) -> None:
         asked.append(model)
 
-    monkeypatch.setattr(gateway.plane, verb, ask, raising=False)
+    monkeypatch.setattr(gateway.data_plane, verb, ask, raising=False)
     path = f"/v2/repository/models/pear/{verb}"
     for body in (b"", b"{}", b'{"parameters": {}}'):
         response = await http.client.post(path, content=body)

@@ -109,7 +109,7 @@ async def test_a_body_that_does_not_come_is_not_waited_for(gateway: Gateway) -> 
 async def arrived(gateway: Gateway, http: Http, nbytes: int) -> None:
     """Returns when so many bytes of bodies are there."""
     async with asyncio.timeout(30):
-        while gateway.plane.arriving.statistics()["arriving_bytes"] < nbytes:
+        while gateway.data_plane.arriving.statistics()["arriving_bytes"] < nbytes:
             await http.client.get("/v2/health/live")
 
 
@@ -134,7 +134,7 @@ async def test_a_gateway_that_is_full_says_so_before_it_reads(gateway: Gateway, 
     assert int(headers["retry-after"]) >= 1
     assert int(headers["retry-after-ms"]) >= 1
     writer.close()
-    assert gateway.plane.inferences_of("fruit").fail.count == 1
+    assert gateway.data_plane.inferences_of("fruit").fail.count == 1
     for call, description in calls:
         gateway.answer(description)
         assert (await call).status_code == 200
@@ -156,7 +156,7 @@ async def test_a_caller_that_goes_away_ends_its_job(gateway: Gateway, http: Http
         assert await gateway.cancelled_at_selector() == description.job_id
     gateway.selector.say(release=release_of(description))
     await gateway.idle()
-    fruit = gateway.plane.inferences_of("fruit")
+    fruit = gateway.data_plane.inferences_of("fruit")
     assert (fruit.success.count, fruit.fail.count) == (0, 1)
 
 

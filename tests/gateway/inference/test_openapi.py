@@ -113,7 +113,7 @@ def test_every_status_of_an_error_is_described() -> None:
 
 
 async def test_it_describes_exactly_what_is_served(gateway: Gateway) -> None:
-    with InferenceHttp(gateway.plane) as inference:
+    with InferenceHttp(gateway.data_plane) as inference:
         routes = inference.app().routes
     served = {
         (route.path, method.lower())
@@ -126,7 +126,7 @@ async def test_it_describes_exactly_what_is_served(gateway: Gateway) -> None:
 
 @pytest.mark.parametrize("path", [path for path, method, _ in operations() if method == "get"])
 async def test_what_is_answered_is_as_described(gateway: Gateway, path: str) -> None:
-    with InferenceHttp(gateway.plane) as inference:
+    with InferenceHttp(gateway.data_plane) as inference:
         transport = httpx.ASGITransport(inference.app())
         async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
             response = await client.get(path.format(model="fruit", version="1"))

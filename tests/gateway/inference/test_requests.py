@@ -1,5 +1,6 @@
 """Requests of the Open Inference Protocol, before anything is run."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -293,7 +294,9 @@ def test_items_may_be_scalars(fruit: ModelPackage, settings: Settings) -> None:
     ("timeout", "seconds"), [(2_000_000, 2), ("2000000", 2), (0, 60), (90_000_000, 60), (2**64, 60)]
 )
 def test_the_sooner_of_timeout_and_call_counts(timeout: int | str, seconds: float) -> None:
-    deadline = call_deadline(InferRequest("fruit", parameters={"timeout": timeout}), Deadline.after(60))
+    deadline = call_deadline(
+        InferRequest("fruit", parameters={"timeout": timeout}), Deadline.after(60), time.monotonic()
+    )
     assert deadline.remaining == pytest.approx(seconds, abs=1)
 
 
@@ -308,7 +311,7 @@ def test_the_sooner_of_timeout_and_call_counts(timeout: int | str, seconds: floa
 )
 def test_a_timeout_is_a_whole_number_of_microseconds(timeout: Any, message: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        call_deadline(InferRequest("fruit", parameters={"timeout": timeout}), Deadline.after(60))
+        call_deadline(InferRequest("fruit", parameters={"timeout": timeout}), Deadline.after(60), time.monotonic())
     assert str(refused.value) == message
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gateway.inference import servicer
 from gateway.inference.messages import ModelInferRequest, ModelStreamInferResponse, message
-from gateway.jobs.intake import OFF_LOOP_ELEMENTS
+from gateway.jobs.store import OFF_LOOP_ELEMENTS
 from mosel.v1 import selector_pb2
 from tests.gateway.inference.support import array_of, infer_request, parameters_of, stub_of
 from tests.gateway.scripted import Gateway, group, release_of

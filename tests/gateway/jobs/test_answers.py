@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from gateway.jobs.answers import answer_from, predict_reply, results_event, summary_event
+from gateway.jobs.answers import answer_from, predict_reply, results_event, sets_of, summary_event
 from gateway.jobs.checks import CheckedJob
+from gateway.jobs.job import Job
 from mosel.errors import InternalError
 from mosel.packages.model_package import ModelPackage
 from mosel.tensors import from_proto, to_proto
@@ -54,7 +55,9 @@ def test_every_item_gets_its_own_row_and_set(fruit: ModelPackage, sets: list[str
     answer = answer_from(job_of(fruit, len(sets)), groups, RESULT, 0.0)
     np.testing.assert_array_equal(answer.output, rows)
     assert answer.modality_sets == sets
-    summary = summary_event(job_of(fruit, len(sets)), groups, RESULT, 0.0).summary
+    job = Job(bytes(16))
+    job.answered(sets_of(job_of(fruit, len(sets)), groups), RESULT)
+    summary = summary_event(job).summary
     assert list(summary.unavailable_modalities) == ["smell"]
     assert dict(summary.strategy) == {name: len(chosen) for name, chosen in items.items()}
 
@@ -63,7 +66,7 @@ def test_items_that_are_missing_are_a_bug_and_no_answer(fruit: ModelPackage) -> 
     with pytest.raises(InternalError, match="answered 2 items; expected the 3 of the job"):
         answer_from(job_of(fruit, 3), [group("photo", [0, 2], ROWS)], RESULT, 0.0)
     with pytest.raises(InternalError, match="answered 1 items; expected the 3 of the job"):
-        summary_event(job_of(fruit, 3), [group("photo", [1], ROWS)], RESULT, 0.0)
+        sets_of(job_of(fruit, 3), [group("photo", [1], ROWS)])
 
 
 def test_results_carry_their_items_and_labels(fruit: ModelPackage) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gateway.jobs.checks import CheckedJob, check_request, check_spec, times_of
+from gateway.jobs.checks import CheckedJob, check_request, check_spec
+from gateway.jobs.job import Job
 from mosel.deadline import Deadline
 from mosel.errors import InvalidRequest, ModelNotFound, MoselError, PayloadTooLarge
 from mosel.packages.manifest import ModalitySpec
@@ -127,6 +128,7 @@ def test_the_smaller_deadline_wins_and_late_answers_may_take_as_long_as_the_call
     fruit: ModelPackage, late_ok: bool, slo_ms: float | None, call_s: float, due_s: float
 ) -> None:
     job: CheckedJob = replace(check_spec(spec(), {"fruit": fruit}, 3), latency_slo_ms=slo_ms, late_ok=late_ok)
-    times = times_of(job, Deadline.after(call_s), default_s=30)
+    times = Job(bytes(16), ends=Deadline.after(call_s))
+    times.sound_as(job, default_s=30)
     assert times.deadline.remaining == pytest.approx(due_s, abs=5)
     assert times.ends.remaining == pytest.approx(call_s if late_ok else due_s, abs=5)

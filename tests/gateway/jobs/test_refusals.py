@@ -8,7 +8,7 @@ import grpc
 import pytest
 from numpy.typing import NDArray
 
-from gateway.jobs.checks import CheckedJob, Times
+from gateway.jobs.checks import CheckedJob
 from gateway.jobs.refusals import Refusals
 from mosel.deadline import Deadline
 from mosel.errors import Overloaded
@@ -27,14 +27,9 @@ def job(fruit: ModelPackage) -> CheckedJob:
     return CheckedJob(fruit, 4, ("photo", "scent"), 0.8, None, exact=False, effort=ANY, late_ok=False, priority=3)
 
 
-def within(seconds: float) -> Times:
-    deadline = Deadline.after(seconds)
-    return Times(deadline, deadline)
-
-
 def refused(job: CheckedJob, seconds: float = 1.0, hint_ms: int = LONG_MS) -> Refusals:
     refusals = Refusals()
-    refusals.note(job, within(seconds), Overloaded("behind what is queued", hint_ms))
+    refusals.note(job, Deadline.after(seconds), Overloaded("behind what is queued", hint_ms))
     return refusals
 
 
@@ -46,7 +41,7 @@ def refused(job: CheckedJob, seconds: float = 1.0, hint_ms: int = LONG_MS) -> Re
 def test_jobs_that_ask_for_no_less_are_refused_with_a_hint(job: CheckedJob, no_less: dict[str, object]) -> None:
     refusals = refused(job)
     with pytest.raises(Overloaded, match="cannot be met behind what is queued") as again:
-        refusals.check(replace(job, **no_less), within(1.0))  # type: ignore[arg-type]
+        refusals.check(replace(job, **no_less), Deadline.after(1.0))  # type: ignore[arg-type]
     assert again.value.retry_after_ms == pytest.approx(LONG_MS, rel=0.1)
     assert refusals.statistics() == {"jobs_refused_unasked": 1}
 
@@ -66,45 +61,45 @@ def test_jobs_that_ask_for_no_less_are_refused_with_a_hint(job: CheckedJob, no_l
 )
 def test_others_are_for_the_selector_to_decide(job: CheckedJob, less: dict[str, object]) -> None:
     refusals = refused(job)
-    refusals.check(replace(job, **less), within(1.0))  # type: ignore[arg-type]
+    refusals.check(replace(job, **less), Deadline.after(1.0))  # type: ignore[arg-type]
     assert refusals.statistics() == {"jobs_refused_unasked": 0}
 
 
 def test_whoever_has_the_time_is_not_refused(job: CheckedJob) -> None:
     refusals = refused(job, seconds=1.0, hint_ms=LONG_MS)
-    refusals.check(job, within(1.5 + LONG_MS / 1000))
+    refusals.check(job, Deadline.after(1.5 + LONG_MS / 1000))
 
 
 def test_a_refusal_holds_until_its_hint(job: CheckedJob) -> None:
     refusals = refused(job, hint_ms=20)
     time.sleep(0.05)
-    refusals.check(job, within(0.001))
+    refusals.check(job, Deadline.after(0.001))
 
 
 def test_another_model_is_another_matter(job: CheckedJob) -> None:
-    refused(job).check(replace(job, package=replace(job.package, name="pear")), within(1.0))
+    refused(job).check(replace(job, package=replace(job.package, name="pear")), Deadline.after(1.0))
 
 
 def test_jobs_without_a_floor_are_alike(job: CheckedJob) -> None:
     plain = replace(job, min_accuracy=None)
     with pytest.raises(Overloaded):
-        refused(plain).check(plain, within(1.0))
-    refused(plain).check(job, within(1.0))
+        refused(plain).check(plain, Deadline.after(1.0))
+    refused(plain).check(job, Deadline.after(1.0))
 
 
 def test_jobs_that_may_be_late_say_nothing_about_others(job: CheckedJob) -> None:
-    refused(replace(job, late_ok=True)).check(job, within(1.0))
+    refused(replace(job, late_ok=True)).check(job, Deadline.after(1.0))
 
 
 def test_any_of_the_last_few_refusals_counts(job: CheckedJob) -> None:
     refusals = Refusals()
     for size in (2, 9, 7, 8):
-        refusals.note(replace(job, size=size), within(1.0), Overloaded("full", LONG_MS))
+        refusals.note(replace(job, size=size), Deadline.after(1.0), Overloaded("full", LONG_MS))
     with pytest.raises(Overloaded):
-        refusals.check(replace(job, size=2), within(1.0))
+        refusals.check(replace(job, size=2), Deadline.after(1.0))
     for _ in range(100):
-        refusals.note(replace(job, size=9), within(1.0), Overloaded("full", LONG_MS))
-    refusals.check(replace(job, size=2), within(1.0))
+        refusals.note(replace(job, size=9), Deadline.after(1.0), Overloaded("full", LONG_MS))
+    refusals.check(replace(job, size=2), Deadline.after(1.0))
 
 
 async def test_the_selector_is_not_asked_again_before_its_hint(
@@ -141,5 +136,5 @@ def test_a_floor_of_zero_is_a_floor(job: CheckedJob) -> None:
     refusals = refused(replace(job, min_accuracy=0.0))
     for floor in (0.0, 0.5, 1.0):
         with pytest.raises(Overloaded):
-            refusals.check(replace(job, min_accuracy=floor), within(1.0))
-    refusals.check(replace(job, min_accuracy=None), within(1.0))
+            refusals.check(replace(job, min_accuracy=floor), Deadline.after(1.0))
+    refusals.check(replace(job, min_accuracy=None), Deadline.after(1.0))

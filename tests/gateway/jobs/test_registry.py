@@ -1,11 +1,15 @@
 """Where jobs are, and how they are ended from outside."""
 
 import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from gateway.access.caller import calling
-from gateway.jobs.registry import JobRegistry, OpenJob
+from gateway.jobs.checks import CheckedJob
+from gateway.jobs.job import Job
+from gateway.jobs.registry import JobRegistry
 from mosel.deadline import Deadline
 from mosel.errors import (
     DeadlineExceeded,
@@ -15,22 +19,41 @@ from mosel.errors import (
     Overloaded,
     PayloadTooLarge,
 )
+from mosel.packages.model_package import ModelPackage
 from mosel.v1 import gateway_pb2
 
 ID = bytes(range(16))
+Admitted = Callable[..., contextlib.AbstractContextManager[Job]]
 
 
 @pytest.fixture
 def registry() -> JobRegistry:
-    return JobRegistry(max_open=2, max_over=3)
+    registry = JobRegistry(max_open=2, max_over=3)
+    registry.gateway = ID[:4]
+    return registry
 
 
-async def opened(registry: JobRegistry, job_id: bytes = ID, ends: Deadline | None = None) -> "asyncio.Task[object]":
+@pytest.fixture
+def admitted(registry: JobRegistry, fruit: ModelPackage) -> Admitted:
+    """A job of five items that the current task serves."""
+    asked = CheckedJob(fruit, 5, ("scent",), None, None, False, gateway_pb2.EFFORT_UNSPECIFIED, late_ok=True)
+
+    @contextlib.contextmanager
+    def admitted(job_id: bytes = ID, ends: Deadline | None = None) -> Iterator[Job]:
+        job = Job(job_id)
+        with registry.admit(job, ends or Deadline.after(60)):
+            job.sound_as(asked, default_s=60)
+            yield job
+
+    return admitted
+
+
+async def opened(admitted: Admitted, job_id: bytes = ID) -> "asyncio.Task[object]":
     """A task that serves a job until somebody ends it."""
     running = asyncio.Event()
 
     async def serve() -> None:
-        with registry.open(job_id, "fruit", 5, ends or Deadline.after(60)):
+        with admitted(job_id):
             running.set()
             await asyncio.Event().wait()
 
@@ -43,8 +66,8 @@ def state(registry: JobRegistry, job_id: bytes = ID) -> gateway_pb2.JobState.Val
     return registry.status(job_id.hex()).state
 
 
-async def test_a_job_goes_through_its_states(registry: JobRegistry) -> None:
-    with registry.open(ID, "fruit", 5, Deadline.after(60)) as job:
+async def test_a_job_goes_through_its_states(registry: JobRegistry, admitted: Admitted) -> None:
+    with admitted() as job:
         job.status.items_received = 2
         expected = gateway_pb2.JobStatus(
             job_id=ID.hex(), model="fruit", state=gateway_pb2.RECEIVING, size=5, items_received=2
@@ -66,14 +89,16 @@ async def test_a_job_goes_through_its_states(registry: JobRegistry) -> None:
         (KeyError(), "internal error"),
     ],
 )
-async def test_a_job_that_fails_keeps_why(registry: JobRegistry, error: Exception, kept: str) -> None:
-    with pytest.raises(type(error)), registry.open(ID, "fruit", 5, Deadline.after(60)):
+async def test_a_job_that_fails_keeps_why(
+    registry: JobRegistry, admitted: Admitted, error: Exception, kept: str
+) -> None:
+    with pytest.raises(type(error)), admitted():
         raise error
     assert (state(registry), registry.status(ID.hex()).error) == (gateway_pb2.FAILED, kept)
 
 
-async def test_cancelling_ends_the_task_that_serves_the_job(registry: JobRegistry) -> None:
-    serving = await opened(registry)
+async def test_cancelling_ends_the_task_that_serves_the_job(registry: JobRegistry, admitted: Admitted) -> None:
+    serving = await opened(admitted)
     assert registry.cancel(ID.hex()).state == gateway_pb2.CANCELLED
     registry.cancel(ID.hex())
     with pytest.raises(JobCancelled, match=f"^job {ID.hex()} was cancelled$"):
@@ -83,10 +108,10 @@ async def test_cancelling_ends_the_task_that_serves_the_job(registry: JobRegistr
     assert registry.statistics()["jobs_in_flight"] == 0
 
 
-async def test_a_task_that_was_interrupted_can_go_on(registry: JobRegistry) -> None:
+async def test_a_task_that_was_interrupted_can_go_on(registry: JobRegistry, admitted: Admitted) -> None:
     async def serve() -> str:
         try:
-            with registry.open(ID, "fruit", 5, Deadline.after(60)):
+            with admitted():
                 await asyncio.Event().wait()
         except JobCancelled:
             async with asyncio.timeout(60):
@@ -100,27 +125,27 @@ async def test_a_task_that_was_interrupted_can_go_on(registry: JobRegistry) -> N
     assert serving.cancelling() == 0
 
 
-async def test_a_job_that_is_over_stays_as_it_is(registry: JobRegistry) -> None:
-    with registry.open(ID, "fruit", 5, Deadline.after(60)):
+async def test_a_job_that_is_over_stays_as_it_is(registry: JobRegistry, admitted: Admitted) -> None:
+    with admitted():
         pass
     assert registry.cancel(ID.hex()).state == gateway_pb2.ANSWERED
 
 
-async def test_a_caller_that_goes_away_cancels_its_job(registry: JobRegistry) -> None:
-    serving = await opened(registry)
+async def test_a_caller_that_goes_away_cancels_its_job(registry: JobRegistry, admitted: Admitted) -> None:
+    serving = await opened(admitted)
     serving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await serving
     assert (state(registry), registry.status(ID.hex()).error) == (gateway_pb2.CANCELLED, "")
 
 
-async def test_the_first_reason_to_end_counts(registry: JobRegistry) -> None:
+async def test_the_first_reason_to_end_counts(registry: JobRegistry, admitted: Admitted) -> None:
     async def serve() -> None:
-        with registry.open(ID, "fruit", 5, Deadline.after(60)) as job:
+        with admitted() as job:
             jobs.append(job)
             await asyncio.Event().wait()
 
-    jobs: list[OpenJob] = []
+    jobs: list[Job] = []
     serving = asyncio.create_task(serve())
     await asyncio.sleep(0)
     jobs[0].end(InvalidRequest("one message too many"))
@@ -133,9 +158,11 @@ async def test_the_first_reason_to_end_counts(registry: JobRegistry) -> None:
 @pytest.mark.parametrize(
     ("under_way", "step"), [(False, "when 2 of 5 items had arrived"), (True, "before the answer was there")]
 )
-async def test_a_job_ends_when_nobody_waits_any_more(registry: JobRegistry, under_way: bool, step: str) -> None:
+async def test_a_job_ends_when_nobody_waits_any_more(
+    registry: JobRegistry, admitted: Admitted, under_way: bool, step: str
+) -> None:
     async def serve() -> None:
-        with registry.open(ID, "fruit", 5, Deadline.after(0.02)) as job:
+        with admitted(ends=Deadline.after(0.02)) as job:
             job.status.items_received = 2
             if under_way:
                 job.under_way()
@@ -146,9 +173,9 @@ async def test_a_job_ends_when_nobody_waits_any_more(registry: JobRegistry, unde
     assert (state(registry), registry.status(ID.hex()).error) == (gateway_pb2.FAILED, f"the deadline passed {step}")
 
 
-async def test_both_kinds_of_jobs_are_bounded(registry: JobRegistry) -> None:
+async def test_both_kinds_of_jobs_are_bounded(registry: JobRegistry, admitted: Admitted) -> None:
     names = [bytes([n] * 16) for n in range(6)]
-    serving = [await opened(registry, name) for name in names[:2]]
+    serving = [await opened(admitted, name) for name in names[:2]]
     with pytest.raises(Overloaded, match=r"^2 jobs are in flight, the most that gateway\.max_jobs_in_flight allows$"):
         registry.check_room()
     for name in names[:2]:
@@ -156,7 +183,7 @@ async def test_both_kinds_of_jobs_are_bounded(registry: JobRegistry) -> None:
     await asyncio.gather(*serving, return_exceptions=True)
     registry.check_room()
     for name in names[2:]:
-        with registry.open(name, "fruit", 5, Deadline.after(60)):
+        with admitted(name):
             pass
     assert registry.statistics() == {"jobs_in_flight": 0, "jobs_remembered": 3}
     assert [state(registry, name) for name in names[3:]] == [gateway_pb2.ANSWERED] * 3
@@ -173,9 +200,9 @@ def test_what_is_no_job_id_is_refused(registry: JobRegistry, job_id: str) -> Non
             ask(job_id)
 
 
-async def test_a_job_is_known_to_its_tenant_alone(registry: JobRegistry) -> None:
+async def test_a_job_is_known_to_its_tenant_alone(registry: JobRegistry, admitted: Admitted) -> None:
     with calling("alice"):
-        task = await opened(registry)
+        task = await opened(admitted)
         assert state(registry) == gateway_pb2.RECEIVING
     with calling("bob"):
         for ask in (registry.status, registry.cancel):
@@ -193,6 +220,6 @@ async def test_a_job_is_known_to_its_tenant_alone(registry: JobRegistry) -> None
     assert state(registry) == gateway_pb2.CANCELLED
 
 
-async def test_what_was_sent_without_a_tenant_is_no_tenant_s(registry: JobRegistry) -> None:
-    with registry.open(ID, "fruit", 5, Deadline.after(60)), calling("alice"), pytest.raises(JobNotFound):
+async def test_what_was_sent_without_a_tenant_is_no_tenant_s(registry: JobRegistry, admitted: Admitted) -> None:
+    with admitted(), calling("alice"), pytest.raises(JobNotFound):
         registry.status(ID.hex())

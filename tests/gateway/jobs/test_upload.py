@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from gateway.jobs.checks import CheckedJob
-from gateway.jobs.upload import ArrivingBytes, Upload
+from gateway.jobs.upload import ArrivingBytes, JobUpload
 from mosel.errors import InvalidRequest, MoselError, Overloaded, PayloadTooLarge
 from mosel.packages.model_package import ModelPackage
 from mosel.tensors import to_proto
@@ -33,7 +33,7 @@ def batch_of(payloads: Payloads, items: slice = slice(None)) -> gateway_pb2.Item
 
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_batches_are_put_together_in_order(fruit: ModelPackage, draw: Draw, sizes: list[int]) -> None:
-    payloads, upload = draw(sum(sizes)), Upload(job_of(fruit, sum(sizes)), max_items=9)
+    payloads, upload = draw(sum(sizes)), JobUpload(job_of(fruit, sum(sizes)), max_items=9)
     for number, size in enumerate(sizes):
         assert not upload.complete
         upload.add(batch_of(payloads, slice(upload.received, upload.received + size)))
@@ -87,7 +87,7 @@ def test_a_bad_batch_is_refused_and_changes_nothing(
     kind: type[MoselError],
     message: str,
 ) -> None:
-    payloads, upload = draw(4), Upload(job_of(fruit, 4), max_items=9)
+    payloads, upload = draw(4), JobUpload(job_of(fruit, 4), max_items=9)
     upload.add(batch_of(payloads, slice(1)))
     with pytest.raises(kind) as refused:
         upload.add(batch_of(change({name: array[1:3] for name, array in payloads.items()})))
@@ -97,7 +97,7 @@ def test_a_bad_batch_is_refused_and_changes_nothing(
 
 
 def test_only_the_modalities_of_the_job_are_taken(fruit: ModelPackage, draw: Draw) -> None:
-    upload = Upload(job_of(fruit, 2, "scent"), max_items=9)
+    upload = JobUpload(job_of(fruit, 2, "scent"), max_items=9)
     assert list(upload.payloads) == ["scent"]
     with pytest.raises(InvalidRequest, match=r"^items\.payloads has photo, scent; expected scent in each batch$"):
         upload.add(batch_of(draw(2)))

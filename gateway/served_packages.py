@@ -13,7 +13,7 @@ from mosel.packages.model_package import ModelPackage, find_package
 log = logging.getLogger(__name__)
 
 
-class Models:
+class ServedPackages:
     """Takes over each package that the selector loads, and tells it which ones jobs may still name.
 
     Args:

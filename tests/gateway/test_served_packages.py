@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.models import Models
 from gateway.selector_link import SelectorLink
+from gateway.served_packages import ServedPackages
 from mosel.config import Settings
 from mosel.errors import ModelNotFound, PackageError, ServiceUnavailable
 from mosel.packages.model_package import ModelPackage, load_package
@@ -29,7 +29,7 @@ def changing(models_dir: Path, tmp_path: Path) -> Fruit:
 class Followed:
     """The packages of a gateway that follow what a selector says; each step is awaited."""
 
-    models: Models
+    served: ServedPackages
     link: SelectorLink
     selector: ScriptedSelector
     heard: asyncio.Event
@@ -41,7 +41,7 @@ class Followed:
         self.selector.say(models=selector_pb2.ModelStates(models=states))
         async with asyncio.timeout(30):
             await self.heard.wait()
-        await self.models.follow()
+        await self.served.follow()
 
     async def named(self) -> list[str]:
         async with asyncio.timeout(30):
@@ -56,7 +56,7 @@ async def following(settings: Settings, before: ModelPackage) -> AsyncIterator[F
         serving(settings) as selector,
         SelectorLink(settings, announcement, lambda slots: None, lambda rung: None, heard.set, nowhere) as link,
     ):
-        followed = Followed(Models(settings.models_dir, {"fruit": before}, link), link, selector, heard)
+        followed = Followed(ServedPackages(settings.models_dir, {"fruit": before}, link), link, selector, heard)
         async with asyncio.timeout(30):
             await heard.wait()
         yield followed
@@ -80,11 +80,11 @@ async def test_a_package_is_taken_over_when_the_selector_has_loaded_it(
 ) -> None:
     before, after = revisions
     async with following(settings, before) as followed:
-        packages = followed.models.packages
+        packages = followed.served.packages
         assert packages == {"fruit": before}
-        assert not followed.models.is_loaded("fruit")
+        assert not followed.served.is_loaded("fruit")
         await followed.told(before)
-        assert followed.models.is_loaded("fruit")
+        assert followed.served.is_loaded("fruit")
         assert await followed.named() == [before.id]
         await followed.told(after)
         assert packages == {"fruit": after}
@@ -92,7 +92,7 @@ async def test_a_package_is_taken_over_when_the_selector_has_loaded_it(
         # What was unloaded is still described.
         await followed.told()
         assert packages == {"fruit": after}
-        assert not followed.models.is_loaded("fruit")
+        assert not followed.served.is_loaded("fruit")
 
 
 async def test_what_a_request_may_have_found_is_named_until_it_is_sent(
@@ -100,16 +100,16 @@ async def test_what_a_request_may_have_found_is_named_until_it_is_sent(
 ) -> None:
     before, after = revisions
     async with following(settings, before) as followed:
-        with followed.models.checking() as sent, followed.models.checking() as other_sent:
+        with followed.served.checking() as sent, followed.served.checking() as other_sent:
             await followed.told(after)
             both = sorted([before.id, after.id])
             assert await followed.named() == both
-            with followed.models.checking():
+            with followed.served.checking():
                 # It began later, and does not count.
-                assert followed.models.packages["fruit"] == after
+                assert followed.served.packages["fruit"] == after
             sent()
             sent()
-            await followed.models.follow()
+            await followed.served.follow()
             assert await followed.named() == both
             other_sent()
             assert await followed.named() == [after.id]
@@ -119,10 +119,10 @@ async def test_what_a_request_may_have_found_is_named_until_it_is_sent(
 async def test_a_request_that_is_given_up_lets_go_too(settings: Settings, revisions: list[ModelPackage]) -> None:
     before, after = revisions
     async with following(settings, before) as followed:
-        with contextlib.suppress(ZeroDivisionError), followed.models.checking():
+        with contextlib.suppress(ZeroDivisionError), followed.served.checking():
             await followed.told(after)
+            assert await followed.named() == sorted([before.id, after.id])
             raise ZeroDivisionError
-        assert await followed.named() == sorted([before.id, after.id])
         assert await followed.named() == [after.id]
 
 
@@ -131,11 +131,11 @@ async def test_what_is_not_on_disk_here_is_not_taken_over(settings: Settings, re
     async with following(settings, after) as followed:
         # The disk has moved on.
         await followed.told(before)
-        assert followed.models.packages == {"fruit": after}
+        assert followed.served.packages == {"fruit": after}
         assert await followed.named() == [after.id]
-        assert not followed.models.is_loaded("fruit")
+        assert not followed.served.is_loaded("fruit")
         with pytest.raises(PackageError, match=rf"the files are {after.id}; expected {before.id}$"):
-            await followed.models.take_over("fruit")
+            await followed.served.take_over("fruit")
 
 
 async def test_what_the_selector_had_loaded_counts_for_as_long_as_jobs_may_name_it(
@@ -146,8 +146,8 @@ async def test_what_the_selector_had_loaded_counts_for_as_long_as_jobs_may_name_
         await followed.told(after)
         # Loaded next, but not on disk here.
         await followed.told(before)
-        assert followed.models.packages == {"fruit": after}
-        assert followed.models.is_loaded("fruit")
+        assert followed.served.packages == {"fruit": after}
+        assert followed.served.is_loaded("fruit")
 
 
 async def test_the_selector_s_refusals_are_passed_on(gateway: Gateway) -> None:

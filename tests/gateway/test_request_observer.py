@@ -23,7 +23,7 @@ HERE = {"service": "gateway"}
 
 
 async def page(gateway: Gateway) -> Samples:
-    return samples(await gateway.plane.metrics.page())
+    return samples(await gateway.data_plane.metrics.page())
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
@@ -214,7 +214,7 @@ async def test_off_no_trace_goes_to_the_selector(gateway: Gateway, draw: Draw) -
 
 
 async def test_the_page_of_all_services(gateway: Gateway) -> None:
-    page = MetricsPage(gateway.plane.metrics, gateway.plane.link)
+    page = MetricsPage(gateway.data_plane.metrics, gateway.data_plane.link)
     for text in await asyncio.gather(page.text(), page.text()):
         found = samples(text)
         up = {service: found[key("mosel_up", service=service)] for service in ("gateway", "selector", "fusion")}
