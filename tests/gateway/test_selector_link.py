@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import grpc
@@ -11,7 +11,7 @@ import pytest
 from gateway.selector_link import SelectorLink
 from mosel.config import Settings
 from mosel.deadline import Deadline
-from mosel.errors import MoselError, Overloaded, ServiceUnavailable, Unreachable
+from mosel.errors import InternalError, MoselError, Overloaded, ServiceUnavailable, Unreachable
 from mosel.v1 import arena_pb2, selector_pb2, tensor_pb2
 from tests.gateway.scripted import serving
 
@@ -127,6 +127,64 @@ async def test_a_failure_is_raised_as_what_it_is(
         with pytest.raises(kind, match=r"^service x$") as raised:
             await call
         assert getattr(raised.value, "retry_after_ms", 0) == retry
+
+
+@pytest.mark.parametrize("items", [(), (0, 1, 2, 3, 4)])
+async def test_no_more_is_kept_of_a_job_than_it_has_items(settings: Settings, items: tuple[int, ...]) -> None:
+    recorder = Recorder()
+    async with serving(settings) as selector, linked(settings, recorder) as link:
+        await connected(link, recorder)
+        with link.submit(job(1)) as answers:
+            await selector.received.get()
+            for part in (group(3), group(*items), group(0)):
+                selector.say(part=selector_pb2.JobPart(job_id=job(1).job_id, group=part))
+            assert await anext(answers) == [group(3)]
+            with pytest.raises(InternalError, match=f"answered {len(items)} items of a job of which 3 miss"):
+                await anext(answers)
+            assert link.statistics()["answers_waiting"] == 0
+
+
+async def test_jobs_beyond_the_outbox_are_refused_and_those_not_sent_are_taken_back(settings: Settings) -> None:
+    recorder = Recorder()
+    async with serving(settings) as selector, linked(settings, recorder) as link:
+        await connected(link, recorder)
+        with ExitStack() as waiting:
+            # Nothing is sent while nobody lets the loop go on.
+            for number in range(128):
+                waiting.enter_context(link.submit(job(number)))
+            with pytest.raises(Overloaded, match=r"^128 jobs wait to be sent"), link.submit(job(200)):
+                pass
+            assert [slot.slot for slot in recorder.released] == [200]
+            assert link.statistics()["outbox.jobs"] == 128
+        assert link.statistics() == {"jobs_at_selector": 0, "answers_waiting": 0, "outbox.urgent": 0, "outbox.jobs": 0}
+        assert sorted(slot.slot for slot in recorder.released) == [*range(128), 200]
+        call = asyncio.create_task(answer(link, 1))
+        assert (await selector.received.get()).job == job(1)
+        call.cancel()
+
+
+async def test_an_error_in_what_the_selector_says_ends_the_stream_and_not_the_link(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder, failed = Recorder(), asyncio.Event()
+
+    def changed() -> None:
+        if not failed.is_set():
+            failed.set()
+            raise ValueError("broken")
+        recorder.models_changed.set()
+
+    async with serving(settings):
+        arguments = ANNOUNCEMENT, recorder.release, recorder.rungs.put_nowait, changed, recorder.fetch_address
+        async with SelectorLink(settings, *arguments) as link:
+            async with asyncio.timeout(30):
+                await failed.wait()
+                recorder.models_changed.clear()
+                while not link.connected:
+                    await recorder.models_changed.wait()
+            link.check_connected()
+    [record] = [record for record in caplog.records if record.exc_info]
+    assert vars(record)["loop"] == "selector link"
 
 
 async def test_a_job_that_nobody_waits_for_is_cancelled_there(settings: Settings) -> None:
