@@ -113,7 +113,7 @@ class Client:
         return self._call(calls.plan(model, size, demand), timeout_s)
 
     def job(self, job_id: str, timeout_s: float = 5.0) -> JobInfo:
-        """Where a job is.
+        """Where a job is. Where the address stands for several gateways, each is asked until one knows the job.
 
         Raises:
             JobNotFound: there is no such job.

@@ -1,20 +1,24 @@
-"""When a call is made again: only where the server cannot have begun with it."""
+"""When a call is made again: where the server cannot have begun with it, or where another gateway has the job."""
 
 import math
 import random
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import grpc
 
 from mosel.client.checks import number, seconds, whole
-from mosel.status import retry_hint_ms
+from mosel.status import asked_gateway, retry_hint_ms
 from mosel.v1 import gateway_pb2
 
 # What gRPC says when a call found no connection: it was never sent. If it said something else it would not be repeated.
 _NOT_SENT = ("failed to connect to all addresses", "DNS resolution failed")
 # Callers that are told the same do not all come back at the same moment.
 _SPREAD = 0.25
+# How often each gateway behind one name is asked for a job that another has, and seconds until it is asked again. Calls
+# go round them all; but other calls do, too, and one may have to be connected first.
+_ROUNDS, _ROUND_S = 4, 0.05
 # What a job asks for that may be late, and is.
 _LEAST_SLO_MS = 0.001
 
@@ -57,6 +61,7 @@ class Attempts:
         self._most, self._wait_ms = (retry.max_attempts, retry.wait_ms) if retry else (1, 0.0)
         self._timeout_s, self._started, self._made = seconds("timeout_s", timeout_s), time.monotonic(), 0
         self._limit_s, self._slo_ms = self._timeout_s, 0.0
+        self._asked: Counter[str] = Counter()
         self._predict: gateway_pb2.PredictRequest | None = None
         if isinstance(request, gateway_pb2.PredictRequest) and request.HasField("latency_slo_ms"):
             self._predict, self._slo_ms = request, request.latency_slo_ms
@@ -74,6 +79,8 @@ class Attempts:
 
     def wait_s(self, error: grpc.RpcError) -> float | None:
         """Seconds to wait before the next attempt; None if there must not be one."""
+        if asked := asked_gateway(error):
+            return self._ask_another(asked)
         refused = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         hint_ms = retry_hint_ms(error) if refused else 0
         if self._made >= self._most or not (hint_ms or _was_not_sent(error)):
@@ -81,6 +88,14 @@ class Attempts:
         wait_ms = hint_ms or self._wait_ms * 2 ** (self._made - 1)
         wait_s = wait_ms / 1000 * random.uniform(1, 1 + _SPREAD)  # noqa: S311 (fair, not secret)
         return wait_s if self._passed_s() + wait_s < self._limit_s else None
+
+    def _ask_another(self, asked: str) -> float | None:
+        """Seconds until the next gateway of the name is asked for a job that the one just asked does not have."""
+        # That was none of the attempts at one gateway.
+        self._most += 1
+        self._asked[asked] += 1
+        wait_s = _ROUND_S * (self._asked[asked] - 1)
+        return wait_s if self._asked[asked] <= _ROUNDS and self._passed_s() + wait_s < self._limit_s else None
 
     def _passed_s(self) -> float:
         return time.monotonic() - self._started

@@ -117,7 +117,9 @@ class GatewayServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetJob(self, request, context):
-        """Called by clients. Where a job is; the last 1024 jobs that are over are remembered. Errors: NOT_FOUND.
+        """Called by clients. Where a job is; the last 1024 jobs that are over are remembered. Errors: NOT_FOUND. The first four
+        bytes of a job's id name its gateway: where several share one name, any other than that answers NOT_FOUND with its own
+        name, eight hexadecimal digits, in the trailer `mosel-asked`, and the client asks the next.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,7 +127,7 @@ class GatewayServicer(object):
 
     def CancelJob(self, request, context):
         """Called by clients. Ends a job; whoever waits for it gets CANCELLED. A job that is over stays as it is.
-        Errors: NOT_FOUND.
+        Errors: as GetJob.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -52,10 +52,13 @@ class GatewayStub:
     Errors: INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE. A job that would be refused is an answer, not an error.
     """
     GetJob: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.GetJobRequest, _gateway_pb2.JobStatus]
-    """Called by clients. Where a job is; the last 1024 jobs that are over are remembered. Errors: NOT_FOUND."""
+    """Called by clients. Where a job is; the last 1024 jobs that are over are remembered. Errors: NOT_FOUND. The first four
+    bytes of a job's id name its gateway: where several share one name, any other than that answers NOT_FOUND with its own
+    name, eight hexadecimal digits, in the trailer `mosel-asked`, and the client asks the next.
+    """
     CancelJob: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.CancelJobRequest, _gateway_pb2.JobStatus]
     """Called by clients. Ends a job; whoever waits for it gets CANCELLED. A job that is over stays as it is.
-    Errors: NOT_FOUND.
+    Errors: as GetJob.
     """
     ListModels: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.ListModelsRequest, _gateway_pb2.ListModelsReply]
     """Called by clients. Lists the models that are served, with the measured accuracy of each modality set. A model that
@@ -102,10 +105,13 @@ class GatewayAsyncStub(GatewayStub):
     Errors: INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE. A job that would be refused is an answer, not an error.
     """
     GetJob: _aio.UnaryUnaryMultiCallable[_gateway_pb2.GetJobRequest, _gateway_pb2.JobStatus]  # type: ignore[assignment]
-    """Called by clients. Where a job is; the last 1024 jobs that are over are remembered. Errors: NOT_FOUND."""
+    """Called by clients. Where a job is; the last 1024 jobs that are over are remembered. Errors: NOT_FOUND. The first four
+    bytes of a job's id name its gateway: where several share one name, any other than that answers NOT_FOUND with its own
+    name, eight hexadecimal digits, in the trailer `mosel-asked`, and the client asks the next.
+    """
     CancelJob: _aio.UnaryUnaryMultiCallable[_gateway_pb2.CancelJobRequest, _gateway_pb2.JobStatus]  # type: ignore[assignment]
     """Called by clients. Ends a job; whoever waits for it gets CANCELLED. A job that is over stays as it is.
-    Errors: NOT_FOUND.
+    Errors: as GetJob.
     """
     ListModels: _aio.UnaryUnaryMultiCallable[_gateway_pb2.ListModelsRequest, _gateway_pb2.ListModelsReply]  # type: ignore[assignment]
     """Called by clients. Lists the models that are served, with the measured accuracy of each modality set. A model that
@@ -173,7 +179,10 @@ class GatewayServicer(metaclass=_abc_1.ABCMeta):
         request: _gateway_pb2.GetJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_gateway_pb2.JobStatus, _abc.Awaitable[_gateway_pb2.JobStatus]]:
-        """Called by clients. Where a job is; the last 1024 jobs that are over are remembered. Errors: NOT_FOUND."""
+        """Called by clients. Where a job is; the last 1024 jobs that are over are remembered. Errors: NOT_FOUND. The first four
+        bytes of a job's id name its gateway: where several share one name, any other than that answers NOT_FOUND with its own
+        name, eight hexadecimal digits, in the trailer `mosel-asked`, and the client asks the next.
+        """
 
     @_abc_1.abstractmethod
     def CancelJob(
@@ -182,7 +191,7 @@ class GatewayServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_gateway_pb2.JobStatus, _abc.Awaitable[_gateway_pb2.JobStatus]]:
         """Called by clients. Ends a job; whoever waits for it gets CANCELLED. A job that is over stays as it is.
-        Errors: NOT_FOUND.
+        Errors: as GetJob.
         """
 
     @_abc_1.abstractmethod
