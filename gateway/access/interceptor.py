@@ -2,37 +2,34 @@
 
 import contextlib
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
 
 from gateway.access.guard import Guard
+from gateway.access.methods import METHODS, Access, access_to
 from mosel.errors import MoselError
 from mosel.runtime.service import Context, abort_with
 
-# Whoever restarts or routes to a gateway must be able to ask how it is.
-_OPEN = "/grpc.health.v1.Health/"
 # What a stream of these brings is a request each; a stream of SubmitJob brings the items of one.
 _REQUEST_PER_MESSAGE = "/inference.GRPCInferenceService/ModelStreamInfer"
 
 _KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
-def needs_admin(method: str) -> bool:
-    """Whether only admins may call a method: it loads or unloads a model, or shows the services and all tenants."""
-    name = method.rpartition("/")[2]
-    return "Load" in name or "Unload" in name or method == "/mosel.v1.Gateway/Status"
-
-
 class OnlyTenants(grpc.aio.ServerInterceptor):
     """Lets in calls whose metadata `authorization` has a tenant's token, within the tenant's limits.
 
     It comes before all other interceptors: what it refuses is not read, let alone parsed.
+
+    Args:
+        guard: knows the tenants.
+        methods: whom each method is for.
     """
 
-    def __init__(self, guard: Guard) -> None:
-        self._guard = guard
+    def __init__(self, guard: Guard, methods: Mapping[str, Access] = METHODS) -> None:
+        self._guard, self._methods = guard, methods
 
     async def intercept_service(
         self,
@@ -41,18 +38,19 @@ class OnlyTenants(grpc.aio.ServerInterceptor):
     ) -> Any:
         """Puts the guard in front of the method's own handler."""
         method = handler_call_details.method
-        if method.startswith(_OPEN):
-            return await continuation(handler_call_details)
+        access, handler = access_to(method, self._methods), await continuation(handler_call_details)
+        if access is Access.ALL:
+            return handler
         tenant = ""
         try:
             metadata = handler_call_details.invocation_metadata
             tenant = self._guard.identify([str(value) for key, value in metadata if key == "authorization"])
-            if needs_admin(method):
+            # A method that does not exist is nobody's.
+            if access is Access.ADMINS and handler is not None:
                 self._guard.check_admin(tenant, method)
             self._guard.check(tenant)
         except MoselError as error:
             return self._refusal(error, method, tenant)
-        handler = await continuation(handler_call_details)
         return None if handler is None else _GuardedCall(self._guard, tenant, method, handler).handler()
 
     def _refusal(self, error: MoselError, method: str, tenant: str) -> Any:
