@@ -86,7 +86,7 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
         ):
             data_plane = DataPlane(settings, packages, arena.largest_slot, store, link, tracing)
             register = partial(_register, data_plane)
-            checks = (RefuseGarbage(), RefuseHugeAnswers(settings))
+            checks = (RefuseGarbage(data_plane.jobs.refused_unread), RefuseHugeAnswers(settings))
             refused = partial(_handshake_refused, data_plane)
             async with guarding(settings.gateway.tokens_file, data_plane.counters) as guard:
                 data_plane.guard = guard

@@ -19,7 +19,7 @@ from gateway.selector_link import Answers, SelectorLink
 from gateway.served_packages import ServedPackages
 from mosel.config import GatewaySettings
 from mosel.deadline import Deadline
-from mosel.errors import Overloaded
+from mosel.errors import MoselError, Overloaded
 
 Check = Callable[[], tuple[CheckedJob, Payloads]]
 
@@ -66,6 +66,12 @@ class Jobs:
         job = Job(self.registry.new_id(), model)
         with self.observer.following(job), contextlib.ExitStack() as held:
             yield JobLife(self, job, held)
+
+    def refused_unread(self, error: MoselError) -> None:
+        """A request was refused of which nothing could be read; it counts and is logged as every other."""
+        self.counters["requests"] += 1
+        with contextlib.suppress(MoselError), self.observer.following(Job(self.registry.new_id())):
+            raise error
 
     def check_room(self) -> None:
         """Raises Overloaded or ServiceUnavailable if no job can be admitted now."""

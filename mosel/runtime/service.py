@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2_grpc
 
 from mosel.config import Settings, load_settings
 from mosel.deadline import Deadline
-from mosel.errors import ConfigError, MoselError, PayloadTooLarge, ServiceUnavailable
+from mosel.errors import ConfigError, InvalidRequest, MoselError, PayloadTooLarge, ServiceUnavailable
 from mosel.observability.logs import configure_logs
 from mosel.runtime import leftovers
 from mosel.runtime.channels import channel_options, keepalive_options
@@ -222,7 +222,14 @@ def deadline_of(context: Context) -> Deadline:
 
 
 class RefuseGarbage(grpc.aio.ServerInterceptor):
-    """Answers INVALID_ARGUMENT to bytes that are no message of a unary method; grpc itself calls them UNKNOWN."""
+    """Answers INVALID_ARGUMENT to bytes that are no message of a unary method; grpc itself calls them UNKNOWN.
+
+    Args:
+        refused: told of each.
+    """
+
+    def __init__(self, refused: Callable[[InvalidRequest], None] = lambda _: None) -> None:
+        self._refused = refused
 
     async def intercept_service(
         self,
@@ -239,8 +246,10 @@ class RefuseGarbage(grpc.aio.ServerInterceptor):
                 request = handler.request_deserializer(data)
             except DecodeError:
                 method = handler_call_details.method.rpartition("/")[2]
-                message = f"the request's bytes are no message that {method} knows"
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
+                error = InvalidRequest(f"the request's bytes are no message that {method} knows")
+                note_incoming(method, context.invocation_metadata)  # type: ignore[arg-type]
+                self._refused(error)
+                await abort_with(context, error)
             return await handler.unary_unary(request, context)
 
         return grpc.unary_unary_rpc_method_handler(parse, None, handler.response_serializer)
