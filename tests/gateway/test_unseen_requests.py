@@ -21,8 +21,8 @@ async def http(gateway: Gateway) -> AsyncIterator[Http]:
 
 
 async def unary(gateway: Gateway, method: str) -> None:
+    call: Any = gateway.channel.unary_unary(method)
     with pytest.raises(grpc.aio.AioRpcError):
-        call: Any = gateway.channel.unary_unary(method)
         await call(GARBAGE, timeout=30)
 
 
