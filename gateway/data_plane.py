@@ -10,9 +10,9 @@ from gateway.inferences import Inferences
 from gateway.jobs.life import Jobs
 from gateway.jobs.refusals import Refusals
 from gateway.jobs.registry import JobRegistry
+from gateway.jobs.request_observer import RequestObserver
 from gateway.jobs.store import PayloadStore
 from gateway.jobs.upload import ArrivingBytes
-from gateway.request_observer import RequestObserver
 from gateway.selector_link import SelectorLink
 from gateway.served_packages import ServedPackages
 from mosel.config import Settings

@@ -12,9 +12,9 @@ from gateway.jobs.description import describe
 from gateway.jobs.job import Job
 from gateway.jobs.refusals import Refusals
 from gateway.jobs.registry import JobRegistry
+from gateway.jobs.request_observer import RequestObserver
 from gateway.jobs.store import OFF_LOOP_ELEMENTS, PayloadStore
 from gateway.jobs.upload import ArrivingBytes, JobUpload, Read, read_items
-from gateway.request_observer import RequestObserver
 from gateway.selector_link import Answers, SelectorLink
 from gateway.served_packages import ServedPackages
 from mosel.config import GatewaySettings
