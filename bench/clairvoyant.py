@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from bench.outcomes import Ending, Outcome, Summary, summarise
 from bench.simulation import World, new_scheduler, simulate
 from bench.workload import Arrival
-from mosel.profiles.files import FUSION
+from mosel.modality import FUSION
 from selector.core.frontier import Frontiers, Strategy
 from selector.core.jobs import Effort
 from selector.core.profile import LatencyCurve, ModelProfile

@@ -2,8 +2,7 @@
 
 from bench.simulation import World
 from bench.workload import Demands
-from mosel.modality import ModalitySet, subsets
-from mosel.profiles.files import FUSION
+from mosel.modality import FUSION, ModalitySet, subsets
 from selector.core.profile import LatencyCurve, ModelProfile
 
 _SIZES = (1, 2, 4, 8, 16, 32)

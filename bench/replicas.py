@@ -16,8 +16,7 @@ from bench.machine import machine_line
 from bench.outcomes import summarise
 from bench.simulation import World, capacity, new_scheduler, simulate
 from bench.workload import Demands, poisson
-from mosel.modality import lane_of
-from mosel.profiles.files import FUSION
+from mosel.modality import FUSION, lane_of
 
 _POLICY = "mosel"
 _COSTLY, _SECOND = "video", "second"

@@ -20,13 +20,13 @@ from bench.outcomes import Ending, Outcome
 from bench.workload import Arrival, Demands, demands
 from mosel.config import Settings
 from mosel.errors import Overloaded, Unreachable
-from mosel.modality import format_set
-from mosel.profiles.files import FUSION, Point, Profile
+from mosel.modality import FUSION, format_set
+from mosel.profiles.files import Point, Profile
+from selector.conversions import model_profile
 from selector.core.jobs import Call, Effort, EncodeCall, Ended, Job, Wait
 from selector.core.profile import ModelProfile
 from selector.core.scheduler import Scheduler
 from selector.core.work import Work
-from selector.services.profiles import model_profile
 
 # What the simulated model is called.
 MODEL = "model"

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 
 ModalitySet = frozenset[str]
 
+# The lane of fusion; those of encoders are named after their modalities.
+FUSION = "fusion"
+
 
 def format_set(modalities: Iterable[str]) -> str:
     """Writes a modality set, `audio+image`."""

@@ -14,10 +14,10 @@ from mosel.runtime.tracing import open_tracing
 from mosel.v1 import selector_pb2_grpc
 from selector.core.scheduler import Scheduler
 from selector.dispatcher import Dispatcher
-from selector.observer import Observer
+from selector.job_observer import JobObserver
 from selector.servicer import SelectorServicer
 from selector.services.compute_services import ComputeServices
-from selector.services.models import Models
+from selector.services.model_loader import ModelLoader
 
 
 def main() -> NoReturn:
@@ -38,10 +38,10 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
     packages = find_packages(settings.models_dir, settings.models)
     limits = settings.selector
     scheduler = Scheduler({}, limits.policy, limits.max_queued_items, settings.workers, limits.reply_ms)
-    models = Models(settings, packages.values(), scheduler)
+    models = ModelLoader(settings, packages.values(), scheduler)
     address = listen or settings.selector_address
     with open_tracing(settings, "selector") as tracing:
-        observer = Observer(models.versions, tracing)
+        observer = JobObserver(models.versions, tracing)
         most = limit_bytes(settings.transport.max_message_mib) - ENVELOPE_BYTES
         director = Dispatcher(scheduler, models, most, observer)
         told = director.lane_changed, director.let_go

@@ -1,16 +1,18 @@
-"""Between the core's words and the messages."""
+"""Between the core's words and those of messages and profile files."""
 
 from collections.abc import Iterable, Sequence
+from statistics import NormalDist
 
 from mosel.errors import InvalidRequest, MoselError
-from mosel.modality import format_set
+from mosel.modality import FUSION, format_set, parse_set
+from mosel.profiles.files import CallCost, Point, Profile, wilson_interval
 from mosel.status import retry_after_ms, status_number
 from mosel.transport import slice_rows
 from mosel.transport.host import clock_id
 from mosel.v1 import gateway_pb2, selector_pb2, tensor_pb2
 from selector.core.frontier import Strategy
 from selector.core.jobs import NORMAL_PRIORITY, Effort, Job
-from selector.core.profile import ModelProfile
+from selector.core.profile import LatencyCurve, ModelProfile
 from selector.core.refusals import Plan
 
 _EFFORTS = {gateway_pb2.CHEAPEST: Effort.CHEAPEST, gateway_pb2.BEST: Effort.BEST}
@@ -97,6 +99,44 @@ def set_profile(profile: ModelProfile, modality_set: frozenset[str], available: 
         latency_ms=profile.idle_latency_ms(modality_set, 1) if measured else 0.0,
         available=available,
     )
+
+
+def model_profile(profile: Profile, default_min_accuracy: float | None, floor_confidence: float = 0.5) -> ModelProfile:
+    """A model's profile with every latency known.
+
+    Args:
+        profile: what was measured.
+        default_min_accuracy: the model package's, see `ModelProfile`.
+        floor_confidence: see `believed_accuracy`.
+    """
+    return ModelProfile(
+        accuracy={
+            parse_set(name): believed_accuracy(accuracy.value, accuracy.samples, floor_confidence)
+            for name, accuracy in profile.accuracy.items()
+        },
+        samples=min(accuracy.samples for accuracy in profile.accuracy.values()),
+        default_min_accuracy=default_min_accuracy,
+        encoders={m: latency_curve(points, profile.calls[m]) for m, points in profile.encoders.items()},
+        fusion={parse_set(s): latency_curve(points, profile.calls[FUSION]) for s, points in profile.fusion.items()},
+    )
+
+
+def believed_accuracy(value: float, samples: int, confidence: float) -> float:
+    """What an accuracy is at least, with a confidence, given the samples that it was measured on.
+
+    Args:
+        value: as measured, 0..1.
+        samples: 0 if unknown; then nothing can be said, and the value is taken as it is.
+        confidence: 0.5 to below 1; 0.5 gives the value itself.
+    """
+    if not samples:
+        return value
+    return wilson_interval(value, samples, NormalDist().inv_cdf(confidence))[0]
+
+
+def latency_curve(points: Iterable[Point], call: CallCost) -> LatencyCurve:
+    """The time of calls as the selector sees them: network, transport and message."""
+    return LatencyCurve(tuple((p.batch_size, call.overhead_ms + call.factor * p.p50_ms) for p in points))
 
 
 def slices(places: Iterable[Place]) -> list[tensor_pb2.RowSlice]:

@@ -22,6 +22,7 @@ from mosel.errors import (
     ServiceUnavailable,
     Unreachable,
 )
+from mosel.modality import FUSION
 from mosel.observability.logs import job_field
 from mosel.runtime.background import Background
 from mosel.runtime.messages import check_message
@@ -39,13 +40,13 @@ from selector.core.emission import Emission
 from selector.core.jobs import Call, EncodeCall, Ended, FuseCall, Wait
 from selector.core.ledger import Ledger
 from selector.core.scheduler import Scheduler
-from selector.core.stages import FUSION, service_name
+from selector.core.stages import service_name
 from selector.gateway_session import GatewaySession
 from selector.gauges import show_jobs, show_tensors
 from selector.in_flight import JobInFlight, encode_request, fuse_request, note_embeddings
-from selector.observer import Observer, SeenCall
+from selector.job_observer import JobObserver, SeenCall
 from selector.services.compute_services import ComputeServices
-from selector.services.models import Models
+from selector.services.model_loader import ModelLoader
 
 # Releases wait this long for company.
 _RELEASE_EVERY_S = 0.005
@@ -67,7 +68,7 @@ class Dispatcher:
         observer: is told what happens.
     """
 
-    def __init__(self, scheduler: Scheduler, models: Models, max_answer_bytes: int, observer: Observer) -> None:
+    def __init__(self, scheduler: Scheduler, models: ModelLoader, max_answer_bytes: int, observer: JobObserver) -> None:
         self._scheduler, self._models, self._observer = scheduler, models, observer
         self._max_answer_bytes = max_answer_bytes
         self._ledger: Ledger[SlotKey] = Ledger()

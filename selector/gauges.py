@@ -10,11 +10,11 @@ from mosel.packages.model_package import name_of
 from selector.core.ledger import Ledger
 from selector.core.scheduler import Scheduler
 from selector.core.stages import service_name
-from selector.observer import Observer
+from selector.job_observer import JobObserver
 from selector.services.attachments import Attachments
 
 
-def show_jobs(observer: Observer, scheduler: Scheduler) -> None:
+def show_jobs(observer: JobObserver, scheduler: Scheduler) -> None:
     """Shows what is queued and under way, and what was learned of calls."""
     metrics, statistics, versions = observer.metrics, scheduler.statistics, observer.versions
 
@@ -45,7 +45,7 @@ def show_jobs(observer: Observer, scheduler: Scheduler) -> None:
     metrics.triton("nv_inference_pending_request_count", text, "gauge", lambda: by_version(scheduler.waiting()))
 
 
-def show_tensors(observer: Observer, ledger: Ledger[Any], attachments: Attachments) -> None:
+def show_tensors(observer: JobObserver, ledger: Ledger[Any], attachments: Attachments) -> None:
     """Shows who holds slots, and how tensors travel."""
     text = "Slots that jobs hold, in all arenas."
     observer.metrics.gauge("mosel_slots_held", text, (), lambda: single(ledger.statistics(), "slots_held"))

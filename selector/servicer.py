@@ -11,7 +11,7 @@ from mosel.v1 import gateway_pb2, selector_pb2, selector_pb2_grpc, service_pb2
 from selector.dispatcher import Dispatcher
 from selector.gateway_session import GatewaySession
 from selector.services.compute_services import ComputeServices
-from selector.services.models import Models
+from selector.services.model_loader import ModelLoader
 
 
 class SelectorServicer(selector_pb2_grpc.SelectorServicer):
@@ -26,7 +26,7 @@ class SelectorServicer(selector_pb2_grpc.SelectorServicer):
     """
 
     def __init__(
-        self, director: Dispatcher, models: Models, peers: ComputeServices, address: str, metrics: Metrics
+        self, director: Dispatcher, models: ModelLoader, peers: ComputeServices, address: str, metrics: Metrics
     ) -> None:
         self._director, self._models, self._peers = director, models, peers
         self._address, self._metrics = address, metrics

@@ -51,10 +51,10 @@ def plan(
 
 
 def _plan(package: "ModelPackage", measured: "Profile", settings: "Settings", size: int, demand: "Demand") -> "Plan":
-    from mosel.profiles.files import FUSION
+    from mosel.modality import FUSION
+    from selector.conversions import model_profile
     from selector.core.jobs import Effort, Job
     from selector.core.scheduler import Scheduler
-    from selector.services.profiles import model_profile
 
     known = model_profile(measured, package.default_min_accuracy, settings.selector.floor_confidence)
     scheduler = Scheduler({package.name: known}, tokens=measured.concurrency, max_queued_items=size)

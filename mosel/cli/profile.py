@@ -199,8 +199,8 @@ def _show(measured: "Profile") -> None:
 def _plot(measured: "Profile", package: "ModelPackage", file: Path) -> None:
     from mosel.cli.starting import console
     from mosel.modality import format_set
+    from selector.conversions import model_profile
     from selector.core.frontier import frontier
-    from selector.services.profiles import model_profile
 
     try:
         from mosel.profiles.plot import write_plot

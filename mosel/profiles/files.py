@@ -18,12 +18,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 import mosel
 from mosel.config import Settings
 from mosel.errors import ConfigError
-from mosel.modality import format_set, parse_set
+from mosel.modality import FUSION, format_set, parse_set
 from mosel.packages.model_package import ModelPackage, file_sha256
 from mosel.validation import explain
 
-# The lane of fusion in `Profile.calls`; those of encoders are named after their modalities.
-FUSION = "fusion"
 _Z95 = 1.959964
 _GPUS = Path("/proc/driver/nvidia/gpus")
 

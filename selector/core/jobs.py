@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from mosel.errors import MoselError
-from mosel.modality import ModalitySet
+from mosel.modality import FUSION, ModalitySet
 from selector.core.frontier import Strategy
-from selector.core.stages import FUSION
 
 NORMAL_PRIORITY = 5
 # What a level of priority is worth, in seconds of the deadline.

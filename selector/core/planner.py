@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 from mosel.errors import MoselError
-from mosel.modality import ModalitySet
+from mosel.modality import FUSION, ModalitySet
 from selector.core.arriving import Arriving
 from selector.core.forecast import Forecast
 from selector.core.frontier import Frontiers, Strategy
@@ -17,7 +17,7 @@ from selector.core.profile import ModelProfile
 from selector.core.promises import Promises
 from selector.core.refusals import refusal
 from selector.core.resources import Resources
-from selector.core.stages import FUSION, Remaining, Stages
+from selector.core.stages import Remaining, Stages
 from selector.core.work import Work
 
 # Plans are made at most so often, and the more jobs they have the less often: a plan of one job takes about a tenth of

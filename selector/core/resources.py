@@ -4,10 +4,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from mosel.modality import ModalitySet, modality_of
+from mosel.modality import FUSION, ModalitySet, modality_of
 from selector.core.forecast import Forecast
 from selector.core.jobs import Call
-from selector.core.stages import FUSION
 
 # A call that is overdue is expected to take so much longer, as a share of what it was expected to take in all.
 _OVERDUE = 0.1

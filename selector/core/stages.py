@@ -4,12 +4,10 @@ from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
-from mosel.modality import ModalitySet
+from mosel.modality import FUSION, ModalitySet
 from selector.core.correction import Correction
 from selector.core.frontier import Strategy
 from selector.core.profile import LatencyCurve, ModelProfile
-
-FUSION = "fusion"
 
 
 def service_name(lane: str) -> str:

@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mosel.config import Settings
 from mosel.errors import PackageError, ServiceUnavailable, Unreachable
-from mosel.modality import modality_of
+from mosel.modality import FUSION, modality_of
 from mosel.runtime.background import Background
 from mosel.runtime.channels import open_channel
 from mosel.status import error_from_rpc
@@ -24,7 +24,7 @@ from mosel.v1 import (
     service_pb2,
     tensor_pb2,
 )
-from selector.core.stages import FUSION, service_name
+from selector.core.stages import service_name
 from selector.gateway_session import GatewaySession
 from selector.services.attachments import Attachments, Edge, Rung
 

@@ -3,16 +3,14 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from mosel.config import Settings
 from mosel.errors import ConfigError
-from mosel.modality import format_set, modality_of, parse_set
+from mosel.modality import FUSION, format_set, modality_of, parse_set
 from mosel.packages.model_package import ModelPackage
 from mosel.profiles.files import (
-    FUSION,
     CallCost,
     Hardware,
     Point,
@@ -25,8 +23,9 @@ from mosel.profiles.files import (
     this_hardware,
 )
 from mosel.v1 import encoder_pb2, fusion_pb2, service_pb2
+from selector.conversions import latency_curve, model_profile
 from selector.core.profile import ModelProfile
-from selector.services.profiles import latency_curve, model_profile
+from selector.services.loaded_model import LoadedModel, Points
 
 if TYPE_CHECKING:
     from mosel.v1.encoder_pb2_grpc import EncoderAsyncStub
@@ -37,52 +36,6 @@ _PROFILE_TIMEOUT_S = 60.0
 _EMPTY_CALLS = 200
 
 log = logging.getLogger(__name__)
-
-Points = tuple[Point, ...]
-
-
-@dataclass(eq=False)
-class Model:
-    """A model as it is, or is about to be, loaded.
-
-    Attributes:
-        package: its files.
-        profile: what the core plans with; latencies are put into it.
-        lanes: the services that have a part in it.
-        encoders, fusion: what was measured since the start, by modality and by modality set.
-        looked: whether a kept profile was looked for.
-        lacking: why a service does not have its networks, by lane.
-        freed: set when no service has them any more.
-    """
-
-    package: ModelPackage
-    profile: ModelProfile
-    lanes: Sequence[str]
-    encoders: dict[str, Points] = field(default_factory=dict)
-    fusion: dict[str, Points] = field(default_factory=dict)
-    looked: bool = False
-    lacking: dict[str, str] = field(default_factory=dict)
-    freed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def lacks(self, lane: str, reason: str) -> None:
-        """Notes why a service does not have its networks; empty if it has them."""
-        self.lacking.pop(lane, None)
-        if reason:
-            self.lacking[lane] = reason
-        self.profile.lacking.clear()
-        self.profile.lacking.update(self.lacking)
-        had = {modality_of(lane) for lane in self.lanes if lane not in self.lacking}
-        self.profile.unavailable = frozenset(s for s in self.profile.accuracy if not had >= {FUSION, *s})
-
-    def replicas(self, modality: str) -> list[str]:
-        """The encoders of a modality; or fusion."""
-        return [lane for lane in self.lanes if modality_of(lane) == modality]
-
-
-def lanes_of(package: ModelPackage, settings: Settings) -> list[str]:
-    """The services that have a part in a model."""
-    encoders = [lane for modality in sorted(package.modalities) for lane in settings.encoder_addresses(modality)]
-    return [*encoders, FUSION]
 
 
 class Latencies:
@@ -102,7 +55,7 @@ class Latencies:
         self,
         modality: str,
         stub: "EncoderAsyncStub",
-        models: Iterable[Model],
+        models: Iterable[LoadedModel],
         resources: Mapping[str, str],
         *,
         idle: bool = True,
@@ -129,7 +82,7 @@ class Latencies:
                     await self._keep(model, hardware if idle else None)
 
     async def of_fusion(
-        self, stub: "FusionAsyncStub", models: Iterable[Model], resources: Mapping[str, str], *, idle: bool = True
+        self, stub: "FusionAsyncStub", models: Iterable[LoadedModel], resources: Mapping[str, str], *, idle: bool = True
     ) -> None:
         """The same for fusion, for every modality set."""
         async with self._lock:
@@ -145,13 +98,13 @@ class Latencies:
                     self._put(model)
                     await self._keep(model, hardware if idle else None)
 
-    async def look(self, model: Model, resources: Mapping[str, str]) -> Hardware | None:
+    async def look(self, model: LoadedModel, resources: Mapping[str, str]) -> Hardware | None:
         """The first time, puts the profile that is kept of a model into it; returns what hardware that is of."""
         known = [lane for lane in model.lanes if lane in resources]
         all_known = {*map(modality_of, known)} == {*map(modality_of, model.lanes)}
         return await asyncio.to_thread(self._load, model, {resources[lane] for lane in known} if all_known else {""})
 
-    def _load(self, model: Model, resources: set[str]) -> Hardware | None:
+    def _load(self, model: LoadedModel, resources: set[str]) -> Hardware | None:
         if "" in resources or not _all_on_this_machine(self._settings):
             return None
         hardware = this_hardware(self._settings, device_name(resources))
@@ -177,7 +130,7 @@ class Latencies:
         sizes = {tuple(p.batch_size for p in points) for points in (*kept.encoders.values(), *kept.fusion.values())}
         return not kept.quick or sizes == {self._settings.selector.profile_batch_sizes}
 
-    async def _keep(self, model: Model, hardware: Hardware | None) -> None:
+    async def _keep(self, model: LoadedModel, hardware: Hardware | None) -> None:
         """Writes a quick profile once everything in it was measured, so that the next start is faster."""
         package = model.package
         complete = model.encoders.keys() == package.modalities.keys() and len(model.fusion) == len(
@@ -238,7 +191,7 @@ class Latencies:
         ways = self._ways.values() if _all_on_this_machine(self._settings) else (self._ways[lane],)
         return CallCost(overhead_ms=min(ways))
 
-    def _put(self, model: Model) -> None:
+    def _put(self, model: LoadedModel) -> None:
         """Puts what was measured so far into a model's profile; all of it, for the way may have turned out shorter."""
         profile = model.profile
         profile.encoders |= {m: latency_curve(points, self._call(m)) for m, points in model.encoders.items()}

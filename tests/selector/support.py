@@ -4,11 +4,10 @@ import heapq
 import math
 from collections.abc import Callable, Mapping
 
-from mosel.modality import ModalitySet, parse_set
+from mosel.modality import FUSION, ModalitySet, parse_set
 from selector.core.jobs import Call, Effort, EncodeCall, Ended, FuseCall, Job, Wait
 from selector.core.profile import LatencyCurve, ModelProfile
 from selector.core.scheduler import Scheduler
-from selector.core.stages import FUSION
 
 Points = tuple[tuple[int, float], ...]
 

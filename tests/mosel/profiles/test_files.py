@@ -28,7 +28,7 @@ from mosel.profiles.files import (
     this_hardware,
     wilson,
 )
-from selector.services.profiles import believed_accuracy, model_profile
+from selector.conversions import believed_accuracy, model_profile
 
 POINTS = (Point(batch_size=1, p50_ms=1, p95_ms=2), Point(batch_size=8, p50_ms=3, p95_ms=4))
 SETS = ("photo", "scent", "photo+scent")

@@ -16,12 +16,11 @@ from hypothesis.stateful import (
 )
 
 from mosel.errors import DeadlineExceeded, DeadlineUnreachable, FloorUnreachable, MoselError, Overloaded
-from mosel.modality import ModalitySet, modality_of, parse_set, subsets
+from mosel.modality import FUSION, ModalitySet, modality_of, parse_set, subsets
 from selector.core.frontier import Frontiers
 from selector.core.jobs import Call, Effort, EncodeCall, Ended, FuseCall, Job, Wait
 from selector.core.policies import POLICIES
 from selector.core.scheduler import Scheduler
-from selector.core.stages import FUSION
 from selector.core.work import Work
 from tests.selector.support import held, profile_of
 

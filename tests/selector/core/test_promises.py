@@ -14,11 +14,10 @@ from mosel.errors import (
     ModelNotFound,
     Overloaded,
 )
-from mosel.modality import format_set
+from mosel.modality import FUSION, format_set
 from selector.core.jobs import Effort, EncodeCall, Ended, Rows, Wait
 from selector.core.policies import POLICIES
 from selector.core.scheduler import Scheduler
-from selector.core.stages import FUSION
 from tests.selector.support import (
     ACCURACY,
     BOTH,

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 import pytest
 
 from mosel.errors import ServiceUnavailable
-from mosel.modality import parse_set
+from mosel.modality import FUSION, parse_set
 from selector.core.jobs import EncodeCall, Wait
 from selector.core.scheduler import Scheduler
-from selector.core.stages import FUSION
 from tests.selector.support import Driver, encode_call, fuse_call, is_empty, job, profile_of
 
 SECOND = "image/2"

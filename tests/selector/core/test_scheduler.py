@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 
 from mosel.errors import DeadlineUnreachable, ServiceUnavailable
+from mosel.modality import FUSION
 from selector.core.jobs import NORMAL_PRIORITY, Effort, EncodeCall, FuseCall, Rows, Wait
 from selector.core.scheduler import Scheduler
-from selector.core.stages import FUSION
 from tests.selector.support import (
     BOTH,
     PEN,

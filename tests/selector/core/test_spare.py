@@ -5,11 +5,11 @@ import contextlib
 import pytest
 
 from mosel.errors import DeadlineUnreachable, Overloaded
+from mosel.modality import FUSION
 from selector.core.arriving import Arriving
 from selector.core.jobs import Ended
 from selector.core.promises import Promises
 from selector.core.scheduler import Scheduler
-from selector.core.stages import FUSION
 from tests.selector.support import Driver, job, profile_of
 
 BUDGET_S, AHEAD_S = 0.1, 1.0

@@ -13,7 +13,8 @@ from mosel.config import Settings, load_settings
 from mosel.packages.model_package import ModelPackage
 from mosel.v1 import encoder_pb2, encoder_pb2_grpc, service_pb2
 from selector.core.profile import ModelProfile
-from selector.services.latency_measurement import Latencies, Model, lanes_of
+from selector.services.latency_measurement import Latencies
+from selector.services.loaded_model import LoadedModel, lanes_of
 
 Stubs = dict[str, "encoder_pb2_grpc.EncoderAsyncStub"]
 
@@ -65,14 +66,14 @@ def latencies(request: pytest.FixtureRequest, settings_with: Callable[..., Setti
 
 
 @pytest.fixture
-def model(fruit: ModelPackage) -> Model:
+def model(fruit: ModelPackage) -> LoadedModel:
     """One that nothing is known of but its accuracies."""
     profile = ModelProfile(fruit.accuracy.sets, fruit.accuracy.samples)
-    return Model(fruit, profile, lanes_of(fruit, load_settings()))
+    return LoadedModel(fruit, profile, lanes_of(fruit, load_settings()))
 
 
 @pytest.fixture
-async def measured(stubs: Stubs, latencies: Latencies, model: Model) -> ModelProfile:
+async def measured(stubs: Stubs, latencies: Latencies, model: LoadedModel) -> ModelProfile:
     """What is measured of both."""
     for modality, stub in stubs.items():
         await latencies.of_encoder(modality, stub, [model], {})

@@ -34,7 +34,7 @@ class SeenCall:
     spans: Sequence[Span]
 
 
-class Observer:
+class JobObserver:
     """Follows the jobs of one selector.
 
     Args:

@@ -15,18 +15,18 @@ import grpc
 
 from mosel.config import Settings
 from mosel.errors import ModelNotFound, MoselError, ServiceUnavailable
-from mosel.modality import modality_of
+from mosel.modality import FUSION, modality_of
 from mosel.packages.model_package import ModelPackage, find_package, name_of
 from mosel.runtime.background import Background
 from mosel.status import error_from_rpc
 from mosel.v1 import selector_pb2
-from selector.conversions import set_profile
+from selector.conversions import believed_accuracy, set_profile
 from selector.core.profile import ModelProfile
 from selector.core.scheduler import Scheduler
-from selector.core.stages import FUSION, service_name
+from selector.core.stages import service_name
 from selector.services.compute_services import ComputeServices
-from selector.services.latency_measurement import Latencies, Model, lanes_of
-from selector.services.profiles import believed_accuracy
+from selector.services.latency_measurement import Latencies
+from selector.services.loaded_model import LoadedModel, lanes_of
 
 R = TypeVar("R")
 
@@ -36,7 +36,7 @@ _UP_S = 2.0
 log = logging.getLogger(__name__)
 
 
-class Models:
+class ModelLoader:
     """Brings models to the services and takes them away again.
 
     Args:
@@ -49,7 +49,7 @@ class Models:
         self._settings, self._scheduler = settings, scheduler
         self._latencies = Latencies(settings)
         # By id: all that services may have networks of; and by name: the id of what new jobs get.
-        self._models: dict[str, Model] = {}
+        self._models: dict[str, LoadedModel] = {}
         self._current: dict[str, str] = {}
         # What jobs that are still to come may name, by gateway.
         self._named: dict[str, set[str]] = {}
@@ -155,7 +155,7 @@ class Models:
         """
         for unknown in set(has) - self._models.keys():
             await self._peers.unload(lane, unknown)
-        models: list[Model] = []
+        models: list[LoadedModel] = []
         # Another replica may have got more meanwhile.
         while more := [model for model in self._loaded_in(lane) if model not in models]:
             for model in more:
@@ -168,10 +168,10 @@ class Models:
         for model_id in self._scheduler.drained():
             self._freeing[model_id] = self._work.task(self._free(self._models[model_id]))
 
-    def _loaded_in(self, lane: str) -> list[Model]:
+    def _loaded_in(self, lane: str) -> list[LoadedModel]:
         return [m for m in self._models.values() if lane in m.lanes and m.package.id not in self._freeing]
 
-    async def _bring(self, lane: str, model: Model) -> None:
+    async def _bring(self, lane: str, model: LoadedModel) -> None:
         """Has a service that has come load a model; notes why if it cannot."""
         try:
             await self._peers.load(lane, model.package.id)
@@ -203,7 +203,7 @@ class Models:
                 self._retire_unnamed()
             return self._state(package.id)
 
-    async def _spread(self, package: ModelPackage, before: Model | None) -> None:
+    async def _spread(self, package: ModelPackage, before: LoadedModel | None) -> None:
         """Loads a model in all services, and gives it to the scheduler when all is known of it."""
         away = await self._away(package)
         model_id = package.id
@@ -236,7 +236,7 @@ class Models:
         missing = await _each(lanes, lambda lane: self._peers.check_up(lane, _UP_S))
         return _but_for_replicas(lanes, missing)
 
-    async def _load_in_all(self, model: Model, away: dict[str, str]) -> None:
+    async def _load_in_all(self, model: LoadedModel, away: dict[str, str]) -> None:
         """Loads a model in every service that is there; in one of each kind at least, or it raises what went wrong."""
         there = [lane for lane in model.lanes if lane not in away]
         failed = await _each(there, lambda lane: self._peers.load(lane, model.package.id))
@@ -245,7 +245,7 @@ class Models:
             # It is brought to those that are away when they come.
             model.lacks(lane, lacking.get(lane, ""))
 
-    async def _find_latencies(self, model: Model, before: Model | None) -> None:
+    async def _find_latencies(self, model: LoadedModel, before: LoadedModel | None) -> None:
         """From the kept profile, from the model before it if only weights differ, or by measuring beside the others."""
         await self._latencies.look(model, self._peers.resources)
         if before is not None and model.package.has_networks_of(before.package):
@@ -256,7 +256,7 @@ class Models:
             except grpc.RpcError as error:
                 raise error_from_rpc(error, service_name(lane)) from None
 
-    async def _measure(self, lane: str, models: Iterable[Model], *, idle: bool = True) -> None:
+    async def _measure(self, lane: str, models: Iterable[LoadedModel], *, idle: bool = True) -> None:
         peers = self._peers
         if lane == FUSION:
             await self._latencies.of_fusion(peers.fusion, models, peers.resources, idle=idle)
@@ -285,7 +285,7 @@ class Models:
                 self._scheduler.retire(model_id)
         self.free_drained()
 
-    async def _free(self, model: Model) -> None:
+    async def _free(self, model: LoadedModel) -> None:
         model_id = model.package.id
         try:
             await asyncio.gather(*(self._peers.unload(lane, model_id) for lane in model.lanes))
@@ -315,11 +315,11 @@ class Models:
                 raise ServiceUnavailable("service selector is stopping") from None
             raise
 
-    def _model_of(self, package: ModelPackage) -> Model:
+    def _model_of(self, package: ModelPackage) -> LoadedModel:
         stated, confidence = package.accuracy, self._settings.selector.floor_confidence
         accuracy = {s: believed_accuracy(value, stated.samples, confidence) for s, value in stated.sets.items()}
         profile = ModelProfile(accuracy, stated.samples, package.default_min_accuracy)
-        return Model(package, profile, lanes_of(package, self._settings))
+        return LoadedModel(package, profile, lanes_of(package, self._settings))
 
 
 def _not_done(error: BaseException) -> None:
