@@ -14,10 +14,16 @@ from mosel.runtime.tracing import open_tracing
 from mosel.v1 import selector_pb2_grpc
 from selector.core.scheduler import Scheduler
 from selector.dispatcher import Dispatcher
+from selector.gateway_session import Gateways
 from selector.job_observer import JobObserver
 from selector.servicer import SelectorServicer
 from selector.services.compute_services import ComputeServices
+from selector.services.health_watch import HealthWatch
 from selector.services.model_loader import ModelLoader
+from selector.services.tensor_paths import TensorPaths
+
+# Messages that may wait for a gateway, for each item that may be queued: parts, an answer, and what was refused.
+_MESSAGES_PER_ITEM = 4
 
 
 def main() -> NoReturn:
@@ -36,27 +42,30 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
         PackageError: a model package is wrong.
     """
     packages = find_packages(settings.models_dir, settings.models)
-    limits = settings.selector
+    limits, address = settings.selector, listen or settings.selector_address
     scheduler = Scheduler({}, limits.policy, limits.max_queued_items, settings.workers, limits.reply_ms)
-    models = ModelLoader(settings, packages.values(), scheduler)
-    address = listen or settings.selector_address
+    gateways = Gateways(_MESSAGES_PER_ITEM * limits.max_queued_items)
+    modalities = {modality for package in packages.values() for modality in package.modalities}
+    most = limit_bytes(settings.transport.max_message_mib) - ENVELOPE_BYTES
     with open_tracing(settings, "selector") as tracing:
-        observer = JobObserver(models.versions, tracing)
-        most = limit_bytes(settings.transport.max_message_mib) - ENVELOPE_BYTES
-        director = Dispatcher(scheduler, models, most, observer)
-        told = director.lane_changed, director.let_go
-        async with ComputeServices(settings, models.modalities, models.prepare, *told) as peers:
-            director.use(peers)
-            models.use(peers, director.models_changed)
-            servicer = SelectorServicer(director, models, peers, address, observer.metrics)
+        async with (
+            ComputeServices(settings, modalities) as services,
+            TensorPaths(settings, services, gateways) as paths,
+        ):
+            models = ModelLoader(settings, packages.values(), scheduler, services, gateways)
+            observer = JobObserver(models.versions, tracing)
+            dispatcher = Dispatcher(scheduler, services, paths, models, gateways, most, observer)
+            servicer = SelectorServicer(dispatcher, models, services, paths, gateways, address, observer.metrics)
             register = partial(selector_pb2_grpc.add_SelectorServicer_to_server, servicer)
-            names = ["mosel.v1.Selector"]
-            async with Service(settings, address, "selector.address", register, names=names) as service:
+            async with (
+                HealthWatch(services, paths, models.prepare, dispatcher.handle),
+                Service(settings, address, "selector.address", register, names=["mosel.v1.Selector"]) as service,
+            ):
                 service.set_ready(True)
                 await stop.wait()
                 grace = Deadline.after(settings.stop_grace_ms / 1000)
                 service.set_ready(False)
-                await director.drain(grace)
+                await dispatcher.drain(grace)
                 await service.stop(grace)
 
 

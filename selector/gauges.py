@@ -10,8 +10,10 @@ from mosel.packages.model_package import name_of
 from selector.core.ledger import Ledger
 from selector.core.scheduler import Scheduler
 from selector.core.stages import service_name
+from selector.gateway_session import Gateways
 from selector.job_observer import JobObserver
 from selector.services.attachments import Attachments
+from selector.services.compute_services import ComputeServices
 
 
 def show_jobs(observer: JobObserver, scheduler: Scheduler) -> None:
@@ -51,6 +53,23 @@ def show_tensors(observer: JobObserver, ledger: Ledger[Any], attachments: Attach
     observer.metrics.gauge("mosel_slots_held", text, (), lambda: single(ledger.statistics(), "slots_held"))
     text = "Paths from a producer of tensors to a consumer, by their rung."
     observer.metrics.gauge("mosel_transport_edges", text, ("rung",), lambda: parts(attachments.statistics(), "edges"))
+
+
+def show_queues(observer: JobObserver, gateways: Gateways, services: ComputeServices) -> None:
+    """Shows what waits to be sent, and which gateways do not read."""
+    metrics, statistics = observer.metrics, gateways.statistics
+    text = "Messages that wait to be sent to gateways."
+    metrics.gauge("mosel_outbox_messages", text, (), lambda: single(statistics(), "outbox_messages"))
+    text = "Slots that nobody reads any more, and whose producers were not told yet, by the kind of producer."
+    metrics.gauge(
+        "mosel_releases_waiting", text, ("producer",),
+        lambda: {
+            ("gateway",): statistics()["outbox_released_slots"],
+            ("encoder",): services.statistics()["released_slots_waiting"],
+        },
+    )  # fmt: skip
+    text = "Gateways whose sessions were ended because they did not read."
+    metrics.counter("mosel_gateways_overflowed_total", text, (), lambda: single(statistics(), "gateways_overflowed"))
 
 
 def _by_state(statistics: Mapping[str, int]) -> Values:

@@ -1,77 +1,102 @@
-"""Jobs under way as the services see them: where their tensors are, and the requests that name those."""
+"""Jobs and calls under way: the one record of each, and the requests that name the tensors of a call."""
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
+from mosel.observability.tracing import Span
 from mosel.v1 import encoder_pb2, fusion_pb2, selector_pb2, tensor_pb2
 from selector.conversions import Place, slices
 from selector.core.emission import Emission
 from selector.core.jobs import EncodeCall, FuseCall
+from selector.core.ledger import Holder
 from selector.core.work import Work
 from selector.gateway_session import GatewaySession
 
+CallT = TypeVar("CallT", EncodeCall, FuseCall)
+# The producer of a slot, a gateway or the lane of an encoder, and the slot's numbers.
+SlotKey = tuple[GatewaySession | str, int, int, int, int]
 
-@dataclass(eq=False)
-class JobInFlight:
-    """A job, and where its tensors are.
+
+@dataclass(eq=False, kw_only=True)
+class JobInFlight(Holder[SlotKey]):
+    """A job from its admission until its last call is back, and the slots that it holds.
 
     Attributes:
         session: the gateway that waits for it.
         work: what the scheduler knows of it.
         payloads: by modality.
-        emission: of its results, if they are sent as they finish.
+        emission: of its results; if it is not streamed, all wait for the last.
         traceparent: that of its request, empty if it is not traced.
         embeddings: where those of each item are, by modality.
-        done: results that wait for the end, unless they are sent as they finish.
-        over: set when it is, well or not.
+        over: set when it is answered, failed or cancelled.
     """
 
     session: GatewaySession
     work: Work
     payloads: Mapping[str, tensor_pb2.TensorRef]
-    emission: Emission[selector_pb2.ItemGroup] | None
+    emission: Emission[selector_pb2.ItemGroup]
     traceparent: str
     embeddings: dict[str, dict[int, Place]] = field(default_factory=lambda: defaultdict(dict))
-    done: list[selector_pb2.ItemGroup] = field(default_factory=list)
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
+    @property
+    def id(self) -> bytes:
+        """Unique among the jobs under way."""
+        return self.work.job.id
 
-Jobs = Mapping[bytes, JobInFlight]
+
+@dataclass(frozen=True, eq=False)
+class CallInFlight(Generic[CallT]):
+    """A call to a service.
+
+    Attributes:
+        call: what is called with which rows.
+        jobs: that of each `call.rows`; they may be over before it is back.
+        started: seconds of `time.monotonic()`.
+        spans: one for each job that is traced.
+    """
+
+    call: CallT
+    jobs: Sequence[JobInFlight]
+    started: float
+    spans: Sequence[Span]
 
 
-def encode_request(call: EncodeCall, jobs: Jobs, rung: tensor_pb2.Rung.ValueType) -> encoder_pb2.EncodeRequest:
+def encode_request(
+    call: EncodeCall, jobs: Sequence[JobInFlight], rung: tensor_pb2.Rung.ValueType
+) -> encoder_pb2.EncodeRequest:
     """The payload rows of a call.
 
     Args:
-        call: of jobs that are under way.
-        jobs: all that are under way.
+        call: for an encoder.
+        jobs: that of each `call.rows`.
         rung: how fusion reaches the embeddings.
     """
     request = encoder_pb2.EncodeRequest(model=call.model, rung=rung)
-    for rows in call.rows:
-        payload = jobs[rows.job_id].payloads[call.modality]
+    for job, rows in zip(jobs, call.rows, strict=True):
+        payload = job.payloads[call.modality]
         request.rows.extend(slices((payload, item) for item in rows.items))
     return request
 
 
-def note_embeddings(call: EncodeCall, embeddings: tensor_pb2.TensorRef, jobs: Jobs) -> None:
+def note_embeddings(call: EncodeCall, jobs: Sequence[JobInFlight], embeddings: tensor_pb2.TensorRef) -> None:
     """Notes where the embeddings are that a call brought, one row for each of its items."""
     row = 0
-    for rows in call.rows:
-        if rows.job_id in jobs:
-            places = jobs[rows.job_id].embeddings[call.modality]
-            places.update((item, (embeddings, row + i)) for i, item in enumerate(rows.items))
+    for job, rows in zip(jobs, call.rows, strict=True):
+        places = job.embeddings[call.modality]
+        places.update((item, (embeddings, row + i)) for i, item in enumerate(rows.items))
         row += len(rows.items)
 
 
-def fuse_request(call: FuseCall, jobs: Jobs) -> fusion_pb2.FuseRequest:
+def fuse_request(call: FuseCall, jobs: Sequence[JobInFlight]) -> fusion_pb2.FuseRequest:
     """The embedding rows of a call."""
     request = fusion_pb2.FuseRequest(model=call.model)
-    for rows in call.rows:
+    for job, rows in zip(jobs, call.rows, strict=True):
         group = request.groups.add()
         for modality in call.modality_set:
-            places = jobs[rows.job_id].embeddings[modality]
+            places = job.embeddings[modality]
             group.embeddings[modality].rows.extend(slices(places[item] for item in rows.items))
     return request

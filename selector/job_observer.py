@@ -3,35 +3,26 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 from mosel.errors import JobCancelled, MoselError
 from mosel.modality import format_set
 from mosel.observability.logs import job_field
 from mosel.observability.metrics import MIXED, RATIOS, Metrics, reason_of, refusals
-from mosel.observability.tracing import OFF, Attributes, Span, Tracing
+from mosel.observability.tracing import OFF, Attributes, Tracing
 from mosel.packages.model_package import name_of
 from mosel.v1 import encoder_pb2, fusion_pb2, selector_pb2
 from selector.core.frontier import Strategy
 from selector.core.jobs import Call, EncodeCall, FuseCall
 from selector.core.stages import service_name
-from selector.core.work import Work
+from selector.in_flight import CallInFlight, CallT, JobInFlight
 
 _CANCELLED = reason_of(JobCancelled())
+AnyCall = CallInFlight[EncodeCall] | CallInFlight[FuseCall]
 # Why jobs are degraded.
 _LOAD, _OUTAGE = "load", "outage"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SeenCall:
-    """A call to a service, under way since `started` seconds of `time.monotonic()`; its spans, one per traced job."""
-
-    call: Call
-    started: float
-    spans: Sequence[Span]
 
 
 class JobObserver:
@@ -100,17 +91,19 @@ class JobObserver:
         self._record("plan", job.traceparent, arrived, time.monotonic(), error)
         log.debug("refused", extra=job_field([job.job_id]) | {"reason": str(error)})
 
-    def admitted(self, work: Work, traceparent: str) -> None:
+    def admitted(self, job: JobInFlight) -> None:
         """A job was taken."""
+        work = job.work
         self._admitted[name_of(work.job.model),] += 1
-        self._record("plan", traceparent, work.submitted_at, time.monotonic())
+        self._record("plan", job.traceparent, work.submitted_at, time.monotonic())
 
     def predicted(self, call: FuseCall, items: int) -> None:
         """Items of a job are done."""
         self._items[name_of(call.model), format_set(call.modality_set)] += items
 
-    def answered(self, work: Work, strategy: Strategy, traceparent: str, now: float) -> None:
+    def answered(self, job: JobInFlight, strategy: Strategy, now: float) -> None:
         """All items of a job are done."""
+        work = job.work
         model, sets = name_of(work.job.model), [format_set(modality_set) for modality_set, _ in strategy.counts]
         label = sets[0] if len(sets) == 1 else MIXED
         started = now if work.started_at is None else work.started_at
@@ -124,43 +117,44 @@ class JobObserver:
         self._processing_s.observe(now - started, model, label)
         if work.predicted > work.submitted_at:
             self._predicted.observe((now - work.submitted_at) / (work.predicted - work.submitted_at), model)
-        self._record("queue", traceparent, work.submitted_at, started)
+        self._record("queue", job.traceparent, work.submitted_at, started)
 
-    def failed(self, work: Work, error: MoselError, traceparent: str) -> None:
+    def failed(self, job: JobInFlight, error: MoselError) -> None:
         """A job that was taken ends without an answer."""
+        work = job.work
         now, started = time.monotonic(), work.started_at
         self._unanswered[name_of(work.job.model), reason_of(error)] += 1
-        self._record("queue", traceparent, work.submitted_at, started or now, None if started else error)
+        self._record("queue", job.traceparent, work.submitted_at, started or now, None if started else error)
         log.debug("failed", extra=job_field([work.job.id]) | {"reason": str(error)})
 
     # Calls
 
     def began(
-        self, call: Call, request: encoder_pb2.EncodeRequest | fusion_pb2.FuseRequest, traceparents: Iterable[str]
-    ) -> SeenCall:
+        self, call: CallT, jobs: Sequence[JobInFlight], request: encoder_pb2.EncodeRequest | fusion_pb2.FuseRequest
+    ) -> CallInFlight[CallT]:
         """A call is about to be made; its request learns for whom."""
-        request.job_ids.extend(rows.job_id for rows in call.rows)
-        spans = [self._tracing.begin(_name_of(call), parent, "client") for parent in traceparents if parent]
+        request.job_ids.extend(job.id for job in jobs)
+        spans = [self._tracing.begin(_name_of(call), job.traceparent, "client") for job in jobs if job.traceparent]
         request.traceparents.extend(span.traceparent for span in spans if span.traceparent)
-        return SeenCall(call, time.monotonic(), spans)
+        return CallInFlight(call, jobs, time.monotonic(), spans)
 
-    def returned(self, seen: SeenCall, compute_us: int) -> None:
+    def returned(self, in_flight: AnyCall, compute_us: int) -> None:
         """It came back, well."""
-        call, seconds = seen.call, time.monotonic() - seen.started
+        call, seconds = in_flight.call, time.monotonic() - in_flight.started
         transfer_s = max(seconds - compute_us / 1e6, 0.0)
         if isinstance(call, EncodeCall):
             self._encode_transfer_s.observe(transfer_s, name_of(call.model), call.modality)
         else:
             self._fuse_transfer_s.observe(transfer_s, name_of(call.model), format_set(call.modality_set))
             self.fused[name_of(call.model)] += 1
-        for span in seen.spans:
+        for span in in_flight.spans:
             span.end({**_attributes(call), "transfer_ms": transfer_s * 1000})
 
-    def lost(self, seen: SeenCall, error: MoselError) -> None:
+    def lost(self, in_flight: AnyCall, error: MoselError) -> None:
         """It failed."""
-        call = seen.call
+        call = in_flight.call
         self._failed_calls[name_of(call.model), service_name(call.lane), reason_of(error)] += 1
-        for span in seen.spans:
+        for span in in_flight.spans:
             span.end(_attributes(call), error)
 
     def _make_histograms(self) -> None:

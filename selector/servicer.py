@@ -1,83 +1,96 @@
-"""gRPC in front of `Dispatcher`: convert, call, convert back."""
+"""gRPC in front of the dispatcher and the model loader: convert, call, convert back."""
 
 import asyncio
-import itertools
 import os
 from collections.abc import AsyncIterator
+
+import grpc
 
 from mosel.observability.metrics import Metrics
 from mosel.runtime.service import Context, answers_with_status
 from mosel.v1 import gateway_pb2, selector_pb2, selector_pb2_grpc, service_pb2
 from selector.dispatcher import Dispatcher
-from selector.gateway_session import GatewaySession
+from selector.events import GatewayGone, JobSubmitted, JobUnwanted
+from selector.gateway_session import Gateways, GatewaySession
 from selector.services.compute_services import ComputeServices
 from selector.services.model_loader import ModelLoader
+from selector.services.tensor_paths import TensorPaths
 
 
 class SelectorServicer(selector_pb2_grpc.SelectorServicer):
     """Serves `mosel.v1.Selector`.
 
     Args:
-        director: owns the jobs.
+        dispatcher: owns the jobs.
         models: those that are loaded.
-        peers: the services that compute.
+        services: those that compute.
+        paths: of tensors between them.
+        gateways: those that are connected.
         address: where this service listens.
         metrics: of this process.
     """
 
     def __init__(
-        self, director: Dispatcher, models: ModelLoader, peers: ComputeServices, address: str, metrics: Metrics
+        self,
+        dispatcher: Dispatcher,
+        models: ModelLoader,
+        services: ComputeServices,
+        paths: TensorPaths,
+        gateways: Gateways,
+        address: str,
+        metrics: Metrics,
     ) -> None:
-        self._director, self._models, self._peers = director, models, peers
+        self._dispatcher, self._models, self._services = dispatcher, models, services
+        self._paths, self._gateways = paths, gateways
         self._address, self._metrics = address, metrics
-        self._numbers = itertools.count(1)
 
-    async def Connect(
+    @answers_with_status
+    async def Connect(  # type: ignore[override]  # it writes by itself: what it writes may have to be given up
         self, request_iterator: AsyncIterator[selector_pb2.GatewayMessage], context: Context
-    ) -> AsyncIterator[selector_pb2.SelectorMessage]:
-        session = GatewaySession(f"gateway-{next(self._numbers)}")
-        self._director.connect(session)
+    ) -> None:
+        session = self._gateways.open()
+        self._models.gateway_came(session)
         reading = asyncio.create_task(self._read(session, request_iterator))
+        writing = asyncio.create_task(_write(session, context))
+        overflow = asyncio.create_task(session.overflowed.wait())
+        tasks = (reading, writing, overflow)
         try:
-            while (message := await session.outbox.get()) is not None:
-                yield message
+            await asyncio.wait((writing, overflow), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            reading.cancel()
+            for task in tasks:
+                task.cancel()
             # Nothing that the gateway said may have effects once it is forgotten.
-            await asyncio.wait([reading])
-            self._director.disconnect(session)
-            self._peers.gateway_went(session.name)
+            await asyncio.wait(tasks)
+            self._dispatcher.handle(GatewayGone(session))
+            self._models.gateway_went(session)
+            self._paths.gateway_went(session)
+            self._gateways.close(session)
+        if session.overflowed.is_set():
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the gateway does not read what the selector says")
+        for task in (reading, writing):
+            if not task.cancelled():
+                task.result()
 
     async def _read(self, session: GatewaySession, messages: AsyncIterator[selector_pb2.GatewayMessage]) -> None:
-        """Answers are heard at once, for what else was said may wait for them; the rest is followed in its order."""
-        rest: asyncio.Queue[selector_pb2.GatewayMessage] = asyncio.Queue()
+        """Follows each message at once: none waits for another, and gRPC holds back a gateway that sends too fast."""
         try:
-            async with asyncio.TaskGroup() as tasks:
-                following = tasks.create_task(self._follow(session, rest))
-                async for message in messages:
-                    if message.HasField("fetch_address"):
-                        session.heard(message.fetch_address)
-                    else:
-                        rest.put_nowait(message)
-                following.cancel()
+            async for message in messages:
+                if message.HasField("job"):
+                    self._dispatcher.handle(JobSubmitted(session, message.job))
+                elif message.HasField("cancel"):
+                    self._dispatcher.handle(JobUnwanted(message.cancel.job_id))
+                elif message.HasField("models"):
+                    self._models.gateway_names(session, message.models.models)
+                elif message.HasField("announcement"):
+                    self._paths.gateway_came(session, message.announcement)
+                elif message.HasField("fetch_address"):
+                    session.heard(message.fetch_address)
         finally:
-            session.outbox.put_nowait(None)
-
-    async def _follow(self, session: GatewaySession, messages: "asyncio.Queue[selector_pb2.GatewayMessage]") -> None:
-        while True:
-            message = await messages.get()
-            if message.HasField("job"):
-                self._director.submit(session, message.job)
-            elif message.HasField("cancel"):
-                self._director.cancel(message.cancel.job_id)
-            elif message.HasField("models"):
-                self._models.gateway_names(session.name, message.models.models)
-            elif message.HasField("announcement"):
-                await self._peers.gateway_came(session, message.announcement)
+            session.end()
 
     @answers_with_status
     async def Plan(self, request: selector_pb2.JobDescription, context: Context) -> gateway_pb2.PlanReply:
-        return self._director.plan(request)
+        return self._dispatcher.plan(request)
 
     @answers_with_status
     async def LoadModel(self, request: gateway_pb2.LoadModelRequest, context: Context) -> selector_pb2.ModelState:
@@ -97,14 +110,19 @@ class SelectorServicer(selector_pb2_grpc.SelectorServicer):
             address=self._address,
             ready=True,
             pid=os.getpid(),
-            counters=self._director.statistics() | self._peers.attachments.statistics(),
-            edges=self._peers.edges(),
+            counters=self._dispatcher.statistics() | self._paths.attachments.statistics(),
+            edges=self._paths.edges(),
         )
-        return service_pb2.StatusReply(services=[own, *await self._peers.statuses()])
+        return service_pb2.StatusReply(services=[own, *await self._services.statuses()])
 
     @answers_with_status
     async def Metrics(self, request: service_pb2.MetricsRequest, context: Context) -> service_pb2.MetricsReply:
-        own, others = await asyncio.gather(self._metrics.page(), self._peers.metrics())
+        own, others = await asyncio.gather(self._metrics.page(), self._services.metrics())
         return service_pb2.MetricsReply(
             services=[service_pb2.ServiceMetrics(service=self._metrics.service, text=own), *others]
         )
+
+
+async def _write(session: GatewaySession, context: Context) -> None:
+    async for message in session.outgoing():
+        await context.write(message)

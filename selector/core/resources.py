@@ -78,6 +78,14 @@ class Resources:
     def set_lane(self, name: str, up: bool, resource: str) -> None:
         """A service came or went."""
         self._lanes[name] = _Lane(up, resource)
+        self._find_replicas()
+
+    def remove_lane(self, name: str) -> None:
+        """A service is none of those that may come any more."""
+        self._lanes.pop(name, None)
+        self._find_replicas()
+
+    def _find_replicas(self) -> None:
         lanes: dict[str, list[str]] = {}
         for lane in self._lanes:
             lanes.setdefault(modality_of(lane), []).append(lane)

@@ -9,6 +9,7 @@ one. The driver feeds events in and asks `next` what to do:
     completed(call, now)                   -> the jobs that are answered by it
     failed(call, now)                      -> the jobs that are lost by it
     lane(name, up, resource)               -> the jobs that are lost by it
+    remove_lane(name)                      no model has it any more
     leaving(name)                          no new job gets it
     cancelled(job_id)
     load(model, profile)                   jobs may name it from now on
@@ -158,9 +159,13 @@ class Scheduler:
         if up:
             return []
         gone, is_served = modality_of(name), self._resources.is_served
-        bereft = [work for work in self._queue if not is_served(gone, work.profile.lacking)]
-        lost = [work.job.id for work in bereft if not self._planner.plan_without(work, gone)]
+        unserved = [work for work in self._queue if not is_served(gone, work.profile.lacking)]
+        lost = [work.job.id for work in unserved if not self._planner.plan_without(work, gone)]
         return [job_id for job_id in lost if self.cancelled(job_id)]
+
+    def remove_lane(self, name: str) -> None:
+        """Forgets a service that is down and that no model has."""
+        self._resources.remove_lane(name)
 
     def leaving(self, name: str) -> None:
         """A service is about to end: new jobs do without it, those that are here go on."""

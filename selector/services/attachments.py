@@ -7,7 +7,7 @@ from typing import TypeAlias
 from mosel.v1 import arena_pb2, selector_pb2, service_pb2, tensor_pb2
 
 Rung: TypeAlias = tensor_pb2.Rung.ValueType
-# Has a consumer open an arena; a consumer that does not answer is a report with a reason.
+# Has a consumer open an arena; raises ServiceUnavailable if it does not answer.
 Opener = Callable[[str, arena_pb2.ArenaDescription], Awaitable[arena_pb2.PreflightReport]]
 # Where a consumer can fetch from a producer, or why it cannot; neither for a consumer on the same machine.
 FetchFrom = Callable[[str, str], Awaitable[selector_pb2.FetchAddress]]
@@ -40,7 +40,11 @@ class Attachments:
         self._announced[producer] = list(announcement.arenas)
 
     async def attach(self, producer: str, consumer: str) -> Edge:
-        """Has the consumer open the producer's arenas and keeps the best path that works."""
+        """Has the consumer open the producer's arenas and keeps the best path that works.
+
+        Raises:
+            ServiceUnavailable: the consumer does not answer.
+        """
         announced = self._announced.get(producer, [])
         reasons: list[str] = []
         rung: Rung = tensor_pb2.INLINE
@@ -61,6 +65,10 @@ class Attachments:
     def rung(self, producer: str, consumer: str) -> Rung:
         """How the consumer reaches the producer's tensors; INLINE while that is not proven."""
         return self._edges.get((producer, consumer), Edge(tensor_pb2.INLINE)).rung
+
+    def is_attached(self, producer: str, consumer: str) -> bool:
+        """Whether it is known how the consumer reaches the producer's tensors."""
+        return (producer, consumer) in self._edges
 
     def worst(self, producer: str, consumers: Iterable[str]) -> Edge:
         """The edge that decides when one tensor must reach every consumer."""

@@ -24,6 +24,7 @@ from selector.conversions import believed_accuracy, set_profile
 from selector.core.profile import ModelProfile
 from selector.core.scheduler import Scheduler
 from selector.core.stages import service_name
+from selector.gateway_session import Gateways, GatewaySession
 from selector.services.compute_services import ComputeServices
 from selector.services.latency_measurement import Latencies
 from selector.services.loaded_model import LoadedModel, lanes_of
@@ -43,17 +44,25 @@ class ModelLoader:
         settings: the effective settings.
         packages: what is loaded from the start.
         scheduler: is told of each model.
+        services: those that compute.
+        gateways: those that are connected; they are told which models there are.
     """
 
-    def __init__(self, settings: Settings, packages: Iterable[ModelPackage], scheduler: Scheduler) -> None:
-        self._settings, self._scheduler = settings, scheduler
+    def __init__(
+        self,
+        settings: Settings,
+        packages: Iterable[ModelPackage],
+        scheduler: Scheduler,
+        services: ComputeServices,
+        gateways: Gateways,
+    ) -> None:
+        self._settings, self._scheduler, self._services, self._gateways = settings, scheduler, services, gateways
         self._latencies = Latencies(settings)
         # By id: all that services may have networks of; and by name: the id of what new jobs get.
         self._models: dict[str, LoadedModel] = {}
         self._current: dict[str, str] = {}
-        # What jobs that are still to come may name, by gateway.
-        self._named: dict[str, set[str]] = {}
-        self._loading: set[str] = set()
+        # The lanes of those that are just being loaded.
+        self._loading: dict[str, Sequence[str]] = {}
         self._freeing: dict[str, asyncio.Task[None]] = {}
         # By name, as long as somebody loads or unloads it.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -63,18 +72,9 @@ class ModelLoader:
             self._current[package.name] = package.id
             scheduler.load(package.id, model.profile)
 
-    @property
-    def modalities(self) -> set[str]:
-        """All that models have."""
-        return {modality for model in self._models.values() for modality in model.package.modalities}
-
     def versions(self) -> dict[str, str]:
         """What packages call their versions, by name, of those that new jobs get."""
         return {name: self._models[model].package.version for name, model in self._current.items()}
-
-    def use(self, peers: ComputeServices, changed: Callable[[], None]) -> None:
-        """Sets the services that compute, and what is called when a model came or went."""
-        self._peers, self._changed = peers, changed
 
     async def close(self) -> None:
         """Gives up what is being loaded or unloaded."""
@@ -101,23 +101,30 @@ class ModelLoader:
 
     # What the gateways name
 
-    def gateway_came(self, gateway: str) -> None:
+    def gateway_came(self, gateway: GatewaySession) -> None:
         """A gateway is told of the current models."""
-        self._named[gateway] = set(self._current.values())
+        gateway.models = set(self._current.values())
+        gateway.send(models=self.states())
 
-    def gateway_names(self, gateway: str, models: Iterable[str]) -> None:
+    def gateway_names(self, gateway: GatewaySession, models: Iterable[str]) -> None:
         """What jobs of a gateway will name from now on."""
-        named = self._named[gateway] = set(models)
-        for model in named - self._models.keys():
+        gateway.models = set(models)
+        for model in gateway.models - self._models.keys():
             # It started after the files had changed, and has not what they were before.
             if (name := name_of(model)) in self._current:
                 self._load_later(name)
         self._retire_unnamed()
 
-    def gateway_went(self, gateway: str) -> None:
+    def gateway_went(self, gateway: GatewaySession) -> None:
         """No more jobs come from a gateway."""
-        self._named.pop(gateway, None)
+        gateway.models = set()
         self._retire_unnamed()
+
+    def tell_gateways(self) -> None:
+        """Tells gateways which models are loaded and ready."""
+        states = self.states()
+        for gateway in self._gateways:
+            gateway.send(models=states)
 
     def check_loaded(self, model: str) -> None:
         """Checks that jobs may name a model.
@@ -154,7 +161,7 @@ class ModelLoader:
             grpc.RpcError, ServiceUnavailable: it went away.
         """
         for unknown in set(has) - self._models.keys():
-            await self._peers.unload(lane, unknown)
+            await self._services.unload(lane, unknown)
         models: list[LoadedModel] = []
         # Another replica may have got more meanwhile.
         while more := [model for model in self._loaded_in(lane) if model not in models]:
@@ -174,10 +181,10 @@ class ModelLoader:
     async def _bring(self, lane: str, model: LoadedModel) -> None:
         """Has a service that has come load a model; notes why if it cannot."""
         try:
-            await self._peers.load(lane, model.package.id)
+            await self._services.load(lane, model.package.id)
             model.lacks(lane, "")
             if model.package.id in self._freeing or model.freed.is_set():
-                await self._peers.unload(lane, model.package.id)
+                await self._services.unload(lane, model.package.id)
         except ServiceUnavailable:
             raise
         except MoselError as error:
@@ -199,19 +206,30 @@ class ModelLoader:
                 await self._spread(package, before)
                 self._current[name] = package.id
                 log.info("model loaded", extra={"model": package.id})
-                self._changed()
+                self.tell_gateways()
                 self._retire_unnamed()
             return self._state(package.id)
 
     async def _spread(self, package: ModelPackage, before: LoadedModel | None) -> None:
         """Loads a model in all services, and gives it to the scheduler when all is known of it."""
-        away = await self._away(package)
-        model_id = package.id
-        if model_id in self._freeing:
-            await self._freeing[model_id]
+        model_id, lanes = package.id, lanes_of(package, self._settings)
+        added = [lane for lane in lanes if self._services.add(lane)]
+        self._loading[model_id] = lanes
+        try:
+            away = await self._away(lanes)
+            if model_id in self._freeing:
+                await self._freeing[model_id]
+            await self._spread_to(self._models.get(model_id) or self._model_of(package), before, away)
+        except BaseException:
+            del self._loading[model_id]
+            self._remove_unused(added)
+            raise
+        del self._loading[model_id]
+
+    async def _spread_to(self, model: LoadedModel, before: LoadedModel | None, away: dict[str, str]) -> None:
+        model_id = model.package.id
         new = model_id not in self._models
-        model = self._models.setdefault(model_id, self._model_of(package))
-        self._loading.add(model_id)
+        self._models[model_id] = model
         if not new:
             # If it was retired, it must not be freed now.
             self._scheduler.load(model_id, model.profile)
@@ -222,24 +240,29 @@ class ModelLoader:
         except Exception:
             if new:
                 self._freeing[model_id] = self._work.task(self._free(model))
+                await self._freeing[model_id]
             raise
-        finally:
-            self._loading.discard(model_id)
 
-    async def _away(self, package: ModelPackage) -> dict[str, str]:
+    def _remove_unused(self, lanes: Iterable[str]) -> None:
+        """Follows services no more that were added for a model which could not be loaded, unless another needs them."""
+        needed = {lane for model in self._models.values() for lane in model.lanes}
+        needed = needed.union(*self._loading.values())
+        for lane in set(lanes) - needed:
+            self._services.remove(lane)
+
+    async def _away(self, lanes: Sequence[str]) -> dict[str, str]:
         """Why replicas that a model can do without are not there, by lane.
 
         Raises:
             ServiceUnavailable: it cannot do without what is away.
         """
-        lanes = lanes_of(package, self._settings)
-        missing = await _each(lanes, lambda lane: self._peers.check_up(lane, _UP_S))
+        missing = await _each(lanes, lambda lane: self._services.check_up(lane, _UP_S))
         return _but_for_replicas(lanes, missing)
 
     async def _load_in_all(self, model: LoadedModel, away: dict[str, str]) -> None:
         """Loads a model in every service that is there; in one of each kind at least, or it raises what went wrong."""
         there = [lane for lane in model.lanes if lane not in away]
-        failed = await _each(there, lambda lane: self._peers.load(lane, model.package.id))
+        failed = await _each(there, lambda lane: self._services.load(lane, model.package.id))
         lacking = away | _but_for_replicas(there, failed)
         for lane in model.lanes:
             # It is brought to those that are away when they come.
@@ -247,7 +270,7 @@ class ModelLoader:
 
     async def _find_latencies(self, model: LoadedModel, before: LoadedModel | None) -> None:
         """From the kept profile, from the model before it if only weights differ, or by measuring beside the others."""
-        await self._latencies.look(model, self._peers.resources)
+        await self._latencies.look(model, self._services.resources)
         if before is not None and model.package.has_networks_of(before.package):
             model.profile.take_latencies(before.profile)
         for lane in (lane for lane in model.lanes if lane not in model.lacking):
@@ -257,12 +280,12 @@ class ModelLoader:
                 raise error_from_rpc(error, service_name(lane)) from None
 
     async def _measure(self, lane: str, models: Iterable[LoadedModel], *, idle: bool = True) -> None:
-        peers = self._peers
+        services = self._services
         if lane == FUSION:
-            await self._latencies.of_fusion(peers.fusion, models, peers.resources, idle=idle)
+            await self._latencies.of_fusion(services.fusion, models, services.resources, idle=idle)
         else:
-            stub, modality = peers.encoders[lane], modality_of(lane)
-            await self._latencies.of_encoder(modality, stub, models, peers.resources, idle=idle)
+            stub, modality = services.encoder(lane), modality_of(lane)
+            await self._latencies.of_encoder(modality, stub, models, services.resources, idle=idle)
 
     async def _unload(self, name: str) -> None:
         async with self._locks.setdefault(name, asyncio.Lock()):
@@ -270,14 +293,14 @@ class ModelLoader:
                 loaded = ", ".join(sorted(self._current)) or "none"
                 raise ModelNotFound(f"model '{name}' is not loaded; expected one of: {loaded}")
             log.info("model unloaded", extra={"model": name})
-            self._changed()
+            self.tell_gateways()
             self._retire_unnamed()
             while revisions := [model for model in self._models.values() if model.package.name == name]:
                 await revisions[0].freed.wait()
 
     def _retire_unnamed(self) -> None:
         """Retires what no job will name any more."""
-        named = set().union(*self._named.values())
+        named = set().union(*(gateway.models for gateway in self._gateways))
         for model_id, model in self._models.items():
             name = model.package.name
             wanted = {self._current[name], *named} if name in self._current else ()
@@ -288,7 +311,7 @@ class ModelLoader:
     async def _free(self, model: LoadedModel) -> None:
         model_id = model.package.id
         try:
-            await asyncio.gather(*(self._peers.unload(lane, model_id) for lane in model.lanes))
+            await asyncio.gather(*(self._services.unload(lane, model_id) for lane in model.lanes))
             log.info("model freed", extra={"model": model_id})
         finally:
             del self._models[model_id], self._freeing[model_id]
