@@ -49,6 +49,8 @@ class HealthWatch:
         self._all_known = asyncio.Event()
 
     async def __aenter__(self) -> "HealthWatch":
+        # It reads files.
+        self._boot_id = (await asyncio.to_thread(host_identity)).boot_id
         self._work.forever(self._keep_up, "services")
         return self
 
@@ -109,7 +111,7 @@ class HealthWatch:
 
     async def _came(self, service: ComputeService) -> None:
         status = await self._identified(service)
-        service.resource, service.serving = _resource_in(status), True
+        service.resource, service.serving = self._resource_in(status), True
         log.info("peer", extra={"peer": service.lane, "serving": True})
         if all(other.resource for other in self._services):
             self._all_known.set()
@@ -139,6 +141,12 @@ class HealthWatch:
             if not status.resource:
                 raise ServiceUnavailable(f"service {service.name} does not say what it computes on")
             return status
+
+    def _resource_in(self, status: service_pb2.ServiceStatus) -> str:
+        """What a service computes on, by a name that no other host has."""
+        if status.resource == "cpu" and status.boot_id not in ("", self._boot_id):
+            return f"cpu of {status.boot_id}"
+        return status.resource
 
     def _use_or_refuse(self, service: ComputeService) -> None:
         """Has jobs use a service that is prepared, but not if its embeddings travel worse than is required."""
@@ -174,13 +182,6 @@ class HealthWatch:
             log.warning("measuring while services are missing", extra={"missing": self._services.missing()})
             # What did not come by now may never come: whatever starts again must not wait for it once more.
             self._all_known.set()
-
-
-def _resource_in(status: service_pb2.ServiceStatus) -> str:
-    """What a service computes on, by a name that no other host has."""
-    if status.resource == "cpu" and status.boot_id not in ("", host_identity().boot_id):
-        return f"cpu of {status.boot_id}"
-    return status.resource
 
 
 async def _first(*ways: Awaitable[object]) -> None:
