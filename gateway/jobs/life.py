@@ -123,9 +123,11 @@ class JobLife:
         """The job is checked; its items may be elsewhere.
 
         Raises:
+            DeadlineExceeded: it is over already.
             Overloaded: the selector would refuse it.
         """
         self.job.sound_as(checked, self._jobs.settings.default_deadline_ms / 1000)
+        self.job.ends.check("the request was checked")
         self._jobs.refusals.check(checked, self.job.deadline)
         self.job.description = describe(self.job)
 

@@ -135,11 +135,24 @@ async def test_what_is_being_checked_ends_with_the_gateway(
 
 
 @contextmanager
-def expiring() -> Iterator[None]:
+def expiring(step: str) -> Iterator[None]:
     with pytest.raises(grpc.aio.AioRpcError) as expired:
         yield
     assert expired.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert expired.value.details() == "the deadline passed before the payloads were stored"
+    assert expired.value.details() == f"the deadline passed before {step}"
+
+
+async def test_a_deadline_counts_while_the_request_is_checked(
+    gateway: Gateway, draw: Draw, held_checks: threading.Event
+) -> None:
+    call = asyncio.create_task(predict(gateway, draw(1)))
+    await until("jobs_in_flight", 1, gateway)
+    # The check is what takes longer than the deadline.
+    await asyncio.sleep(0.15)
+    held_checks.set()
+    with expiring("the request was checked"):
+        await call
+    assert gateway.selector.received.empty()
 
 
 async def predict(gateway: Gateway, payloads: Payloads) -> None:
@@ -170,7 +183,7 @@ async def test_a_full_arena_is_not_waited_for_beyond_the_deadline(
 ) -> None:
     # Long before the wait for a slot is over.
     async with asyncio.timeout(60):
-        with expiring():
+        with expiring("the payloads were stored"):
             await call(gateway, draw(1))
     assert gateway.data_plane.statistics()["jobs_waiting_for_slots"] == 0
     assert gateway.selector.received.empty()

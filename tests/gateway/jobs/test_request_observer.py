@@ -197,6 +197,9 @@ async def test_what_the_gateway_holds(gateway: Gateway, draw: Draw) -> None:
     found = await page(gateway)
     assert found[key("mosel_jobs_in_flight", **HERE)] == 1
     assert found[key("mosel_jobs_at_selector", **HERE)] == 1
+    waiting = ("mosel_jobs_waiting_for_slots", "mosel_answers_waiting")
+    lanes = [key("mosel_outbox_messages", lane=lane, **HERE) for lane in ("jobs", "urgent")]
+    assert [found[name] for name in [*(key(name, **HERE) for name in waiting), *lanes]] == [0, 0, 0, 0]
     assert found[key("mosel_model_ready", model="fruit", **HERE)] == 1
     assert found[key("mosel_arena_slots", arena="shared_memory", state="published", **HERE)] == 2
     assert found[key("mosel_tensors_total", rung="posix_shm", **HERE)] == 2

@@ -105,7 +105,12 @@ def test_a_caller_refuses_a_gateway_that_its_authority_does_not_know(secured: La
 
 
 @pytest.mark.parametrize(
-    "method", ["/mosel.v1.Gateway/Status", "/inference.GRPCInferenceService/RepositoryModelLoad", "/any/UnloadModel"]
+    "method",
+    [
+        "/mosel.v1.Gateway/Status",
+        "/inference.GRPCInferenceService/RepositoryModelLoad",
+        "/mosel.v1.Gateway/UnloadModel",
+    ],
 )
 def test_what_only_admins_may_do_others_may_not(secured: Launcher, files: Files, method: str) -> None:
     before, lines = counted(secured).get("refused.permission", 0), len(logged(secured))
