@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selector.core.correction import Correction
+from selector.core.stages import Correction
 
 SMALL_MS, LARGE_MS = 2.0, 20.0
 MINUTE = 60.0

@@ -5,10 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mosel.modality import FUSION
-from selector.core.correction import Correction
 from selector.core.forecast import Forecast
 from selector.core.profile import LatencyCurve
-from selector.core.stages import Remaining, Stage
+from selector.core.stages import Correction, Remaining, Stage
 
 
 def stage(lane: str, *points: tuple[int, float]) -> Stage:

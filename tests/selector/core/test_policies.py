@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selector.core.correction import Correction
 from selector.core.forecast import Forecast
 from selector.core.policies import POLICIES, Choices, Policy, Queued, aggressive, finish_times, greedy, mosel
 from selector.core.profile import LatencyCurve
-from selector.core.stages import Remaining, Stage
+from selector.core.stages import Correction, Remaining, Stage
 
 # One row takes a millisecond, in calls of one row.
 ENCODER = Stage("image", LatencyCurve(((1, 1.0),)), Correction(1.0, 1.0))
