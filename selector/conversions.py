@@ -11,9 +11,8 @@ from mosel.transport import slice_rows
 from mosel.transport.host import clock_id
 from mosel.v1 import gateway_pb2, selector_pb2, tensor_pb2
 from selector.core.frontier import Strategy
-from selector.core.jobs import NORMAL_PRIORITY, Effort, Job
+from selector.core.jobs import NORMAL_PRIORITY, Effort, Job, Plan
 from selector.core.profile import LatencyCurve, ModelProfile
-from selector.core.refusals import Plan
 
 _EFFORTS = {gateway_pb2.CHEAPEST: Effort.CHEAPEST, gateway_pb2.BEST: Effort.BEST}
 # One row of a tensor.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mosel.config import Settings
     from mosel.packages.model_package import ModelPackage
     from mosel.profiles.files import Profile
-    from selector.core.refusals import Plan
+    from selector.core.jobs import Plan
 
 
 def plan(
@@ -75,8 +75,7 @@ def _plan(package: "ModelPackage", measured: "Profile", settings: "Settings", si
 def _table(planned: "Plan", rows: int) -> "Table":
     from rich.table import Table
 
-    from selector.core.frontier import thin
-    from selector.core.refusals import format_strategy
+    from selector.core.frontier import format_strategy, thin
 
     predicted = dict(planned.frontier)
     strategies = set(thin(tuple(predicted), rows))

@@ -58,6 +58,13 @@ class Strategy:
         return sum(count for _, count in self.counts)
 
 
+def format_strategy(strategy: Strategy) -> str:
+    """Writes a strategy, `pen` or `3 image+pen, 1 pen`."""
+    if len(strategy.counts) == 1:
+        return format_set(strategy.counts[0][0])
+    return ", ".join(f"{count} {format_set(modality_set)}" for modality_set, count in strategy.counts)
+
+
 @dataclass(frozen=True, eq=False)
 class Frontier:
     """Strategies of one job size, by strictly rising cost and strictly rising accuracy; each is made when asked for.

@@ -126,6 +126,23 @@ class Wait:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What a job would get.
+
+    Attributes:
+        frontier: strategies for its size, cheapest first, with their milliseconds on an idle system.
+        chosen: the strategy it would get now, None if it would be refused.
+        latency_ms: predicted milliseconds until its answer, behind what is queued.
+        refusal: why it would be refused; empty if it would not.
+    """
+
+    frontier: tuple[tuple[Strategy, float], ...]
+    chosen: Strategy | None
+    latency_ms: float
+    refusal: str
+
+
+@dataclass(frozen=True)
 class Option:
     """A strategy that a job may use, and what it is worth to a policy: accuracy, or thrift."""
 

@@ -7,15 +7,13 @@ from functools import partial
 
 from mosel.errors import MoselError
 from mosel.modality import FUSION, ModalitySet
-from selector.core.arriving import Arriving
+from selector.core.admission import Arriving, Promises, refusal
 from selector.core.forecast import Forecast
 from selector.core.frontier import Frontiers, Strategy
 from selector.core.jobs import Job, Option
 from selector.core.options import allowed_options, floor_of, runnable, strategy_of
 from selector.core.policies import PLANNED_JOBS, POLICIES, Choices, Queued, finish_times, placed
 from selector.core.profile import ModelProfile
-from selector.core.promises import Promises
-from selector.core.refusals import refusal
 from selector.core.resources import Resources
 from selector.core.stages import Remaining, Stages
 from selector.core.work import Work

@@ -26,11 +26,10 @@ from itertools import islice
 
 from mosel.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, MoselError, Overloaded
 from mosel.modality import FUSION, ModalitySet, format_set, modality_of
-from selector.core.jobs import Call, EncodeCall, Ended, FuseCall, Job, Rows, Wait
+from selector.core.jobs import Call, EncodeCall, Ended, FuseCall, Job, Plan, Rows, Wait
 from selector.core.planner import Planner
 from selector.core.policies import Choices
 from selector.core.profile import ModelProfile
-from selector.core.refusals import Plan
 from selector.core.resources import Lanes, Resources, UnderWay
 from selector.core.stages import Stage
 from selector.core.work import Work

@@ -8,8 +8,7 @@ from mosel.transport.host import clock_id
 from mosel.v1 import gateway_pb2, selector_pb2, tensor_pb2
 from selector import conversions
 from selector.core.frontier import Strategy
-from selector.core.jobs import Effort, Job
-from selector.core.refusals import Plan
+from selector.core.jobs import Effort, Job, Plan
 
 JOB_ID = bytes(range(16))
 

@@ -6,9 +6,8 @@ import pytest
 
 from mosel.errors import DeadlineUnreachable, Overloaded
 from mosel.modality import FUSION
-from selector.core.arriving import Arriving
+from selector.core.admission import Arriving, Promises
 from selector.core.jobs import Ended
-from selector.core.promises import Promises
 from selector.core.scheduler import Scheduler
 from tests.selector.support import Driver, job, profile_of
 
