@@ -1,7 +1,7 @@
-"""What newcomers must leave to those that come after them and have to spare, and what is told to those that are refused.
+"""What newcomers must leave to those that come after them and have to spare, and what those are told that are refused.
 
-A job is admitted if there is a plan with it that keeps everyone's deadline (`planner`). Plans rest on forecasts, which do
-not know which jobs come next, and err a little.
+A job is admitted if there is a plan with it that keeps everyone's deadline (`planner`). Plans rest on forecasts, which
+do not know which jobs come next, and err a little.
 """
 
 import math
