@@ -29,7 +29,7 @@ _HALF_LIFE_S = 300.0
 _ON_THE_WAY = 256
 
 
-class Arriving:
+class OfferedLoad:
     """The share of each resource that arriving jobs need at least, even if each is run as cheaply as its floor allows.
 
     Over about the last two seconds.

@@ -10,14 +10,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from selector.core.stages import Remaining, Stage, Steps
+from selector.core.stages import Remaining, RowsByStage, Stage
 
 # Instead of nothing, where calls are divided by their time.
 _NO_TIME_S = 1e-6
 
 
 @dataclass(frozen=True)
-class Load:
+class ServiceDemand:
     """What one job asks of the system.
 
     Attributes:
@@ -79,17 +79,17 @@ class Forecast:
             answered.append(done + self._reply_s)
         return answered
 
-    def loads(self, jobs: Iterable[Sequence[Remaining]], queue: Sequence[Remaining]) -> list[list[Load]]:
+    def demands(self, jobs: Iterable[Sequence[Remaining]], queue: Sequence[Remaining]) -> list[list[ServiceDemand]]:
         """What each job asks with each of its options, if it is one of this queue."""
         rows = _rows(queue)
-        return [[self._load(option, rows) for option in options] for options in jobs]
+        return [[self._demand(option, rows) for option in options] for options in jobs]
 
     def busy_s(self, resource: str) -> float:
         """Seconds from now until a token of the resource is free, the mean over its tokens."""
         times = self._free_at[resource]
         return sum(max(at - self.now, 0.0) for at in times) / len(times)
 
-    def _load(self, left: Remaining, queued: Mapping[Stage, int]) -> Load:
+    def _demand(self, left: Remaining, queued: Mapping[Stage, int]) -> ServiceDemand:
         seconds: dict[str, float] = {}
         longest = []
         for steps in (left.encode, left.fuse):
@@ -97,7 +97,7 @@ class Forecast:
             for stage, rows in steps:
                 batch = min(max(queued.get(stage, 0), rows), stage.curve.best_batch)
                 if stage.lane in self._spread:
-                    path = max(path, self._load_spread(stage, rows, batch, seconds))
+                    path = max(path, self._spread_demand(stage, rows, batch, seconds))
                     continue
                 resource = self._resources[stage.lane]
                 tokens = len(self._free_at[resource])
@@ -105,9 +105,9 @@ class Forecast:
                 seconds[resource] = seconds.get(resource, 0.0) + rows / batch * call / tokens
                 path = max(path, math.ceil(math.ceil(rows / batch) / tokens) * call)
             longest.append(path)
-        return Load(seconds, max(sum(longest), *seconds.values(), 0.0) + self._reply_s)
+        return ServiceDemand(seconds, max(sum(longest), *seconds.values(), 0.0) + self._reply_s)
 
-    def _load_spread(self, stage: Stage, rows: int, batch: int, seconds: dict[str, float]) -> float:
+    def _spread_demand(self, stage: Stage, rows: int, batch: int, seconds: dict[str, float]) -> float:
         """Adds what a stage asks of each of several resources, as they share it when all are busy; returns its path."""
         stages = self._stages_of(stage)
         calls = [self._expected_s(one, batch) for one in stages]
@@ -124,7 +124,7 @@ class Forecast:
         return [stage.on(lane) for lane in lanes or self._spread[stage.lane]]
 
     def _run(
-        self, steps: Steps, queued: dict[Stage, "_Queued"], tokens: Mapping[str, list[float]], earliest: float
+        self, steps: RowsByStage, queued: dict[Stage, "_Queued"], tokens: Mapping[str, list[float]], earliest: float
     ) -> float:
         """Puts what some steps add to the calls of jobs in front on the tokens that are free first; returns the end."""
         end = earliest

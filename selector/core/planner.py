@@ -7,7 +7,7 @@ from functools import partial
 
 from mosel.errors import MoselError
 from mosel.modality import FUSION, ModalitySet
-from selector.core.admission import Arriving, Promises, refusal
+from selector.core.admission import OfferedLoad, Promises, refusal
 from selector.core.forecast import Forecast
 from selector.core.frontier import Frontiers, Strategy
 from selector.core.jobs import Job, Option
@@ -41,7 +41,7 @@ class Planner:
     def __init__(self, profiles: Mapping[str, ModelProfile], policy: str, resources: Resources) -> None:
         self._profiles, self._policy, self._resources = profiles, policy, resources
         self._frontiers = {model: Frontiers(profile) for model, profile in profiles.items()}
-        self._arriving = Arriving()
+        self._offered_load = OfferedLoad()
         self._next_plan_at = 0.0
         self.stages = Stages(profiles)
         self.promises = Promises(resources.reply_s)
@@ -70,7 +70,7 @@ class Planner:
     def arrived(self, work: Work, now: float) -> None:
         """A job came, whether it will be admitted or not."""
         cheapest = work.queued.options[work.queued.cheapest]
-        self._arriving.add(self._resources.idle_forecast(now).loads([[cheapest]], ())[0][0].seconds, now)
+        self._offered_load.add(self._resources.idle_forecast(now).demands([[cheapest]], ())[0][0].seconds, now)
 
     def admit(self, works: Sequence[Work], newcomer: Work, now: float) -> Choices:
         """Plans with a newcomer in the queue; those who are in it already keep their promise. Changes no strategy.
@@ -176,7 +176,7 @@ class Planner:
         return choices
 
     def _forecast(self, now: float) -> Forecast:
-        return self._resources.forecast(now, self._arriving.shares(now))
+        return self._resources.forecast(now, self._offered_load.shares(now))
 
     def _idle_s(self, left: Remaining, now: float) -> float:
         return self._resources.idle_forecast(now).finish([left])[0] - now

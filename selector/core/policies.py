@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from selector.core.forecast import Forecast, Load
+from selector.core.forecast import Forecast, ServiceDemand
 from selector.core.stages import Remaining
 
 # In units of an item's accuracy: every item answered is worth more than any gain in accuracy.
@@ -78,7 +78,7 @@ def greedy(queue: Sequence[Queued], forecast: Forecast) -> Choices:
         changed = False
         while deficit > 0 and give_up.settled <= miss:
             job = queue[give_up.settled]
-            now, then = forecast.loads([[job.options[0], job.options[job.cheapest]]], ())[0]
+            now, then = forecast.demands([[job.options[0], job.options[job.cheapest]]], ())[0]
             saved = [seconds - then.seconds.get(resource, 0.0) for resource, seconds in now.seconds.items()]
             deficit -= max(saved, default=0.0)
             changed |= give_up(choices, give_up.settled, 0.0)
@@ -198,9 +198,9 @@ def _planned(queue: Sequence[Queued], forecast: Forecast, *, may_drop: bool) -> 
     """
     window = queue[:PLANNED_JOBS]
     margins = np.zeros(len(window))
-    loads = forecast.loads([job.options for job in window], [job.options[0] for job in window])
+    demands = forecast.demands([job.options for job in window], [job.options[0] for job in window])
     for _ in range(_ROUNDS):
-        choices = _most_valuable(window, forecast, loads, margins, may_drop=may_drop)
+        choices = _most_valuable(window, forecast, demands, margins, may_drop=may_drop)
         choices.extend(job.cheapest for job in queue[PLANNED_JOBS:])
         late = _late(queue, finish_times(queue, forecast, choices))
         if not late:
@@ -214,26 +214,26 @@ def _planned(queue: Sequence[Queued], forecast: Forecast, *, may_drop: bool) -> 
 def _most_valuable(
     window: Sequence[Queued],
     forecast: Forecast,
-    loads: Sequence[Sequence[Load]],
+    demands: Sequence[Sequence[ServiceDemand]],
     margins: NDArray[np.float64],
     *,
     may_drop: bool,
 ) -> Choices:
     """Solves the knapsack whose prefix sums are bounded by the deadlines."""
-    busiest = _busiest(loads)
-    costs = [[load.seconds.get(busiest, 0.0) for load in of_job] for of_job in loads]
+    busiest = _busiest(demands)
+    costs = [[demand.seconds.get(busiest, 0.0) for demand in of_job] for of_job in demands]
     start = forecast.now + forecast.busy_s(busiest)
     horizon = min(max(job.deadline for job in window) - start, sum(max(cost) for cost in costs))
     buckets = min(max(64 * len(window), 256), 2048)
     width = max(horizon, 1e-6) / buckets
     # Rounding makes every job at most one bucket dearer.
     table = _Table(buckets + len(window))
-    for job, cost, load, margin in zip(window, costs, loads, margins, strict=True):
+    for job, cost, demand, margin in zip(window, costs, demands, margins, strict=True):
         budget = job.deadline - start - margin
         table.begin()
         for option, seconds in enumerate(cost):
             # What the job takes beyond its share of the resource, because its calls follow each other.
-            ends_by = math.floor((budget - max(load[option].alone_s - seconds, 0.0)) / width)
+            ends_by = math.floor((budget - max(demand[option].alone_s - seconds, 0.0)) / width)
             table.offer(option, math.ceil(seconds / width), ends_by, job.size * job.values[option])
         if may_drop and not (job.committed or job.late_ok):
             table.offer_drop(job.size * _DROPPED)
@@ -242,10 +242,10 @@ def _most_valuable(
     return table.choices()
 
 
-def _busiest(loads: Sequence[Sequence[Load]]) -> str:
+def _busiest(demands: Sequence[Sequence[ServiceDemand]]) -> str:
     """The resource that the preferred options ask most of."""
     total: dict[str, float] = {}
-    for of_job in loads:
+    for of_job in demands:
         for resource, seconds in of_job[0].seconds.items():
             total[resource] = total.get(resource, 0.0) + seconds
     return max(sorted(total), key=lambda resource: total[resource])

@@ -18,7 +18,7 @@ _ALIKE = 0.1
 
 
 @dataclass(frozen=True)
-class UnderWay:
+class CallInFlight:
     """A call that a service has.
 
     Attributes:
@@ -42,7 +42,7 @@ class UnderWay:
         return max(self.due, now + _OVERDUE * self.expected_s)
 
     def ends_if_ever(self, now: float) -> float:
-        """The same for whoever need not wait for it: what is overdue may hang, and takes as long again."""
+        """The same for calls that need not wait for it: what is overdue may hang, and takes as long again."""
         return max(self.ends(now), now + (now - self.due))
 
 
@@ -72,7 +72,7 @@ class Resources:
     def __init__(self, lanes: Iterable[str], tokens: int, reply_ms: float) -> None:
         self._lanes = {name: _Lane() for name in lanes}
         self._tokens, self.reply_s = tokens, reply_ms / 1000
-        self._calls: dict[int, UnderWay] = {}
+        self._calls: dict[int, CallInFlight] = {}
         self._replicas: dict[str, tuple[str, ...]] = {}
         self._spread: dict[str, tuple[str, ...]] = {}
 
@@ -148,7 +148,9 @@ class Resources:
         """Calls that a service has."""
         return sum(under_way.call.lane == lane for under_way in self._calls.values())
 
-    def free_at(self, now: float, ends: Callable[[UnderWay, float], float] = UnderWay.ends) -> dict[str, list[float]]:
+    def free_at(
+        self, now: float, ends: Callable[[CallInFlight, float], float] = CallInFlight.ends
+    ) -> dict[str, list[float]]:
         """When each token of each resource will be free; `ends` says when a call is over that is under way."""
         free_at = {lane.resource: [now] * self._tokens for lane in self._lanes.values()}
         for under_way in self._calls.values():
@@ -159,13 +161,13 @@ class Resources:
 
     def begin(self, call: Call, items: int, now: float, expected_s: float) -> None:
         """A call is handed out."""
-        self._calls[call.id] = UnderWay(call, items, now, expected_s)
+        self._calls[call.id] = CallInFlight(call, items, now, expected_s)
 
-    def over(self, call: Call) -> UnderWay:
+    def over(self, call: Call) -> CallInFlight:
         """A call came back, well or not."""
         return self._calls.pop(call.id)
 
-    def calls(self, ids: Iterable[int]) -> list[UnderWay]:
+    def calls(self, ids: Iterable[int]) -> list[CallInFlight]:
         """Some of the calls under way."""
         return [self._calls[call_id] for call_id in ids]
 
@@ -191,7 +193,7 @@ class Resources:
         return Forecast(now, free_at, resources, self.reply_s, reserve, self._spread)
 
 
-class Lanes:
+class LaneBalancer:
     """The lanes that may be called at one moment; asked once for each job and modality, in the order of the queue.
 
     Where a modality has several encoders, a call goes to the one where it should be over first. If that one has no free
@@ -254,5 +256,5 @@ class Lanes:
 
     @cached_property
     def _tokens(self) -> dict[str, list[float]]:
-        free_at = self._resources.free_at(self._now, UnderWay.ends_if_ever)
+        free_at = self._resources.free_at(self._now, CallInFlight.ends_if_ever)
         return {resource: sorted(times) for resource, times in free_at.items()}

@@ -30,7 +30,7 @@ from selector.core.jobs import Call, EncodeCall, Ended, FuseCall, Job, Plan, Row
 from selector.core.planner import Planner
 from selector.core.policies import Choices
 from selector.core.profile import ModelProfile
-from selector.core.resources import Lanes, Resources, UnderWay
+from selector.core.resources import CallInFlight, LaneBalancer, Resources
 from selector.core.stages import Stage
 from selector.core.work import Work
 
@@ -287,7 +287,7 @@ class Scheduler:
 
     def _dispatch(self, now: float) -> Call | None:
         """A call for the first job that has rows for a service whose resource has a free token."""
-        lanes, stage_of = Lanes(self._resources, now), self._planner.stages.of
+        lanes, stage_of = LaneBalancer(self._resources, now), self._planner.stages.of
         for at, work in enumerate(self._queue if lanes.open else ()):
             fusable = [*work.unfused] if FUSION in lanes.open else []
             modalities = sorted(frozenset(work.unsent).union(*work.planned))
@@ -365,7 +365,7 @@ class Scheduler:
         """The jobs in a call that are still wanted."""
         return [(rows, self._works[rows.job_id]) for rows in call.rows if rows.job_id in self._works]
 
-    def _over(self, call: Call) -> UnderWay:
+    def _over(self, call: Call) -> CallInFlight:
         self._stale = True
         return self._resources.over(call)
 

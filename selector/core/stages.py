@@ -123,7 +123,7 @@ class Stage:
         return self.correction.expected_ms(self.profiled_ms(items), now)
 
 
-Steps = tuple[tuple[Stage, int], ...]
+RowsByStage = tuple[tuple[Stage, int], ...]
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ class Remaining:
         not_before: seconds at which the last call under way for it is over.
     """
 
-    encode: Steps
-    fuse: Steps
+    encode: RowsByStage
+    fuse: RowsByStage
     not_before: float = 0.0
 
     def __add__(self, more: "Remaining") -> "Remaining":

@@ -6,7 +6,7 @@ import pytest
 
 from mosel.errors import DeadlineUnreachable, Overloaded
 from mosel.modality import FUSION
-from selector.core.admission import Arriving, Promises
+from selector.core.admission import OfferedLoad, Promises
 from selector.core.jobs import Ended
 from selector.core.scheduler import Scheduler
 from tests.selector.support import Driver, job, profile_of
@@ -56,13 +56,13 @@ def test_what_was_long_ago_is_forgotten() -> None:
 
 
 def test_nothing_grows_with_the_jobs_and_resources_that_there_once_were() -> None:
-    promises, arriving = Promises(reply_s=0.1), Arriving()
+    promises, offered = Promises(reply_s=0.1), OfferedLoad()
     for i in range(1000):
         promises.answered(job(f"{i}", 10.0), i / 1000)
-        arriving.add({f"host {i}": 0.1}, 100.0 * i)
+        offered.add({f"host {i}": 0.1}, 100.0 * i)
     assert len(promises._on_the_way) == 256
-    assert arriving.shares(100_000.0) == {}
-    assert arriving._shares == {}
+    assert offered.shares(100_000.0) == {}
+    assert offered._shares == {}
 
 
 def served(reply_ms: float = 0.0) -> Scheduler:

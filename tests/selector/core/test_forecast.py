@@ -99,11 +99,13 @@ def test_calls_that_take_longer_than_their_profile_are_expected_to() -> None:
 
 def test_the_load_of_a_job_is_its_share_of_each_resource() -> None:
     forecast = cpu(0, 0, resources=FUSION_APART)
-    alone, among = (forecast.loads([[job(image=2, fuse=2)]], queue)[0][0] for queue in ([], [job(image=4, fuse=4)] * 2))
+    alone, among = (
+        forecast.demands([[job(image=2, fuse=2)]], queue)[0][0] for queue in ([], [job(image=4, fuse=4)] * 2)
+    )
     assert alone.seconds == pytest.approx({"cpu": 0.012 / 2, "gpu": 0.003 / 2})
     assert alone.alone_s == pytest.approx(0.012 + 0.003)
     assert among.seconds == pytest.approx({"cpu": 0.016 / 2 / 2, "gpu": 0.003 / 2 / 2}), "half of a call of 4"
-    assert forecast.loads([[job()]], [])[0][0].alone_s == 0
+    assert forecast.demands([[job()]], [])[0][0].alone_s == 0
 
 
 def test_busy_is_the_mean_over_the_tokens() -> None:
@@ -205,10 +207,10 @@ def test_rows_join_a_call_where_it_was_begun() -> None:
 
 
 def test_the_load_is_spread_as_the_lanes_share_it() -> None:
-    load = both(0, 0).loads([[Remaining(((image_stage(), 8),), ())]], [])[0][0]
+    load = both(0, 0).demands([[Remaining(((image_stage(), 8),), ())]], [])[0][0]
     assert load.seconds == pytest.approx({"cpu": 0.04, "gpu": 0.04})
     assert load.alone_s == pytest.approx(0.04)
-    slower = both(0, 0).loads([[Remaining(((image_stage(3.0), 8),), ())]], [])[0][0]
+    slower = both(0, 0).demands([[Remaining(((image_stage(3.0), 8),), ())]], [])[0][0]
     assert slower.seconds == pytest.approx({"cpu": 0.06, "gpu": 0.06}, rel=0.02)
 
 
