@@ -27,7 +27,7 @@ Answer = Callable[[Any], Message]
 
 async def until(condition: Callable[[], bool], what: str) -> None:
     """Waits until a condition holds; fails the test after a generous time."""
-    give_up = time.monotonic() + 20
+    give_up = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < give_up, f"still not: {what}"
         await asyncio.sleep(0.005)
