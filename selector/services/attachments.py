@@ -1,4 +1,4 @@
-"""Which consumer reaches which producer's tensors, and how. Opening an arena is left to whoever uses this."""
+"""Which consumer reaches which producer's tensors, and how. Opening an arena is left to the caller."""
 
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
