@@ -73,12 +73,12 @@ class Killer:
         self._started_s: dict[str, float] = {}
         self.recoveries: list[Recovery] = []
 
-    def run(self, seconds: float) -> None:
-        """Kills for so long; everything is ready at the end unless something never came back."""
+    def run(self, seconds: float, least: int) -> None:
+        """Kills for so long, and so many times at least; all is ready at the end unless something never came back."""
         until = time.monotonic() + seconds
         for service, memory_full in self._rounds():
             self._supervise(self._rng.uniform(*_PAUSE_S))
-            if time.monotonic() >= until:
+            if time.monotonic() >= until and len(self.recoveries) >= least:
                 return
             self._kill(service, memory_full)
 

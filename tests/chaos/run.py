@@ -44,6 +44,7 @@ class Options:
 
     Attributes:
         seconds: how long services are killed.
+        kills: how many there are at least, however long that takes.
         load: in multiples of what the services can answer with every modality.
         trace: CSV file second,requests; None: a bursty one.
         replicas: of each encoder.
@@ -51,6 +52,7 @@ class Options:
     """
 
     seconds: float = 300.0
+    kills: int = 0
     load: float = 0.5
     trace: Path | None = None
     replicas: int = 1
@@ -138,7 +140,7 @@ def chaos(options: Options, profiles_dir: Path | None = None) -> Report:
         # It is over when the last kill is.
         sending = _Sending(launcher, truth, demands, options, rate, 10 * options.seconds)
         try:
-            killer.run(options.seconds)
+            killer.run(options.seconds, options.kills)
         finally:
             load = sending.stop()
         after = Held.settled(launcher, memory, before)

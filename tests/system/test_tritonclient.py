@@ -16,8 +16,9 @@ from mosel.packages.model_package import ModelPackage
 
 ROOT = Path(__file__).parents[2]
 CALLS = Path(__file__).parent / "triton"
-# The last two are what the gateway's messages need beside it.
-NEEDED = ["tritonclient[grpc,http]==2.73.*", "grpcio-health-checking>=1.76", "grpcio-reflection>=1.76"]
+# What the gateway imports before it computes anything.
+SHARED = ["platformdirs>=4.2", "prometheus-client>=0.21", "pydantic-settings>=2.6", "python-json-logger>=3.2"]
+NEEDED = ["tritonclient[grpc,http]==2.73.*", "grpcio-health-checking>=1.76", "grpcio-reflection>=1.76", *SHARED]
 
 Payloads = dict[str, NDArray[Any]]
 Draw = Callable[..., Payloads]

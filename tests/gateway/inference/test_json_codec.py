@@ -261,17 +261,18 @@ def test_any_bytes_are_a_request_or_refused(data: st.DataObject) -> None:
 
 
 def test_reading_gives_way_to_other_threads() -> None:
-    nested = np.arange(300_000).reshape(-1, 3)
+    nested = np.arange(900_000).reshape(-1, 3)
     content = json.dumps(request_with(shape=nested.shape, data=nested.tolist())).encode()
     reading = threading.Thread(target=read, args=(content,))
-    started = last = time.perf_counter()
+    # Processor time of this process: what other programs take of the cores does not count.
+    started = last = time.process_time()
     longest = 0.0
     reading.start()
     while reading.is_alive():
-        now = time.perf_counter()
+        now = time.process_time()
         longest, last = max(longest, now - last), now
     # If it did not, the longest would be most of it.
-    assert longest < (time.perf_counter() - started) / 3
+    assert longest < (time.process_time() - started) / 2
 
 
 # Responses
