@@ -120,11 +120,14 @@ def _worth_running(profile: ModelProfile, sent: ModalitySet, sets: Collection[Mo
         sets: those that may be run, with `sent`.
         items: of the job.
     """
-    near = [s for s in sets if profile.accuracy[s] >= profile.accuracy[sent] - profile.least_difference]
+    least_difference = profile.least_difference
+    near = [s for s in sets if profile.accuracy[s] >= profile.accuracy[sent] - least_difference]
+    if near == [sent]:
+        return sent
     costs = {s: profile.cost_ms(s, items) for s in near}
     no_dearer = [s for s in near if costs[s] <= costs[sent]]
     most = max(profile.accuracy[s] for s in no_dearer)
-    as_good = [s for s in no_dearer if profile.accuracy[s] >= most - profile.least_difference]
+    as_good = [s for s in no_dearer if profile.accuracy[s] >= most - least_difference]
     return min(as_good, key=lambda s: (costs[s], -profile.accuracy[s], -len(s)))
 
 
