@@ -262,7 +262,7 @@ class SelectorLink:
                 log.debug("selector not reachable", extra={"reason": error.code().name})
             finally:
                 call.cancel()
-                # grpc leaves whoever reads from it waiting for ever.
+                # grpc leaves the reader of it waiting for ever.
                 unsent = outbox.close()
                 self._disconnected()
                 for description in unsent:

@@ -13,7 +13,7 @@ class Access(enum.Enum):
 
 
 _SERVICES: Mapping[str, Mapping[Access, str]] = {
-    # Whoever restarts or routes to a gateway must be able to ask how it is.
+    # Supervisors and load balancers must be able to ask how a gateway is.
     "grpc.health.v1.Health": {Access.ALL: "Check List Watch"},
     "grpc.reflection.v1alpha.ServerReflection": {Access.TENANTS: "ServerReflectionInfo"},
     "inference.GRPCInferenceService": {

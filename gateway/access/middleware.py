@@ -8,7 +8,7 @@ from gateway.access.guard import Guard
 from gateway.http_replies import error_reply
 from mosel.errors import MoselError
 
-# Whoever restarts or routes to a gateway must be able to ask how it is.
+# Supervisors and load balancers must be able to ask how a gateway is.
 _OPEN = ("/v2/health/live", "/v2/health/ready")
 _REPOSITORY, _INDEX = "/v2/repository", "/v2/repository/index"
 

@@ -34,7 +34,7 @@ class Job:
         admitted: since when it has its place, and its deadline counts.
         ends: when nobody waits any more; until it is checked, when the caller's own call ends.
         deadline: what it is planned for; the same as `ends` unless a late answer is wanted.
-        status: where it is, for whoever asks.
+        status: where it is, for GetJob.
         checked: what was asked for, once that is known to be sound.
         description: what the selector gets.
         sent: when it got it; 0: it has not.

@@ -26,7 +26,7 @@ Publish = Callable[[], tensor_pb2.TensorRef]
 
 
 class PayloadStore:
-    """Puts the payloads of jobs into the arena. Whoever waits for a slot holds no thread; all belongs to one loop.
+    """Puts the payloads of jobs into the arena. Waiting for a slot holds no thread; all belongs to one loop.
 
     Args:
         settings: the transport's limits.

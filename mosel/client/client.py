@@ -122,7 +122,7 @@ class Client:
         return self._call(calls.job(job_id), timeout_s)
 
     def cancel(self, job_id: str, timeout_s: float = 5.0) -> JobInfo:
-        """Ends a job unless it is over, whoever sent it, and says where it is then; errors as of `job`."""
+        """Ends a job unless it is over, and says where it is then; errors as of `job`."""
         return self._call(calls.cancel(job_id), timeout_s)
 
     def models(self, timeout_s: float = 5.0) -> list[ModelInfo]:

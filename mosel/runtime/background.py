@@ -1,4 +1,4 @@
-"""Work that goes on by itself, beside whoever began it."""
+"""Background tasks, and the supervision of loops that live for ever."""
 
 import asyncio
 import logging
@@ -27,11 +27,11 @@ def _end_process() -> None:
 
 
 class Background:
-    """Tasks that nobody has to wait for; whoever owns them ends them with `close`.
+    """Tasks that nobody has to wait for; their owner ends them with `close`.
 
     Args:
         failed: told what a task ended with that went wrong; by default it is logged as a bug.
-        give_up: called when a loop cannot go on; by default ends the process, which whoever watches it starts again.
+        give_up: called when a loop cannot go on; by default ends the process, which its supervisor starts again.
         pause_s: seconds until a loop that failed begins again.
     """
 

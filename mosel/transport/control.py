@@ -99,7 +99,7 @@ class ControlView:
         self._entries = _entries(self.map, self.layout)
 
     def is_gone(self) -> bool:
-        """Whether the producer, or whoever cleaned up after it, has removed the file."""
+        """Whether the producer, or the janitor after it, has removed the file."""
         return not self._path.exists()
 
     def check_bounds(self, slot: int, nbytes: int) -> None:

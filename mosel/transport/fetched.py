@@ -79,7 +79,7 @@ class FetchedArena:
             if error.code() is grpc.StatusCode.CANCELLED:
                 raise ReadNotProven(_CLOSED) from None
             found = error_from_rpc(error, "that holds the tensor")
-            # This process is there: whoever called it must not take it for the one that is away.
+            # This process is there: its caller must not take it for the one that is away.
             raise (ReadNotProven(str(found)) if isinstance(found, ServiceUnavailable) else found) from None
         finally:
             call.cancel()

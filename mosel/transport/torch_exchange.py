@@ -109,7 +109,7 @@ class TensorPublisher:
 class TensorReader:
     """Gathers rows from refs into torch tensors. Reads only arenas that were opened before. Thread-safe.
 
-    A context manager that closes what it opened in device memory; `reader` is left to whoever made it.
+    A context manager that closes what it opened in device memory; `reader` is left to its owner.
 
     Args:
         reader: for what is in host memory.
