@@ -1,6 +1,6 @@
 """Tensor transport: how a tensor gets from one process to another.
 
-A producer *publishes* a tensor and gets a tensor ref, a small message. A consumer that holds the ref *gathers* rows of it.
+A producer *publishes* a tensor and gets a tensor ref, a small message. Who holds the ref *gathers* rows of it.
 Small tensors travel inside the ref; larger ones stay in a slot of one of the producer's arenas, in POSIX shared memory
 or in device memory, until the selector releases the slot or its lease is over.
 

@@ -114,7 +114,7 @@ class DeviceArena(Arena):
         self._handle, self._gpu_uuid = self._ipc.export(address), self._ipc.gpu_uuid()
 
     def _retire(self) -> None:
-        """Lets no later read be proven: a consumer that has the arena open may see anything once the memory is given back."""
+        """Lets no later read be proven: consumers may see anything once the memory is given back."""
         self._usable = False
         for index in range(self.layout.slot_count):
             self._control.claim(index, 0, 0)
