@@ -56,25 +56,37 @@ class SelectorServicer(selector_pb2_grpc.SelectorServicer):
         tasks = (reading, writing, overflow)
         try:
             await asyncio.wait((writing, overflow), return_when=asyncio.FIRST_COMPLETED)
+            if session.overflowed.is_set():
+                self._forget(session)
+                # grpc loses a status that overtakes a message on its way (issue 36066): the gateway reads that first.
+                await asyncio.wait([writing])
         finally:
             for task in tasks:
                 task.cancel()
             # Nothing that the gateway said may have effects once it is forgotten.
             await asyncio.wait(tasks)
-            self._dispatcher.handle(GatewayGone(session))
-            self._models.gateway_went(session)
-            self._paths.gateway_went(session)
-            self._gateways.close(session)
+            self._forget(session)
         if session.overflowed.is_set():
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the gateway does not read what the selector says")
         for task in (reading, writing):
             if not task.cancelled():
                 task.result()
 
+    def _forget(self, session: GatewaySession) -> None:
+        """A gateway is gone, or is treated so."""
+        if self._gateways.get(session.name) is session:
+            self._dispatcher.handle(GatewayGone(session))
+            self._models.gateway_went(session)
+            self._paths.gateway_went(session)
+            self._gateways.close(session)
+
     async def _read(self, session: GatewaySession, messages: AsyncIterator[selector_pb2.GatewayMessage]) -> None:
         """Follows each message at once: none waits for another, and gRPC holds back a gateway that sends too fast."""
         try:
             async for message in messages:
+                if session.overflowed.is_set():
+                    # It is forgotten; it must be able to go on writing until it reads that.
+                    continue
                 if message.HasField("job"):
                     self._dispatcher.handle(JobSubmitted(session, message.job))
                 elif message.HasField("cancel"):

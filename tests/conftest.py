@@ -24,7 +24,9 @@ from mosel.launcher import Launcher
 from mosel.packages.model_package import ModelPackage, load_package
 
 # How long an example takes is up to what else the machine does.
-hypothesis_settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+)
 hypothesis_settings.load_profile("tests")
 
 PRODUCT = ["mosel", "gateway", "selector", "encoders", "fusion"]
