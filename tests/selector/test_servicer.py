@@ -65,7 +65,8 @@ async def test_the_session_of_a_gateway_that_does_not_read_is_ended(selector: Se
     with pytest.raises(grpc.RpcError) as ended:
         await send_until_the_end(deaf, selector)
     assert isinstance(ended.value, grpc.aio.AioRpcError)
-    assert ended.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    # grpc.aio's client says INTERNAL where a message that it was sending met the end of the call.
+    assert ended.value.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INTERNAL)
     counters = (await selector.own()).counters
     assert (counters["gateways_overflowed"], counters["jobs_cancelled"], counters["jobs"]) == (1, 1, 0)
     assert (counters["gateways"], counters["outbox_messages"]) == (0, 0)
