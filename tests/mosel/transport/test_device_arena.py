@@ -314,10 +314,12 @@ def test_the_fake_is_as_nasty_as_it_says(gpu: FakeGpu) -> None:
     refused(1, lambda: here.export(address + 256))
     mine, opened = here.tensor(address, 4096), there.open(handle)
     theirs = there.tensor(opened, 4096)
+    here.may_land.clear()
     here.copy(mine, noise(4096))
     assert here.under_way() == 1
     there.synchronize()
     assert not torch.equal(theirs, noise(4096)), "another's synchronisation waits for nothing"
+    here.may_land.set()
     here.synchronize()
     assert torch.equal(theirs, noise(4096))
     here.free(address)
