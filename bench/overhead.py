@@ -81,7 +81,7 @@ class _Bench:
             for size in _IN_FLIGHT
         }
         self._loads: dict[tuple[str, int, bool], list[Load]] = defaultdict(list)
-        self.direct_threads = _fastest_threads(direct)
+        self.direct_threads = _fastest_threads(direct, min(seconds, 0.7))
 
     def run(self, rounds: int) -> None:
         """Measures every kind of window in turn, so many times."""
@@ -129,11 +129,11 @@ class _Bench:
         console.print(table)
 
 
-def _fastest_threads(direct: Direct) -> dict[int, int]:
+def _fastest_threads(direct: Direct, seconds: float) -> dict[int, int]:
     """The number of torch threads with which the direct call is fastest, by job size: the hardest limit."""
     candidates = sorted({1, os.cpu_count() or 1, 2 * (os.cpu_count() or 1)})
     return {
-        size: min(candidates, key=lambda threads: statistics.median(direct.run(size, threads, 0.7)))
+        size: min(candidates, key=lambda threads: statistics.median(direct.run(size, threads, seconds)))
         for size in _IN_FLIGHT
     }
 
