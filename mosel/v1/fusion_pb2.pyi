@@ -27,8 +27,11 @@ class FuseRequest(_message.Message):
     GROUPS_FIELD_NUMBER: _builtins.int
     JOB_IDS_FIELD_NUMBER: _builtins.int
     TRACEPARENTS_FIELD_NUMBER: _builtins.int
+    ANSWERS_ONLY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """name@revision, as it was when the jobs inside were admitted."""
+    answers_only: _builtins.bool
+    """Only the answers are wanted, to compare modality sets; outputs are left out."""
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___FuseGroup]: ...
     @_builtins.property
@@ -44,10 +47,11 @@ class FuseRequest(_message.Message):
         groups: _abc.Iterable[Global___FuseGroup] | None = ...,
         job_ids: _abc.Iterable[_builtins.bytes] | None = ...,
         traceparents: _abc.Iterable[_builtins.str] | None = ...,
+        answers_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "job_ids", b"job_ids", "model", b"model", "traceparents", b"traceparents"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers_only", b"answers_only", "groups", b"groups", "job_ids", b"job_ids", "model", b"model", "traceparents", b"traceparents"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -124,25 +128,61 @@ class FuseReply(_message.Message):
 
     OUTPUTS_FIELD_NUMBER: _builtins.int
     COMPUTE_US_FIELD_NUMBER: _builtins.int
+    ANSWERS_FIELD_NUMBER: _builtins.int
     compute_us: _builtins.int
     """Microseconds that the network itself took."""
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
         """One output tensor [rows of the group, ...] per group, in order."""
 
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Answers]:
+        """With answers_only: per group, in order."""
+
     def __init__(
         self,
         *,
         outputs: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
         compute_us: _builtins.int = ...,
+        answers: _abc.Iterable[Global___Answers] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_us", b"compute_us", "outputs", b"outputs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "compute_us", b"compute_us", "outputs", b"outputs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FuseReply: _TypeAlias = FuseReply  # noqa: Y015
+
+@_typing.final
+class Answers(_message.Message):
+    """What a model answers for each of some items."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LABELS_FIELD_NUMBER: _builtins.int
+    CONFIDENCES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The index of the largest output."""
+
+    @_builtins.property
+    def confidences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """That output."""
+
+    def __init__(
+        self,
+        *,
+        labels: _abc.Iterable[_builtins.int] | None = ...,
+        confidences: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidences", b"confidences", "labels", b"labels"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Answers: _TypeAlias = Answers  # noqa: Y015
 
 @_typing.final
 class ProfileFusionRequest(_message.Message):

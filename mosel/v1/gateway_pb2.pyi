@@ -44,6 +44,66 @@ BEST: Effort.ValueType  # 2
 """The most accurate strategy that meets the deadline."""
 Global___Effort: _TypeAlias = Effort  # noqa: Y015
 
+class _FloorSource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FloorSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FloorSource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FLOOR_SOURCE_UNSPECIFIED: _FloorSource.ValueType  # 0
+    """Nobody's: nothing was asked for."""
+    CALLER: _FloorSource.ValueType  # 1
+    TENANT: _FloorSource.ValueType  # 2
+    """The operator, for the tenant whose token the caller showed; for everybody (setting gateway.max_accuracy_loss); or
+    for the model (model.toml).
+    """
+    SETTINGS: _FloorSource.ValueType  # 3
+    MODEL: _FloorSource.ValueType  # 4
+
+class FloorSource(_FloorSource, metaclass=_FloorSourceEnumTypeWrapper):
+    """Whose floor it is that a job was held to."""
+
+FLOOR_SOURCE_UNSPECIFIED: FloorSource.ValueType  # 0
+"""Nobody's: nothing was asked for."""
+CALLER: FloorSource.ValueType  # 1
+TENANT: FloorSource.ValueType  # 2
+"""The operator, for the tenant whose token the caller showed; for everybody (setting gateway.max_accuracy_loss); or
+for the model (model.toml).
+"""
+SETTINGS: FloorSource.ValueType  # 3
+MODEL: FloorSource.ValueType  # 4
+Global___FloorSource: _TypeAlias = FloorSource  # noqa: Y015
+
+class _Guarantee:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GuaranteeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Guarantee.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GUARANTEE_UNSPECIFIED: _Guarantee.ValueType  # 0
+    CALIBRATED: _Guarantee.ValueType  # 1
+    """Tested on calibration rows."""
+    LIVE: _Guarantee.ValueType  # 2
+    """Bounded by what was seen while serving."""
+    NONE: _Guarantee.ValueType  # 3
+    """The floor cannot be guaranteed: the reference set was run."""
+    ESTIMATE: _Guarantee.ValueType  # 4
+    """Expected only: the model has no calibration rows, or was not asked to be held to them."""
+
+class Guarantee(_Guarantee, metaclass=_GuaranteeEnumTypeWrapper):
+    """What the accuracy that an answer states stands on."""
+
+GUARANTEE_UNSPECIFIED: Guarantee.ValueType  # 0
+CALIBRATED: Guarantee.ValueType  # 1
+"""Tested on calibration rows."""
+LIVE: Guarantee.ValueType  # 2
+"""Bounded by what was seen while serving."""
+NONE: Guarantee.ValueType  # 3
+"""The floor cannot be guaranteed: the reference set was run."""
+ESTIMATE: Guarantee.ValueType  # 4
+"""Expected only: the model has no calibration rows, or was not asked to be held to them."""
+Global___Guarantee: _TypeAlias = Guarantee  # noqa: Y015
+
 class _JobState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -70,6 +130,57 @@ ANSWERED: JobState.ValueType  # 3
 FAILED: JobState.ValueType  # 4
 CANCELLED: JobState.ValueType  # 5
 Global___JobState: _TypeAlias = JobState  # noqa: Y015
+
+@_typing.final
+class Assurance(_message.Message):
+    """What can be said of the accuracy of an answer, and what it cost (docs/floors.md)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUARANTEE_FIELD_NUMBER: _builtins.int
+    GUARANTEED_ACCURACY_FIELD_NUMBER: _builtins.int
+    GUARANTEED_LOSS_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_FIELD_NUMBER: _builtins.int
+    SAVED_FIELD_NUMBER: _builtins.int
+    FLOOR_SOURCE_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    guarantee: Global___Guarantee.ValueType
+    guaranteed_accuracy: _builtins.float
+    """Items of the same population that are served so are right at least so often, 0..1."""
+    guaranteed_loss: _builtins.float
+    """And wrong at most so much more often than if everything that was sent were run, 0..1. At most one of both is there."""
+    confidence: _builtins.float
+    """With which confidence, 0.95; 0 where nothing is guaranteed."""
+    saved: _builtins.float
+    """The share of the compute time of everything that was sent which was not spent, 0..1; 0 while nothing is measured."""
+    floor_source: Global___FloorSource.ValueType
+    note: _builtins.str
+    """What else there is to say: the best floor that can be guaranteed, or that a bound is approximate. Mostly empty."""
+    def __init__(
+        self,
+        *,
+        guarantee: Global___Guarantee.ValueType = ...,
+        guaranteed_accuracy: _builtins.float | None = ...,
+        guaranteed_loss: _builtins.float | None = ...,
+        confidence: _builtins.float = ...,
+        saved: _builtins.float = ...,
+        floor_source: Global___FloorSource.ValueType = ...,
+        note: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guaranteed_accuracy", b"_guaranteed_accuracy", "_guaranteed_loss", b"_guaranteed_loss", "guaranteed_accuracy", b"guaranteed_accuracy", "guaranteed_loss", b"guaranteed_loss"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guaranteed_accuracy", b"_guaranteed_accuracy", "_guaranteed_loss", b"_guaranteed_loss", "confidence", b"confidence", "floor_source", b"floor_source", "guarantee", b"guarantee", "guaranteed_accuracy", b"guaranteed_accuracy", "guaranteed_loss", b"guaranteed_loss", "note", b"note", "saved", b"saved"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__guaranteed_accuracy: _TypeAlias = _typing.Literal["guaranteed_accuracy"]  # noqa: Y015
+    _WhichOneofArgType__guaranteed_accuracy: _TypeAlias = _typing.Literal["_guaranteed_accuracy", b"_guaranteed_accuracy"]  # noqa: Y015
+    _WhichOneofReturnType__guaranteed_loss: _TypeAlias = _typing.Literal["guaranteed_loss"]  # noqa: Y015
+    _WhichOneofArgType__guaranteed_loss: _TypeAlias = _typing.Literal["_guaranteed_loss", b"_guaranteed_loss"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__guaranteed_accuracy) -> _WhichOneofReturnType__guaranteed_accuracy | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__guaranteed_loss) -> _WhichOneofReturnType__guaranteed_loss | None: ...
+
+Global___Assurance: _TypeAlias = Assurance  # noqa: Y015
 
 @_typing.final
 class PredictRequest(_message.Message):
@@ -104,6 +215,7 @@ class PredictRequest(_message.Message):
     EFFORT_FIELD_NUMBER: _builtins.int
     LATE_OK_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    MAX_ACCURACY_LOSS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     min_accuracy: _builtins.float
     """The least expected accuracy, 0..1, in the model's own metric. Without it, all of what was sent is used as long as
@@ -116,6 +228,10 @@ class PredictRequest(_message.Message):
     """A late answer is wanted, too: latency_slo_ms orders and plans, and the gRPC deadline alone ends the job."""
     priority: _builtins.int
     """1 goes first, 9 last; 0: 5. Each level counts as 5 s of the deadline, so that a job of any priority has its turn."""
+    max_accuracy_loss: _builtins.float
+    """The most accuracy that may be lost against running the most accurate set of what was sent, 0..1. Instead of
+    min_accuracy. Without either, what the operator says counts.
+    """
     @_builtins.property
     def payloads(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
         """Payload tensors [B, ...] by modality; all with the same B. Any non-empty subset of the model's modalities."""
@@ -135,17 +251,22 @@ class PredictRequest(_message.Message):
         effort: Global___Effort.ValueType = ...,
         late_ok: _builtins.bool = ...,
         priority: _builtins.int = ...,
+        max_accuracy_loss: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms", "_min_accuracy", b"_min_accuracy", "latency_slo_ms", b"latency_slo_ms", "min_accuracy", b"min_accuracy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms", "_max_accuracy_loss", b"_max_accuracy_loss", "_min_accuracy", b"_min_accuracy", "latency_slo_ms", b"latency_slo_ms", "max_accuracy_loss", b"max_accuracy_loss", "min_accuracy", b"min_accuracy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms", "_min_accuracy", b"_min_accuracy", "effort", b"effort", "late_ok", b"late_ok", "latency_slo_ms", b"latency_slo_ms", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "payloads", b"payloads", "priority", b"priority"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms", "_max_accuracy_loss", b"_max_accuracy_loss", "_min_accuracy", b"_min_accuracy", "effort", b"effort", "late_ok", b"late_ok", "latency_slo_ms", b"latency_slo_ms", "max_accuracy_loss", b"max_accuracy_loss", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "payloads", b"payloads", "priority", b"priority"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__latency_slo_ms: _TypeAlias = _typing.Literal["latency_slo_ms"]  # noqa: Y015
     _WhichOneofArgType__latency_slo_ms: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms"]  # noqa: Y015
+    _WhichOneofReturnType__max_accuracy_loss: _TypeAlias = _typing.Literal["max_accuracy_loss"]  # noqa: Y015
+    _WhichOneofArgType__max_accuracy_loss: _TypeAlias = _typing.Literal["_max_accuracy_loss", b"_max_accuracy_loss"]  # noqa: Y015
     _WhichOneofReturnType__min_accuracy: _TypeAlias = _typing.Literal["min_accuracy"]  # noqa: Y015
     _WhichOneofArgType__min_accuracy: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__latency_slo_ms) -> _WhichOneofReturnType__latency_slo_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_accuracy_loss) -> _WhichOneofReturnType__max_accuracy_loss | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_accuracy) -> _WhichOneofReturnType__min_accuracy | None: ...
 
@@ -164,6 +285,7 @@ class PredictReply(_message.Message):
     COMPUTE_MS_FIELD_NUMBER: _builtins.int
     DEADLINE_SLACK_MS_FIELD_NUMBER: _builtins.int
     UNAVAILABLE_MODALITIES_FIELD_NUMBER: _builtins.int
+    ASSURANCE_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job's id, 32 hexadecimal digits; also in every log line about the job."""
     expected_accuracy: _builtins.float
@@ -192,6 +314,8 @@ class PredictReply(_message.Message):
         meets its floor without them. Sorted; empty when nothing was missing.
         """
 
+    @_builtins.property
+    def assurance(self) -> Global___Assurance: ...
     def __init__(
         self,
         *,
@@ -204,10 +328,11 @@ class PredictReply(_message.Message):
         compute_ms: _builtins.float = ...,
         deadline_slack_ms: _builtins.float = ...,
         unavailable_modalities: _abc.Iterable[_builtins.str] | None = ...,
+        assurance: Global___Assurance | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assurance", b"assurance", "output", b"output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ms", b"compute_ms", "deadline_slack_ms", b"deadline_slack_ms", "expected_accuracy", b"expected_accuracy", "job_id", b"job_id", "labels", b"labels", "modality_sets", b"modality_sets", "output", b"output", "queue_ms", b"queue_ms", "unavailable_modalities", b"unavailable_modalities"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assurance", b"assurance", "compute_ms", b"compute_ms", "deadline_slack_ms", b"deadline_slack_ms", "expected_accuracy", b"expected_accuracy", "job_id", b"job_id", "labels", b"labels", "modality_sets", b"modality_sets", "output", b"output", "queue_ms", b"queue_ms", "unavailable_modalities", b"unavailable_modalities"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -227,6 +352,7 @@ class JobSpec(_message.Message):
     EFFORT_FIELD_NUMBER: _builtins.int
     LATE_OK_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    MAX_ACCURACY_LOSS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     size: _builtins.int
     """Items, B."""
@@ -235,6 +361,7 @@ class JobSpec(_message.Message):
     effort: Global___Effort.ValueType
     late_ok: _builtins.bool
     priority: _builtins.int
+    max_accuracy_loss: _builtins.float
     @_builtins.property
     def modalities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Those that will be sent and may be run. Empty: all of the model's."""
@@ -250,17 +377,22 @@ class JobSpec(_message.Message):
         effort: Global___Effort.ValueType = ...,
         late_ok: _builtins.bool = ...,
         priority: _builtins.int = ...,
+        max_accuracy_loss: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms", "_min_accuracy", b"_min_accuracy", "latency_slo_ms", b"latency_slo_ms", "min_accuracy", b"min_accuracy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms", "_max_accuracy_loss", b"_max_accuracy_loss", "_min_accuracy", b"_min_accuracy", "latency_slo_ms", b"latency_slo_ms", "max_accuracy_loss", b"max_accuracy_loss", "min_accuracy", b"min_accuracy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms", "_min_accuracy", b"_min_accuracy", "effort", b"effort", "late_ok", b"late_ok", "latency_slo_ms", b"latency_slo_ms", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "priority", b"priority", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms", "_max_accuracy_loss", b"_max_accuracy_loss", "_min_accuracy", b"_min_accuracy", "effort", b"effort", "late_ok", b"late_ok", "latency_slo_ms", b"latency_slo_ms", "max_accuracy_loss", b"max_accuracy_loss", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "priority", b"priority", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__latency_slo_ms: _TypeAlias = _typing.Literal["latency_slo_ms"]  # noqa: Y015
     _WhichOneofArgType__latency_slo_ms: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms"]  # noqa: Y015
+    _WhichOneofReturnType__max_accuracy_loss: _TypeAlias = _typing.Literal["max_accuracy_loss"]  # noqa: Y015
+    _WhichOneofArgType__max_accuracy_loss: _TypeAlias = _typing.Literal["_max_accuracy_loss", b"_max_accuracy_loss"]  # noqa: Y015
     _WhichOneofReturnType__min_accuracy: _TypeAlias = _typing.Literal["min_accuracy"]  # noqa: Y015
     _WhichOneofArgType__min_accuracy: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__latency_slo_ms) -> _WhichOneofReturnType__latency_slo_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_accuracy_loss) -> _WhichOneofReturnType__max_accuracy_loss | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_accuracy) -> _WhichOneofReturnType__min_accuracy | None: ...
 
@@ -462,6 +594,7 @@ class JobSummary(_message.Message):
     DEADLINE_SLACK_MS_FIELD_NUMBER: _builtins.int
     STRATEGY_FIELD_NUMBER: _builtins.int
     UNAVAILABLE_MODALITIES_FIELD_NUMBER: _builtins.int
+    ASSURANCE_FIELD_NUMBER: _builtins.int
     expected_accuracy: _builtins.float
     queue_ms: _builtins.float
     compute_ms: _builtins.float
@@ -474,6 +607,8 @@ class JobSummary(_message.Message):
     def unavailable_modalities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """As in PredictReply."""
 
+    @_builtins.property
+    def assurance(self) -> Global___Assurance: ...
     def __init__(
         self,
         *,
@@ -483,10 +618,11 @@ class JobSummary(_message.Message):
         deadline_slack_ms: _builtins.float = ...,
         strategy: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         unavailable_modalities: _abc.Iterable[_builtins.str] | None = ...,
+        assurance: Global___Assurance | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assurance", b"assurance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ms", b"compute_ms", "deadline_slack_ms", b"deadline_slack_ms", "expected_accuracy", b"expected_accuracy", "queue_ms", b"queue_ms", "strategy", b"strategy", "unavailable_modalities", b"unavailable_modalities"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assurance", b"assurance", "compute_ms", b"compute_ms", "deadline_slack_ms", b"deadline_slack_ms", "expected_accuracy", b"expected_accuracy", "queue_ms", b"queue_ms", "strategy", b"strategy", "unavailable_modalities", b"unavailable_modalities"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -519,6 +655,7 @@ class PlanReply(_message.Message):
     FRONTIER_FIELD_NUMBER: _builtins.int
     CHOSEN_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    ASSURANCE_FIELD_NUMBER: _builtins.int
     refusal: _builtins.str
     """Why it would be refused; empty if it would not."""
     @_builtins.property
@@ -529,19 +666,29 @@ class PlanReply(_message.Message):
     def chosen(self) -> Global___Strategy:
         """What the job would get now; absent if it would be refused."""
 
+    @_builtins.property
+    def assurance(self) -> Global___Assurance:
+        """What an answer by `chosen` would stand on."""
+
     def __init__(
         self,
         *,
         frontier: _abc.Iterable[Global___Strategy] | None = ...,
         chosen: Global___Strategy | None = ...,
         refusal: _builtins.str = ...,
+        assurance: Global___Assurance | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_chosen", b"_chosen", "chosen", b"chosen"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_assurance", b"_assurance", "_chosen", b"_chosen", "assurance", b"assurance", "chosen", b"chosen"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chosen", b"_chosen", "chosen", b"chosen", "frontier", b"frontier", "refusal", b"refusal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_assurance", b"_assurance", "_chosen", b"_chosen", "assurance", b"assurance", "chosen", b"chosen", "frontier", b"frontier", "refusal", b"refusal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__assurance: _TypeAlias = _typing.Literal["assurance"]  # noqa: Y015
+    _WhichOneofArgType__assurance: _TypeAlias = _typing.Literal["_assurance", b"_assurance"]  # noqa: Y015
     _WhichOneofReturnType__chosen: _TypeAlias = _typing.Literal["chosen"]  # noqa: Y015
     _WhichOneofArgType__chosen: _TypeAlias = _typing.Literal["_chosen", b"_chosen"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__assurance) -> _WhichOneofReturnType__assurance | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__chosen) -> _WhichOneofReturnType__chosen | None: ...
 
 Global___PlanReply: _TypeAlias = PlanReply  # noqa: Y015
@@ -857,6 +1004,10 @@ class SetProfile(_message.Message):
     SAMPLES_FIELD_NUMBER: _builtins.int
     LATENCY_MS_FIELD_NUMBER: _builtins.int
     AVAILABLE_FIELD_NUMBER: _builtins.int
+    GUARANTEED_ACCURACY_FIELD_NUMBER: _builtins.int
+    GUARANTEED_LOSS_FIELD_NUMBER: _builtins.int
+    WORST_LABEL_FIELD_NUMBER: _builtins.int
+    WORST_GROUP_FIELD_NUMBER: _builtins.int
     modality_set: _builtins.str
     accuracy: _builtins.float
     """Measured on the model's validation split, 0..1."""
@@ -866,6 +1017,17 @@ class SetProfile(_message.Message):
     """Predicted milliseconds for a job of one item on an idle system; 0 while it is not measured."""
     available: _builtins.bool
     """False while an encoder it needs is away."""
+    guaranteed_accuracy: _builtins.float
+    """If every item ran it: right at least so often, and wrong at most so much more often than the most accurate set of
+    all modalities, by the model's calibration rows and at the confidence of the settings; absent without such rows.
+    """
+    guaranteed_loss: _builtins.float
+    @_builtins.property
+    def worst_label(self) -> Global___Weakness:
+        """The label, and the group of calibration rows ("person 7"), that it does worst on; absent without labelled rows."""
+
+    @_builtins.property
+    def worst_group(self) -> Global___Weakness: ...
     def __init__(
         self,
         *,
@@ -874,11 +1036,49 @@ class SetProfile(_message.Message):
         samples: _builtins.int = ...,
         latency_ms: _builtins.float = ...,
         available: _builtins.bool = ...,
+        guaranteed_accuracy: _builtins.float | None = ...,
+        guaranteed_loss: _builtins.float | None = ...,
+        worst_label: Global___Weakness | None = ...,
+        worst_group: Global___Weakness | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guaranteed_accuracy", b"_guaranteed_accuracy", "_guaranteed_loss", b"_guaranteed_loss", "guaranteed_accuracy", b"guaranteed_accuracy", "guaranteed_loss", b"guaranteed_loss", "worst_group", b"worst_group", "worst_label", b"worst_label"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guaranteed_accuracy", b"_guaranteed_accuracy", "_guaranteed_loss", b"_guaranteed_loss", "accuracy", b"accuracy", "available", b"available", "guaranteed_accuracy", b"guaranteed_accuracy", "guaranteed_loss", b"guaranteed_loss", "latency_ms", b"latency_ms", "modality_set", b"modality_set", "samples", b"samples", "worst_group", b"worst_group", "worst_label", b"worst_label"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__guaranteed_accuracy: _TypeAlias = _typing.Literal["guaranteed_accuracy"]  # noqa: Y015
+    _WhichOneofArgType__guaranteed_accuracy: _TypeAlias = _typing.Literal["_guaranteed_accuracy", b"_guaranteed_accuracy"]  # noqa: Y015
+    _WhichOneofReturnType__guaranteed_loss: _TypeAlias = _typing.Literal["guaranteed_loss"]  # noqa: Y015
+    _WhichOneofArgType__guaranteed_loss: _TypeAlias = _typing.Literal["_guaranteed_loss", b"_guaranteed_loss"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__guaranteed_accuracy) -> _WhichOneofReturnType__guaranteed_accuracy | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__guaranteed_loss) -> _WhichOneofReturnType__guaranteed_loss | None: ...
+
+Global___SetProfile: _TypeAlias = SetProfile  # noqa: Y015
+
+@_typing.final
+class Weakness(_message.Message):
+    """A part of the calibration rows, and the accuracy on it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ACCURACY_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    accuracy: _builtins.float
+    samples: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        accuracy: _builtins.float = ...,
+        samples: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "available", b"available", "latency_ms", b"latency_ms", "modality_set", b"modality_set", "samples", b"samples"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "name", b"name", "samples", b"samples"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___SetProfile: _TypeAlias = SetProfile  # noqa: Y015
+Global___Weakness: _TypeAlias = Weakness  # noqa: Y015

@@ -104,6 +104,8 @@ class JobDescription(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     DEADLINE_NS_FIELD_NUMBER: _builtins.int
     CLOCK_FIELD_NUMBER: _builtins.int
+    MAX_ACCURACY_LOSS_FIELD_NUMBER: _builtins.int
+    FLOOR_SOURCE_FIELD_NUMBER: _builtins.int
     job_id: _builtins.bytes
     """16 random bytes, made by the gateway."""
     model: _builtins.str
@@ -132,6 +134,10 @@ class JobDescription(_message.Message):
     """When the answer is no longer wanted, in nanoseconds of the monotonic clock that `clock` names."""
     clock: _builtins.str
     """The gateway's monotonic clock: boot id and time namespace of its host. Whoever has the same one shares it."""
+    max_accuracy_loss: _builtins.float
+    """As in PredictRequest; not beside min_accuracy."""
+    floor_source: _gateway_pb2.FloorSource.ValueType
+    """Whose floor it is; the answer repeats it."""
     @_builtins.property
     def payloads(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.TensorRef]:
         """Payload refs [B, ...] by modality."""
@@ -159,13 +165,20 @@ class JobDescription(_message.Message):
         traceparent: _builtins.str = ...,
         deadline_ns: _builtins.int = ...,
         clock: _builtins.str = ...,
+        max_accuracy_loss: _builtins.float | None = ...,
+        floor_source: _gateway_pb2.FloorSource.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy", "min_accuracy", b"min_accuracy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_accuracy_loss", b"_max_accuracy_loss", "_min_accuracy", b"_min_accuracy", "max_accuracy_loss", b"max_accuracy_loss", "min_accuracy", b"min_accuracy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy", "budget_us", b"budget_us", "clock", b"clock", "deadline_ns", b"deadline_ns", "effort", b"effort", "exact", b"exact", "expiry_us", b"expiry_us", "job_id", b"job_id", "late_ok", b"late_ok", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "payloads", b"payloads", "priority", b"priority", "size", b"size", "stream", b"stream", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_accuracy_loss", b"_max_accuracy_loss", "_min_accuracy", b"_min_accuracy", "budget_us", b"budget_us", "clock", b"clock", "deadline_ns", b"deadline_ns", "effort", b"effort", "exact", b"exact", "expiry_us", b"expiry_us", "floor_source", b"floor_source", "job_id", b"job_id", "late_ok", b"late_ok", "max_accuracy_loss", b"max_accuracy_loss", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "payloads", b"payloads", "priority", b"priority", "size", b"size", "stream", b"stream", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_accuracy_loss: _TypeAlias = _typing.Literal["max_accuracy_loss"]  # noqa: Y015
+    _WhichOneofArgType__max_accuracy_loss: _TypeAlias = _typing.Literal["_max_accuracy_loss", b"_max_accuracy_loss"]  # noqa: Y015
     _WhichOneofReturnType__min_accuracy: _TypeAlias = _typing.Literal["min_accuracy"]  # noqa: Y015
     _WhichOneofArgType__min_accuracy: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_accuracy_loss) -> _WhichOneofReturnType__max_accuracy_loss | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_accuracy) -> _WhichOneofReturnType__min_accuracy | None: ...
 
 Global___JobDescription: _TypeAlias = JobDescription  # noqa: Y015
@@ -272,6 +285,7 @@ class JobResult(_message.Message):
     QUEUE_US_FIELD_NUMBER: _builtins.int
     COMPUTE_US_FIELD_NUMBER: _builtins.int
     UNAVAILABLE_MODALITIES_FIELD_NUMBER: _builtins.int
+    ASSURANCE_FIELD_NUMBER: _builtins.int
     job_id: _builtins.bytes
     expected_accuracy: _builtins.float
     queue_us: _builtins.int
@@ -284,6 +298,8 @@ class JobResult(_message.Message):
     def unavailable_modalities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """As in PredictReply."""
 
+    @_builtins.property
+    def assurance(self) -> _gateway_pb2.Assurance: ...
     def __init__(
         self,
         *,
@@ -293,10 +309,11 @@ class JobResult(_message.Message):
         queue_us: _builtins.int = ...,
         compute_us: _builtins.int = ...,
         unavailable_modalities: _abc.Iterable[_builtins.str] | None = ...,
+        assurance: _gateway_pb2.Assurance | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assurance", b"assurance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_us", b"compute_us", "expected_accuracy", b"expected_accuracy", "groups", b"groups", "job_id", b"job_id", "queue_us", b"queue_us", "unavailable_modalities", b"unavailable_modalities"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assurance", b"assurance", "compute_us", b"compute_us", "expected_accuracy", b"expected_accuracy", "groups", b"groups", "job_id", b"job_id", "queue_us", b"queue_us", "unavailable_modalities", b"unavailable_modalities"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
