@@ -152,5 +152,7 @@ def main(data: Path, out: Path, seed: int, epochs: int = EPOCHS) -> None:
     validation = load(data, "validation")
     fit(model, Mixer(read_recordings(data), seed), validation, epochs)
     save_weights(out, model.encoders, model.fusion)
-    accuracy = write_accuracy(out, model.encoders, model.fusion, validation=validation, test=load(data, "test"))
+    accuracy = write_accuracy(
+        out, model.encoders, model.fusion, validation=validation, test=load(data, "test"), package=Path(__file__).parent
+    )
     write_report(out, accuracy, seed=seed, seconds=time.monotonic() - began)

@@ -49,7 +49,8 @@ def main(data: Path, out: Path, seed: int, epochs: int = 20) -> None:
     fit(encoders, fusion, splits["train"], settings)
     networks = dict(encoders.items())
     save_weights(out, networks, fusion)
-    accuracy = write_accuracy(out, networks, fusion, validation=splits["validation"], test=splits["test"])
+    validation, test = splits["validation"], splits["test"]
+    accuracy = write_accuracy(out, networks, fusion, validation=validation, test=test, package=Path(__file__).parent)
     write_report(out, accuracy, seed=seed, seconds=time.monotonic() - started)
 
 

@@ -13,8 +13,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from mosel.data.samples import Samples
+from mosel.errors import PackageError
 from mosel.modality import format_set, subsets
-from mosel.packages.model_package import file_sha256
+from mosel.packages.model_package import load_package
 
 CHUNK_ITEMS = 250
 
@@ -70,9 +71,15 @@ def measure_accuracy(encoders: Mapping[str, nn.Module], fusion: nn.Module, sampl
 
 
 def write_accuracy(
-    folder: Path, encoders: Mapping[str, nn.Module], fusion: nn.Module, *, validation: Samples, test: Samples
+    folder: Path,
+    encoders: Mapping[str, nn.Module],
+    fusion: nn.Module,
+    *,
+    validation: Samples,
+    test: Samples,
+    package: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure every modality set and write `accuracy.json`, bound to the `weights.safetensors` beside it.
+    """Measure every modality set and write `accuracy.json`, bound to the `weights.safetensors` beside it and the code.
 
     Args:
         folder: the model package, with the weights saved by `save_weights`.
@@ -80,17 +87,19 @@ def write_accuracy(
         fusion: the fusion network whose weights were saved.
         validation: samples that no weight was fitted to; the selector relies on these accuracies.
         test: samples that no choice was made with; reported.
+        package: the model package, where `folder` is another one, whose files will be put into it.
 
     Returns:
         What was written.
 
     Raises:
-        PackageError: the weights have not been saved.
+        PackageError: the weights have not been saved, or the package is wrong.
     """
-    document: dict[str, Any] = {
-        "weights_sha256": file_sha256(folder / "weights.safetensors"),
-        "metric": "accuracy",
-    }
+    weights = folder / "weights.safetensors"
+    if not weights.is_file():
+        raise PackageError(f"{weights}: no such file; save_weights writes it")
+    measured = load_package(package or folder, weights)
+    document: dict[str, Any] = {"content_hash": measured.content_hash, "metric": "accuracy"}
     for split, samples in {"validation": validation, "test": test}.items():
         document[split] = {"samples": len(samples), "sets": measure_accuracy(encoders, fusion, samples)}
     _replace(folder / "accuracy.json", (json.dumps(document, indent=2) + "\n").encode())

@@ -22,7 +22,8 @@ from rich.progress import Progress
 from mosel.data.downloads import Downloads
 from mosel.data.samples import load_arrays
 from mosel.errors import DatasetError
-from mosel.packages.model_package import ModelPackage, file_sha256
+from mosel.packages.content import file_sha256
+from mosel.packages.model_package import ModelPackage
 
 Arrays = Mapping[str, NDArray[Any]]
 

@@ -18,7 +18,7 @@ from urllib.parse import quote
 from rich.progress import Progress, TaskID
 
 from mosel.errors import DatasetError
-from mosel.packages.model_package import file_sha256
+from mosel.packages.content import file_sha256
 
 PATIENCE_S = 10.0
 LARGEST_BYTES = 1 << 30

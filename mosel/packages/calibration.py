@@ -1,4 +1,4 @@
-"""Calibration rows: what a model answered on labelled or unlabelled items, for every modality set (`calibration.npz`)."""
+"""Calibration rows (`calibration.npz`): what a model answered on items, labelled or not, for every modality set."""
 
 import zipfile
 import zlib

@@ -5,6 +5,7 @@ A package runs code: only trusted folders may be loaded.
 
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from pydantic import ValidationError
 
 from mosel.errors import ConfigError, ModelNotFound, PackageError
 from mosel.modality import ModalitySet, format_set, parse_set, subsets
+from mosel.packages.calibration import UNLABELLED, Calibration, read_calibration
+from mosel.packages.content import CALIBRATION_FILE, content_digests, weights_file
 from mosel.packages.manifest import MANIFEST, Manifest, ModalitySpec, OutputSpec
 from mosel.packages.model_modules import import_module
 from mosel.validation import explain
@@ -28,7 +31,7 @@ _ACCURACY_HINT = "write it with mosel.compute.training.write_accuracy"
 class StatedAccuracy:
     """Accuracy of each modality set, 0..1, measured on `samples` items of the validation split.
 
-    Where the figures were not measured on these weights, `source` says where they are from; `samples` is 0 if unknown.
+    Where the figures were not measured on this model, `source` says where they are from; `samples` is 0 if unknown.
     """
 
     samples: int
@@ -46,12 +49,13 @@ class ModelPackage:
     """A parsed and checked `model.toml`. `samples`, `sources` and `train` name modules of the folder, or are None.
 
     With `random_weights` the networks are made under a fixed seed, and `weights` is not read. `parameters` are for
-    the package's own modules. `revision` is a digest of everything that the package consists of, `code` one of its
-    modules alone.
+    the package's own modules. `content_hash` is a digest of every file that can change what is computed, and
+    measurements name it; `code` is the same without the weights; `revision` is of the measurements, too.
     """
 
     folder: Path
     revision: str
+    content_hash: str
     code: str
     name: str
     version: str
@@ -77,30 +81,36 @@ class ModelPackage:
 
     def has_networks_of(self, other: "ModelPackage") -> bool:
         """Whether the networks of both are the same but for their weights, so that they take the same time."""
-        mine, theirs = (
-            (p.code, p.modalities, p.fusion, p.output.dtype, p.output.shape, p.parameters) for p in (self, other)
-        )
-        return mine == theirs
+        return self.code == other.code
 
     def check_unchanged(self) -> None:
-        """Checks that the files are still those that this was read from, the weights included.
+        """Checks that the files are still those that this was read from, and that its measurements are of them.
 
         Raises:
-            PackageError: they are not, or the accuracies were measured on other weights.
+            PackageError: they are not.
         """
-        # They hold the hash of the weights, and the revision is a digest of them.
-        _ = self.accuracy
         if load_package(self.folder).revision != self.revision:
             raise PackageError(f"{self.folder}: the files changed while they were read; load the model again")
+        _ = self.accuracy, self.calibration
 
     @cached_property
     def accuracy(self) -> StatedAccuracy:
-        """The accuracies of this package's weights, or those that stand in for them.
+        """The accuracies of this package, or those that stand in for them.
 
         Raises:
-            PackageError: the file is missing, malformed, lacks a set, or was measured on other weights.
+            PackageError: the file is missing, malformed, lacks a set, or was measured with other files.
         """
         return _load_accuracy(self)
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """What the model answered on calibration rows; None if there are none.
+
+        Raises:
+            PackageError: the file is damaged, or was measured with other files.
+        """
+        file = self.folder / CALIBRATION_FILE
+        return _load_calibration(self, file) if file.exists() else None
 
     def load_module(self, name: str) -> ModuleType:
         """Imports a module of the folder as `mosel_models.<model>.<name>`; relative imports work inside it.
@@ -125,8 +135,12 @@ class ModelPackage:
         return getattr(module, attribute)
 
 
-def load_package(folder: Path) -> ModelPackage:
+def load_package(folder: Path, weights: Path | None = None) -> ModelPackage:
     """Reads and checks `folder/model.toml`; imports none of its code.
+
+    Args:
+        folder: the package.
+        weights: a file that takes the place of its weights.
 
     Raises:
         PackageError: names the file, the key, what it holds and what was expected.
@@ -134,12 +148,13 @@ def load_package(folder: Path) -> ModelPackage:
     file = folder / "model.toml"
     manifest, text = _read_manifest(file)
     accuracy_file = folder / manifest.accuracy
-    modules = sorted(folder.rglob("*.py"))
-    code = _digest(part for module in modules for part in (str(module.relative_to(folder)), module))
+    weights = weights or folder / weights_file(manifest)
+    content, code = content_digests(folder, manifest, weights)
     samples, train = manifest.samples, manifest.train
     return ModelPackage(
         folder=folder.resolve(),
-        revision=_digest((text, accuracy_file, code)),
+        revision=_digest((content, text, accuracy_file, folder / CALIBRATION_FILE)),
+        content_hash=content,
         code=code,
         name=manifest.name,
         version=manifest.version,
@@ -148,7 +163,7 @@ def load_package(folder: Path) -> ModelPackage:
         modalities=manifest.modalities,
         fusion=manifest.fusion.path,
         output=manifest.output,
-        weights=folder / (manifest.weights or "weights.safetensors"),
+        weights=weights,
         accuracy_file=accuracy_file,
         default_min_accuracy=manifest.default_min_accuracy,
         samples=samples.module if samples else None,
@@ -251,7 +266,7 @@ def _load_accuracy(package: ModelPackage) -> StatedAccuracy:
         samples = int(content["validation"]["samples"])
         sets = {parse_set(key): float(value) for key, value in content["validation"]["sets"].items()}
         source = str(content.get("source", ""))
-        measured_on = None if package.random_weights else str(content["weights_sha256"])
+        measured_with = None if package.random_weights else str(content.get("content_hash", ""))
     except FileNotFoundError:
         raise PackageError(f"{file}: no such file; {_ACCURACY_HINT}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -266,11 +281,39 @@ def _load_accuracy(package: ModelPackage) -> StatedAccuracy:
         )
     if any(not 0 <= value <= 1 for value in sets.values()):
         raise PackageError(f"{file}: key 'validation.sets' holds a number outside 0 to 1")
-    if measured_on is not None and measured_on != file_sha256(package.weights):
-        raise PackageError(
-            f"{file}: key 'weights_sha256' is not the hash of {package.weights.name}: measure again; {_ACCURACY_HINT}"
-        )
+    if measured_with is not None:
+        if not package.weights.is_file():
+            raise PackageError(f"{package.weights}: no such file; expected the model's weights as safetensors")
+        _check_measured_with(package, file, measured_with)
     return StatedAccuracy(samples=samples, sets=sets, source=source)
+
+
+def _load_calibration(package: ModelPackage, file: Path) -> Calibration:
+    calibration = read_calibration(file)
+    _check_measured_with(package, file, calibration.content_hash)
+    if {*calibration.sets} != {*subsets(package.modalities)} or len({*calibration.sets}) != len(calibration.sets):
+        names = ", ".join(map(format_set, calibration.sets))
+        raise PackageError(f"{file}: sets are {names}; expected each set of {format_set(package.modalities)} once")
+    outputs = math.prod(package.output.shape)
+    for name, values in {"answers": calibration.answers, "labels": calibration.labels}.items():
+        least = UNLABELLED if name == "labels" else 0
+        if values.size and not least <= values.min() <= values.max() < outputs:
+            raise PackageError(
+                f"{file}: {name} are {values.min()} to {values.max()}; expected {least} to {outputs - 1}, "
+                f"as output.shape is {list(package.output.shape)}"
+            )
+    return calibration
+
+
+def _check_measured_with(package: ModelPackage, file: Path, content_hash: str) -> None:
+    """Checks that a measurement is of these files."""
+    if content_hash == package.content_hash:
+        return
+    held = f"holds '{content_hash[:12]}...'" if content_hash else "is missing: an old format, or another"
+    raise PackageError(
+        f"{file}: not measured with the files of the package as they are: key 'content_hash' {held}; "
+        f"expected '{package.content_hash[:12]}...'; `mosel calibrate {package.name}` measures again"
+    )
 
 
 def _digest(parts: Iterable[str | Path]) -> str:
@@ -280,16 +323,3 @@ def _digest(parts: Iterable[str | Path]) -> str:
         content = part.encode() if isinstance(part, str) else part.read_bytes() if part.is_file() else b""
         digest.update(len(content).to_bytes(8, "big") + content)
     return digest.hexdigest()[:16]
-
-
-def file_sha256(file: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal.
-
-    Raises:
-        PackageError: the file is not there.
-    """
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise PackageError(f"{file}: no such file; expected the model's weights as safetensors") from None

@@ -19,7 +19,7 @@ import mosel
 from mosel.config import Settings
 from mosel.errors import ConfigError
 from mosel.modality import FUSION, format_set, parse_set
-from mosel.packages.model_package import ModelPackage, file_sha256
+from mosel.packages.model_package import ModelPackage
 from mosel.validation import explain
 
 _Z95 = 1.959964
@@ -108,7 +108,7 @@ class Profile(_Value):
     """A model's profile.
 
     Attributes:
-        weights_sha256: of the weights file; of model.toml if the weights are random.
+        content_hash: of the package that was measured.
         measured_on: day of the measurement, UTC.
         quick: made by the selector at its first start: no end-to-end times, calls never seen under load.
         concurrency: calls that ran at the same time while networks were timed.
@@ -127,7 +127,7 @@ class Profile(_Value):
 
     model: str
     version: str
-    weights_sha256: str
+    content_hash: str
     hardware: Hardware
     versions: Versions
     measured_on: date
@@ -202,7 +202,7 @@ def quick_profile(
     return Profile(
         model=package.name,
         version=package.version,
-        weights_sha256=_weights_sha256(package),
+        content_hash=package.content_hash,
         hardware=hardware,
         versions=this_software(),
         measured_on=datetime.now(UTC).date(),
@@ -246,13 +246,13 @@ def device_name(resources: Iterable[str]) -> str:
 
 
 def profile_file(package: ModelPackage, hardware: Hardware, settings: Settings) -> Path:
-    """Where the profile of a model's weights on this hardware is kept."""
+    """Where the profile of a model on this hardware is kept."""
     key = hashlib.sha256(hardware.model_dump_json().encode()).hexdigest()[:12]
     return settings.profiles_dir / f"{_stem(package)}-{key}.json"
 
 
 def load_profile(package: ModelPackage, settings: Settings, device: str | None = None) -> Profile | None:
-    """The kept profile of a model's weights on this hardware, None if there is none. Damaged files are passed over.
+    """The kept profile of a model on this hardware, None if there is none. Damaged files are passed over.
 
     Args:
         package: the model.
@@ -292,7 +292,7 @@ def read_profile(file: Path, package: ModelPackage | None = None) -> Profile:
 
     Args:
         file: as `save_profile` wrote it.
-        package: the model that it is expected to be of, with these weights; None: any.
+        package: the model that it is expected to be of, with these files; None: any.
 
     Raises:
         ConfigError: the file is not there, damaged, or of something else; names the file and the key.
@@ -305,7 +305,7 @@ def read_profile(file: Path, package: ModelPackage | None = None) -> Profile:
         raise ConfigError(f"profile {file}: {explain(error)}") from None
     if package is None:
         return profile
-    expected = {"model": package.name, "version": package.version, "weights_sha256": _weights_sha256(package)}
+    expected = {"model": package.name, "version": package.version, "content_hash": package.content_hash}
     for key, value in expected.items():
         if getattr(profile, key) != value:
             raise ConfigError(f"profile {file}: key '{key}' holds {getattr(profile, key)!r}; expected {value!r}")
@@ -335,11 +335,7 @@ def _same(key: str, holds: Iterable[str], expected: Iterable[str]) -> None:
 
 
 def _stem(package: ModelPackage) -> str:
-    return f"{package.name}-{_weights_sha256(package)[:12]}"
-
-
-def _weights_sha256(package: ModelPackage) -> str:
-    return file_sha256(package.folder / "model.toml" if package.random_weights else package.weights)
+    return f"{package.name}-{package.content_hash[:12]}"
 
 
 def _is_of(hardware: Hardware, settings: Settings, device: str | None) -> bool:

@@ -15,7 +15,7 @@ def profile(tmp_path: Path) -> Path:
     made_up = Profile(
         model="two",
         version="1",
-        weights_sha256="0",
+        content_hash="0",
         hardware=Hardware(cpu="any", cores=2, device="cpu", workers=2, torch_threads={}),
         versions=Versions(python="3", torch="2", mosel="0"),
         measured_on=date(2024, 1, 1),

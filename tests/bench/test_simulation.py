@@ -156,7 +156,7 @@ def test_a_profile_gives_world_and_demands() -> None:
     profile = Profile(
         model="one",
         version="1",
-        weights_sha256="0",
+        content_hash="0",
         hardware=Hardware(cpu="any", cores=2, device="cpu", workers=3, torch_threads={}),
         versions=Versions(python="3", torch="2", mosel="0"),
         measured_on=date(2024, 1, 1),

@@ -11,6 +11,7 @@ import pytest
 from mosel.config import Settings
 from mosel.packages.model_package import ModelPackage
 from mosel.v1 import arena_pb2, gateway_pb2, selector_pb2, service_pb2, tensor_pb2
+from tests.fruit_on_disk import measured
 from tests.selector.conftest import Services
 from tests.selector.scripted import ScriptedService, Selector, Stream, job, selector_of, until
 
@@ -93,6 +94,7 @@ def models_of_two(models_dir: Path, tmp_path: Path, fruit: ModelPackage) -> Path
     for file in ("model.toml", "accuracy.json"):
         text = (nut / file).read_text().replace('"fruit"', '"nut"').replace("scent", "taste")
         (nut / file).write_text(text)
+    measured(nut)
     return tmp_path / "models"
 
 

@@ -22,6 +22,7 @@ from mosel.client import Client
 from mosel.config import FREE_PORTS, Settings
 from mosel.errors import DeadlineExceeded, InternalError, InvalidRequest, MoselError, Unreachable
 from mosel.launcher import Launcher
+from tests.fruit_on_disk import measured
 from tests.mosel.observability.test_metrics import Samples, key, samples
 
 Draw = Callable[..., dict[str, NDArray[Any]]]
@@ -358,6 +359,7 @@ def fragile_models(models_dir: Path, tmp_path: Path) -> Path:
     made = "        super().__init__(6, 8)\n"
     assert made in networks.read_text()
     networks.write_text(networks.read_text().replace(made, made + FRAGILE))
+    measured(tmp_path / "fruit")
     return tmp_path
 
 

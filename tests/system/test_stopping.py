@@ -23,6 +23,7 @@ from mosel.client import Client, Prediction
 from mosel.config import Settings
 from mosel.errors import MoselError, ServiceUnavailable
 from mosel.launcher import Launcher
+from tests.fruit_on_disk import measured
 from tests.running_up import ready_address, up
 
 Payloads = dict[str, NDArray[Any]]
@@ -80,6 +81,7 @@ def held_models(models_dir: Path, holding: Path, tmp_path_factory: pytest.TempPa
     made = "        super().__init__(6, 8)\n"
     assert made in networks.read_text()
     networks.write_text(networks.read_text().replace(made, made + HOLD.format(folder=holding)))
+    measured(folder / "fruit")
     return folder
 
 

@@ -1,5 +1,6 @@
 """`mosel up` and the commands beside it, as a user types them; and docs/your-model.md as it stands."""
 
+import contextlib
 import re
 import shutil
 import signal
@@ -17,7 +18,9 @@ import pytest
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from mosel.cli import main
+from mosel.errors import PackageError
 from mosel.launcher import Launcher
+from tests.fruit_on_disk import measured
 from tests.running_up import left_behind, ready_address, up
 
 Run = Callable[..., CompletedProcess[str]]
@@ -236,11 +239,11 @@ BAD_PACKAGES = {
         "",
         r".*/fruit/accuracy\.json: no such file; write it with mosel\.compute\.training\.write_accuracy",
     ),
-    "accuracies of other weights": (
+    "accuracies of other files": (
         "accuracy.json",
-        r'"weights_sha256": "',
-        r'"weights_sha256": "0',
-        r".*/fruit/accuracy\.json: key 'weights_sha256' is not the hash of weights\.safetensors: .*",
+        r'"content_hash": "',
+        r'"content_hash": "0',
+        r".*/fruit/accuracy\.json: not measured with the files .*; `mosel calibrate fruit` measures again",
     ),
     "no weights": ("weights.safetensors", None, "", r".*/fruit/weights\.safetensors: (no such file|cannot be read).*"),
     "no such class": (
@@ -296,6 +299,9 @@ def test_a_bad_package_is_refused_with_one_line(
         content = (package / file).read_text()
         assert old in content
         (package / file).write_text(content.replace(old, new))
+        if file != "accuracy.json":
+            with contextlib.suppress(PackageError):
+                measured(package)
     refused = run_mosel("up", "--models", str(tmp_path / "models"), "--grpc-port", "0", env=private)
     assert re.match(message, refusal(refused)), refused.stderr
     assert left_behind(private) == []

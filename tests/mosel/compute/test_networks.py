@@ -31,6 +31,7 @@ def package(tmp_path: Path) -> ModelPackage:
     return ModelPackage(
         folder=tmp_path,
         revision="0",
+        content_hash="0",
         code="0",
         name="squares",
         version="1",

@@ -1,7 +1,7 @@
 """mosel.compute.training on a package of two modalities whose accuracies are known beforehand."""
 
-import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mosel.compute.training import measure_accuracy, save_weights, write_accuracy, write_report
 from mosel.data.samples import Samples
 from mosel.errors import DatasetError, PackageError
+from mosel.packages.model_package import load_package
 
 
 class Vote(nn.Module):
@@ -24,6 +25,38 @@ class Vote(nn.Module):
 
     def forward(self, embeddings: dict[str, Tensor]) -> Tensor:
         return (torch.stack(list(embeddings.values())).sum(0) * self.scale).softmax(-1)
+
+
+TOML = """
+name = "votes"
+version = "1"
+
+[output]
+shape = [2]
+
+[modalities.coarse]
+dtype = "FP32"
+shape = [2]
+encoder = "networks:Coarse"
+embedding = [2]
+
+[modalities.sure]
+dtype = "FP32"
+shape = [2]
+encoder = "networks:Sure"
+embedding = [2]
+
+[fusion]
+class = "networks:Vote"
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    folder = tmp_path / "votes"
+    folder.mkdir()
+    (folder / "model.toml").write_text(TOML)
+    return folder
 
 
 @pytest.fixture
@@ -61,27 +94,39 @@ def test_weights_come_back_under_their_keys(tmp_path: Path, encoders: dict[str, 
     assert [file.name for file in path.parent.iterdir()] == ["weights.safetensors"]
 
 
-def test_accuracy_is_bound_to_the_weights(tmp_path: Path, encoders: dict[str, nn.Module]) -> None:
-    path = save_weights(tmp_path, encoders, Vote())
-    written = write_accuracy(tmp_path, encoders, Vote(), validation=samples(10), test=samples(20))
-    assert json.loads((tmp_path / "accuracy.json").read_text()) == written
-    assert written["weights_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+def test_accuracy_is_bound_to_the_package(package: Path, encoders: dict[str, nn.Module]) -> None:
+    save_weights(package, encoders, Vote())
+    written = write_accuracy(package, encoders, Vote(), validation=samples(10), test=samples(20))
+    assert json.loads((package / "accuracy.json").read_text()) == written
+    assert written["content_hash"] == load_package(package).content_hash
+    assert load_package(package).accuracy.samples == 10
     assert (written["metric"], written["validation"]["samples"], written["test"]["samples"]) == ("accuracy", 10, 20)
     assert written["test"]["sets"] == {"coarse": 0.5, "sure": 1.0, "coarse+sure": 1.0}
 
 
-def test_accuracy_needs_saved_weights(tmp_path: Path, encoders: dict[str, nn.Module]) -> None:
-    with pytest.raises(PackageError, match=r"weights\.safetensors"):
-        write_accuracy(tmp_path, encoders, Vote(), validation=samples(2), test=samples(2))
+def test_accuracy_in_a_folder_of_its_own_is_that_of_the_package_once_it_is_put_there(
+    package: Path, tmp_path: Path, encoders: dict[str, nn.Module]
+) -> None:
+    apart = tmp_path / "apart"
+    (package / "weights.safetensors").write_bytes(b"weights of before")
+    save_weights(apart, encoders, Vote())
+    write_accuracy(apart, encoders, Vote(), validation=samples(10), test=samples(20), package=package)
+    shutil.copytree(apart, package, dirs_exist_ok=True)
+    assert load_package(package).accuracy.samples == 10
 
 
-def test_report_names_seed_time_and_counts(tmp_path: Path, encoders: dict[str, nn.Module]) -> None:
-    save_weights(tmp_path, encoders, Vote())
-    accuracy = write_accuracy(tmp_path, encoders, Vote(), validation=samples(10), test=samples(20))
-    write_report(tmp_path, accuracy, seed=7, seconds=12.4)
-    report = json.loads((tmp_path / "report.json").read_text())
+def test_accuracy_needs_saved_weights(package: Path, encoders: dict[str, nn.Module]) -> None:
+    with pytest.raises(PackageError, match=r"weights\.safetensors: no such file; save_weights writes it"):
+        write_accuracy(package, encoders, Vote(), validation=samples(2), test=samples(2))
+
+
+def test_report_names_seed_time_and_counts(package: Path, encoders: dict[str, nn.Module]) -> None:
+    save_weights(package, encoders, Vote())
+    accuracy = write_accuracy(package, encoders, Vote(), validation=samples(10), test=samples(20))
+    write_report(package, accuracy, seed=7, seconds=12.4)
+    report = json.loads((package / "report.json").read_text())
     assert (report["seed"], report["seconds"], report["torch"]) == (7, 12, torch.__version__)
-    text = (tmp_path / "report.md").read_text()
+    text = (package / "report.md").read_text()
     assert "seed 7" in text
     assert "| modality set | validation (10 samples) | test (20 samples) |" in text
     assert "| coarse+sure | 1.000 | 1.000 |" in text

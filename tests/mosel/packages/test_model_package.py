@@ -62,7 +62,7 @@ def make(models: Path, name: str = "drinks", networks: str = "class Fusion: pass
 
 def write_accuracy(folder: Path, **changes: Any) -> None:
     content = {
-        "weights_sha256": hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest(),
+        "content_hash": load_package(folder).content_hash,
         "metric": "accuracy",
         "validation": {"samples": 50, "sets": SETS},
     }
@@ -111,6 +111,7 @@ def test_what_may_be_left_out_has_a_default(folder: Path) -> None:
         '[train]\nmodule = "train"\n',
     ):
         change(folder, line, "")
+    write_accuracy(folder)
     package = load_package(folder)
     assert package.output == OutputSpec(shape=(2,))
     assert (package.samples, package.sources, package.train, package.default_min_accuracy) == (None,) * 4
@@ -196,7 +197,7 @@ def test_accuracies_are_those_of_these_weights(folder: Path) -> None:
     assert {"+".join(sorted(s)): value for s, value in package.accuracy.sets.items()} == SETS
     (folder / "weights.safetensors").write_bytes(b"other weights")
     assert package.accuracy.samples == 50, "read once"
-    with pytest.raises(PackageError, match=r"accuracy\.json: key 'weights_sha256' is not the hash of weights"):
+    with pytest.raises(PackageError, match=r"not measured with the files .*as they are: .*`mosel calibrate drinks`"):
         _ = load_package(folder).accuracy
     (folder / "weights.safetensors").unlink()
     with pytest.raises(PackageError, match=r"weights\.safetensors: no such file"):
@@ -212,7 +213,15 @@ def test_accuracies_of_random_weights_are_from_elsewhere(folder: Path) -> None:
     assert package.random_weights
     assert (package.accuracy.samples, package.accuracy.source) == (0, "a paper")
     change(folder, "random_weights = true", "random_weights = false")
-    with pytest.raises(PackageError, match=r"accuracy\.json: KeyError 'weights_sha256'"):
+    with pytest.raises(PackageError, match=r"weights\.safetensors: no such file"):
+        _ = load_package(folder).accuracy
+
+
+def test_accuracies_of_the_old_format_name_no_files_and_are_refused(folder: Path) -> None:
+    weights = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
+    content = {"weights_sha256": weights, "validation": {"samples": 50, "sets": SETS}}
+    (folder / "accuracy.json").write_text(json.dumps(content))
+    with pytest.raises(PackageError, match=r"'content_hash' is missing: an old format.*`mosel calibrate drinks`"):
         _ = load_package(folder).accuracy
 
 

@@ -13,7 +13,7 @@ from mosel.compute.networks import Hosted
 from mosel.errors import ModelNotFound, PackageError
 from mosel.packages.model_modules import forget_modules
 from mosel.packages.model_package import ModelPackage, find_package, load_package
-from tests.fruit_on_disk import Fruit
+from tests.fruit_on_disk import Fruit, measured
 
 CPU = torch.device("cpu")
 
@@ -82,8 +82,10 @@ def test_files_that_changed_since_are_noticed(changing: Fruit) -> None:
     package = load_package(changing.folder)
     with (changing.folder / "weights.safetensors").open("ab") as weights:
         weights.write(b" ")
-    with pytest.raises(PackageError, match="key 'weights_sha256' is not the hash of weights"):
+    with pytest.raises(PackageError, match="the files changed while they were read"):
         package.check_unchanged()
+    with pytest.raises(PackageError, match=r"accuracy\.json: not measured with the files"):
+        load_package(changing.folder).check_unchanged()
 
 
 def test_a_package_is_found_by_name_or_as_the_revision_that_it_is(changing: Fruit) -> None:
@@ -164,7 +166,7 @@ def test_old_networks_keep_their_code(changing: Fruit) -> None:
         "super().__init__(6, 8)\n\n    def forward(self, payload: Tensor) -> Tensor:\n"
         "        return -super().forward(payload)\n",
     )
-    host.load(after := load_package(changing.folder))
+    host.load(after := measured(changing.folder))
     old, new = host.get(before.id), host.get(after.id)
     assert old is not None
     assert new is not None

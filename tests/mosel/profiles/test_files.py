@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from mosel.config import Settings
 from mosel.errors import ConfigError
-from mosel.packages.model_package import ModelPackage
+from mosel.packages.model_package import ModelPackage, load_package
 from mosel.profiles.files import (
     CallCost,
     Point,
@@ -90,24 +91,21 @@ def test_other_hardware_has_other_profiles(
     assert load_profile(fruit, settings_with(profiles_dir=settings.profiles_dir, device="auto")) == gpu
 
 
-def test_other_weights_have_other_profiles(
+def test_other_files_have_other_profiles(
     quick: Profile, fruit: ModelPackage, settings: Settings, tmp_path: Path
 ) -> None:
     file = keep(quick, fruit, settings)
-    weights = tmp_path / "weights.safetensors"
-    weights.write_bytes(b"others")
-    trained_again = replace(fruit, weights=weights)
-    assert load_profile(trained_again, settings) is None
-    with pytest.raises(ConfigError, match=rf"{file}: key 'weights_sha256' holds '\w+'; expected '\w+'"):
-        read_profile(file, trained_again)
+    changed = shutil.copytree(fruit.folder, tmp_path / "fruit")
+    for name in ("weights.safetensors", "networks.py"):
+        with (changed / name).open("a") as content:
+            content.write("\n")
+        other = load_package(changed)
+        assert load_profile(other, settings) is None
+        assert profile_file(other, quick.hardware, settings) != file
+        with pytest.raises(ConfigError, match=rf"{file}: key 'content_hash' holds '\w+'; expected '\w+'"):
+            read_profile(file, other)
     with pytest.raises(ConfigError, match="key 'model' holds 'fruit'; expected 'tree'"):
         read_profile(file, replace(fruit, name="tree"))
-    random = replace(fruit, random_weights=True, folder=tmp_path)
-    (tmp_path / "model.toml").write_text("scale = 1")
-    assert load_profile(random, settings) is None
-    before = profile_file(random, quick.hardware, settings)
-    (tmp_path / "model.toml").write_text("scale = 0.5")
-    assert profile_file(random, quick.hardware, settings) != before
     renumbered = replace(fruit, version="2")
     with pytest.raises(ConfigError, match="key 'version' holds '1'; expected '2'"):
         read_profile(file, renumbered)
