@@ -129,8 +129,10 @@ class SelectorSettings(_Section):
     address: str = ""
     # Which queued jobs give up modalities when deadlines get close (docs/scheduling.md).
     policy: Literal["all", "aggressive", "greedy", "mosel"] = "mosel"
-    # With which confidence floors hold, given how many items accuracies were measured on; 0.5: in expectation.
-    floor_confidence: float = Field(0.5, ge=0.5, lt=1)
+    # With which confidence floors are met where a model has calibration rows (docs/floors.md); 0.5: in expectation, for
+    # comparisons. And what becomes of a job whose floor nothing guarantees.
+    floor_confidence: float = Field(0.95, ge=0.5, lt=1)
+    when_not_guaranteed: Literal["run_everything", "refuse"] = "run_everything"
     max_queued_items: int = Field(4096, ge=1)
     # Kept free before each deadline: what a job spends outside the selector, on its way there and back to its caller.
     reply_ms: float = Field(3.0, ge=0)

@@ -43,7 +43,14 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
     """
     packages = find_packages(settings.models_dir, settings.models)
     limits, address = settings.selector, listen or settings.selector_address
-    scheduler = Scheduler({}, limits.policy, limits.max_queued_items, settings.workers, limits.reply_ms)
+    scheduler = Scheduler(
+        {},
+        limits.policy,
+        limits.max_queued_items,
+        settings.workers,
+        limits.reply_ms,
+        refuse_unguaranteed=limits.when_not_guaranteed == "refuse",
+    )
     gateways = Gateways(_MESSAGES_PER_ITEM * limits.max_queued_items)
     modalities = {modality for package in packages.values() for modality in package.modalities}
     most = limit_bytes(settings.transport.max_message_mib) - ENVELOPE_BYTES

@@ -1,19 +1,25 @@
 """Between the core's words and those of messages and profile files."""
 
 from collections.abc import Iterable, Sequence
-from statistics import NormalDist
 
 from mosel.errors import InvalidRequest, MoselError
 from mosel.modality import FUSION, format_set, parse_set
-from mosel.profiles.files import CallCost, Point, Profile, wilson_interval
+from mosel.packages.calibration import Calibration
+from mosel.profiles.files import CallCost, Point, Profile
 from mosel.status import retry_after_ms, status_number
 from mosel.transport import slice_rows
 from mosel.transport.host import clock_id
 from mosel.v1 import gateway_pb2, selector_pb2, tensor_pb2
+from selector.core.certificate import CalibrationRows, Certificates, Ladder
 from selector.core.frontier import Strategy
-from selector.core.jobs import NORMAL_PRIORITY, Effort, Job, Plan
+from selector.core.jobs import NORMAL_PRIORITY, Assurance, Effort, Guarantee, Job, Plan
 from selector.core.profile import LatencyCurve, ModelProfile
 
+_GUARANTEES = {
+    Guarantee.CALIBRATED: gateway_pb2.CALIBRATED,
+    Guarantee.NONE: gateway_pb2.NONE,
+    Guarantee.ESTIMATE: gateway_pb2.ESTIMATE,
+}
 _EFFORTS = {gateway_pb2.CHEAPEST: Effort.CHEAPEST, gateway_pb2.BEST: Effort.BEST}
 # One row of a tensor.
 Place = tuple[tensor_pb2.TensorRef, int]
@@ -48,6 +54,7 @@ def job_from(description: selector_pb2.JobDescription, now: float) -> Job:
         effort=_EFFORTS.get(description.effort),
         late_ok=description.late_ok,
         priority=description.priority or NORMAL_PRIORITY,
+        max_accuracy_loss=description.max_accuracy_loss if description.HasField("max_accuracy_loss") else None,
         expires=deadline + late_s if description.late_ok else None,
     )
 
@@ -73,12 +80,35 @@ def failure_from(job_id: bytes, error: MoselError) -> selector_pb2.JobFailure:
     )
 
 
-def plan_reply(plan: Plan) -> gateway_pb2.PlanReply:
-    """The answer to a caller that asked for a plan."""
+def assurance_message(
+    assurance: Assurance, saved: float, source: gateway_pb2.FloorSource.ValueType
+) -> gateway_pb2.Assurance:
+    """What a caller is told of the accuracy of its answer.
+
+    Args:
+        assurance: what it stands on.
+        saved: the share of the compute of everything that was sent which was not spent, 0..1.
+        source: whose floor it was.
+    """
+    return gateway_pb2.Assurance(
+        guarantee=_GUARANTEES[assurance.guarantee],
+        guaranteed_accuracy=assurance.accuracy,
+        guaranteed_loss=assurance.loss,
+        confidence=assurance.confidence,
+        saved=saved,
+        floor_source=source,
+        note=assurance.note,
+    )
+
+
+def plan_reply(plan: Plan, source: gateway_pb2.FloorSource.ValueType) -> gateway_pb2.PlanReply:
+    """The answer to a caller that asked for a plan; `source` as of `assurance_message`."""
     reply = gateway_pb2.PlanReply(refusal=plan.refusal)
     reply.frontier.extend(_strategy(strategy, idle_ms) for strategy, idle_ms in plan.frontier)
     if plan.chosen is not None:
         reply.chosen.CopyFrom(_strategy(plan.chosen, plan.latency_ms))
+    if plan.assurance is not None:
+        reply.assurance.CopyFrom(assurance_message(plan.assurance, plan.saved, source))
     return reply
 
 
@@ -91,46 +121,52 @@ def set_profile(profile: ModelProfile, modality_set: frozenset[str], available: 
         available: whether it can be run now.
     """
     measured = profile.is_measured(modality_set)
+    everything = frozenset(profile.modalities)
+    of_accuracy, of_loss = profile.accuracy_ladder(everything), profile.loss_ladder(everything)
     return gateway_pb2.SetProfile(
         modality_set=format_set(modality_set),
         accuracy=profile.accuracy[modality_set],
         samples=profile.samples,
         latency_ms=profile.idle_latency_ms(modality_set, 1) if measured else 0.0,
         available=available,
+        guaranteed_accuracy=_guaranteed(of_accuracy, modality_set),
+        guaranteed_loss=None if (agreement := _guaranteed(of_loss, modality_set)) is None else 1 - agreement,
     )
 
 
-def model_profile(profile: Profile, default_min_accuracy: float | None, floor_confidence: float = 0.5) -> ModelProfile:
+def certificates(calibration: Calibration | None, confidence: float) -> Certificates | None:
+    """What a model's calibration rows guarantee; None if it has none, or if floors are to hold in expectation only.
+
+    Args:
+        calibration: the model's.
+        confidence: the setting `selector.floor_confidence`.
+    """
+    if calibration is None or confidence <= 0.5:
+        return None
+    rows = CalibrationRows(
+        sets=calibration.sets,
+        answers=calibration.answers,
+        labels=calibration.labels if calibration.is_labelled else None,
+        groups=calibration.groups,
+        certify=calibration.certify,
+    )
+    return Certificates(rows, confidence)
+
+
+def model_profile(profile: Profile, default_min_accuracy: float | None) -> ModelProfile:
     """A model's profile with every latency known.
 
     Args:
         profile: what was measured.
         default_min_accuracy: the model package's, see `ModelProfile`.
-        floor_confidence: see `believed_accuracy`.
     """
     return ModelProfile(
-        accuracy={
-            parse_set(name): believed_accuracy(accuracy.value, accuracy.samples, floor_confidence)
-            for name, accuracy in profile.accuracy.items()
-        },
+        accuracy={parse_set(name): accuracy.value for name, accuracy in profile.accuracy.items()},
         samples=min(accuracy.samples for accuracy in profile.accuracy.values()),
         default_min_accuracy=default_min_accuracy,
         encoders={m: latency_curve(points, profile.calls[m]) for m, points in profile.encoders.items()},
         fusion={parse_set(s): latency_curve(points, profile.calls[FUSION]) for s, points in profile.fusion.items()},
     )
-
-
-def believed_accuracy(value: float, samples: int, confidence: float) -> float:
-    """What an accuracy is at least, with a confidence, given the samples that it was measured on.
-
-    Args:
-        value: as measured, 0..1.
-        samples: 0 if unknown; then nothing can be said, and the value is taken as it is.
-        confidence: 0.5 to below 1; 0.5 gives the value itself.
-    """
-    if not samples:
-        return value
-    return wilson_interval(value, samples, NormalDist().inv_cdf(confidence))[0]
 
 
 def latency_curve(points: Iterable[Point], call: CallCost) -> LatencyCurve:
@@ -165,6 +201,13 @@ def _deadline_of(description: selector_pb2.JobDescription, now: float) -> float:
         # What is over is over now: nothing is planned for the past.
         return max(description.deadline_ns / 1e9, now)
     return now + description.budget_us / 1e6
+
+
+def _guaranteed(ladder: Ladder | None, modality_set: frozenset[str]) -> float | None:
+    """What items are guaranteed to have that all run one set."""
+    if ladder is None or modality_set not in ladder.scores:
+        return None
+    return ladder.guaranteed(ladder.scores[modality_set])
 
 
 def _strategy(strategy: Strategy, latency_ms: float) -> gateway_pb2.Strategy:

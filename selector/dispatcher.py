@@ -31,6 +31,7 @@ from mosel.runtime.messages import check_message
 from mosel.status import error_from_rpc
 from mosel.v1 import encoder_pb2, fusion_pb2, gateway_pb2, selector_pb2, tensor_pb2
 from selector.conversions import (
+    assurance_message,
     check_payloads,
     failure_from,
     item_group,
@@ -141,7 +142,7 @@ class Dispatcher:
         """
         self._models.check_loaded(description.model)
         now = time.monotonic()
-        return plan_reply(self._scheduler.plan(job_from(description, now), now))
+        return plan_reply(self._scheduler.plan(job_from(description, now), now), description.floor_source)
 
     def statistics(self) -> dict[str, int]:
         """Counts since the start, what is held now, and how calls differ from their profiles."""
@@ -188,8 +189,9 @@ class Dispatcher:
             work=work,
             payloads=dict(description.payloads),
             # Nothing that is done meets an infinite floor before the rest is.
-            emission=Emission(work.floor if description.stream else math.inf),
+            emission=Emission(work.floor.least if description.stream else math.inf),
             traceparent=description.traceparent,
+            floor_source=description.floor_source,
         )
         self._idle.clear()
         self._ledger.open(job, (_key(session, slot) for slot in slots_in(job.payloads.values())))
@@ -247,8 +249,8 @@ class Dispatcher:
             if job.closed:
                 continue
             self._observer.predicted(call.call, len(rows.items))
-            group, accuracy = item_group(modality_set, rows.items, output), job.work.profile.accuracy[modality_set]
-            for part in job.emission.add(accuracy, len(rows.items), group):
+            group, score = item_group(modality_set, rows.items, output), job.work.floor.scores[modality_set]
+            for part in job.emission.add(score, len(rows.items), group):
                 job.session.send(part=selector_pb2.JobPart(job_id=job.id, group=part))
 
     def _reason_of(self, call: Call, error: Exception) -> MoselError:
@@ -333,10 +335,11 @@ class Dispatcher:
         result = selector_pb2.JobResult(
             job_id=job.id,
             groups=groups,
-            expected_accuracy=strategy.accuracy,
+            expected_accuracy=work.expected_accuracy,
             queue_us=round((started_at - work.submitted_at) * 1e6),
             compute_us=round((now - started_at) * 1e6),
             unavailable_modalities=sorted(work.without),
+            assurance=assurance_message(work.assurance, work.saved, job.floor_source),
         )
         job.session.send(result=result)
         self._observer.answered(job, strategy, now)

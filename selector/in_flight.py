@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from mosel.observability.tracing import Span
-from mosel.v1 import encoder_pb2, fusion_pb2, selector_pb2, tensor_pb2
+from mosel.v1 import encoder_pb2, fusion_pb2, gateway_pb2, selector_pb2, tensor_pb2
 from selector.conversions import Place, slices
 from selector.core.emission import Emission
 from selector.core.jobs import EncodeCall, FuseCall
@@ -30,6 +30,7 @@ class JobInFlight(Holder[SlotKey]):
         payloads: by modality.
         emission: of its results; if it is not streamed, all wait for the last.
         traceparent: that of its request, empty if it is not traced.
+        floor_source: whose floor it has.
         embeddings: where those of each item are, by modality.
         over: set when it is answered, failed or cancelled.
     """
@@ -39,6 +40,7 @@ class JobInFlight(Holder[SlotKey]):
     payloads: Mapping[str, tensor_pb2.TensorRef]
     emission: Emission[selector_pb2.ItemGroup]
     traceparent: str
+    floor_source: gateway_pb2.FloorSource.ValueType
     embeddings: dict[str, dict[int, Place]] = field(default_factory=lambda: defaultdict(dict))
     over: asyncio.Event = field(default_factory=asyncio.Event)
 

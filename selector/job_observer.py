@@ -110,9 +110,9 @@ class JobObserver:
         self._answered[model,] += 1
         if work.without:
             self._degraded[model, _OUTAGE] += 1
-        elif work.degraded(strategy.accuracy):
+        elif work.degraded:
             self._degraded[model, _LOAD] += 1
-        self._upgraded[model,] += work.upgraded(strategy.accuracy)
+        self._upgraded[model,] += work.upgraded
         self._queued_s.observe(started - work.submitted_at, model, label)
         self._processing_s.observe(now - started, model, label)
         if work.predicted > work.submitted_at:

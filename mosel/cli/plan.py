@@ -56,7 +56,7 @@ def _plan(package: "ModelPackage", measured: "Profile", settings: "Settings", si
     from selector.core.jobs import Effort, Job
     from selector.core.scheduler import Scheduler
 
-    known = model_profile(measured, package.default_min_accuracy, settings.selector.floor_confidence)
+    known = model_profile(measured, package.default_min_accuracy)
     scheduler = Scheduler({package.name: known}, tokens=measured.concurrency, max_queued_items=size)
     for lane in (*package.modalities, FUSION):
         scheduler.lane(lane, True, measured.hardware.device)

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 
 from mosel.errors import DeadlineUnreachable, MoselError, Overloaded
 from mosel.modality import ModalitySet
+from selector.core.floors import best_of
 from selector.core.frontier import format_strategy
 from selector.core.jobs import Job
-from selector.core.options import best_of
 from selector.core.work import Work
 
 # How long the work that arrived is remembered.

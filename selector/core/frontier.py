@@ -16,7 +16,7 @@ Single sets are all looked at, so jobs of one item have exact frontiers. `bench.
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,7 @@ _KEPT = 128
 _UNITS = 1e12
 
 Floats = NDArray[np.float64]
+Scores = Mapping[ModalitySet, float]
 Integers = NDArray[np.int64]
 
 
@@ -44,7 +45,7 @@ class Strategy:
 
     Attributes:
         counts: items per modality set, each at least one, the sets in the order of their written form.
-        accuracy: expected mean over the items, 0..1.
+        accuracy: expected mean over the items, 0..1; or that of other scores, where these were asked for.
         cost_ms: compute time in all services together, items of several sets sharing encoder calls.
     """
 
@@ -101,7 +102,7 @@ class Frontier:
 
 
 class Frontiers:
-    """The frontiers of one model by modality sets and job size; those that were asked for last are kept.
+    """The frontiers of one model by scores, modality sets and job size; those that were asked for last are kept.
 
     Args:
         profile: the model's.
@@ -109,21 +110,24 @@ class Frontiers:
 
     def __init__(self, profile: ModelProfile) -> None:
         self._profile = profile
-        self._kept: OrderedDict[tuple[frozenset[ModalitySet], int], Frontier] = OrderedDict()
+        # By the identity of their scores, which are kept with them.
+        self._kept: OrderedDict[tuple[int, frozenset[ModalitySet], int], tuple[Scores, Frontier]] = OrderedDict()
         self._computed = self._considered = 0
 
-    def of(self, sets: Iterable[ModalitySet], size: int) -> Frontier:
-        """The frontier of a job size; every latency of the sets is measured."""
-        key = frozenset(sets), size
-        if len(key[0]) == 1:
-            return frontier(self._profile, key[0], size)
+    def of(self, sets: Iterable[ModalitySet], size: int, scores: Scores | None = None) -> Frontier:
+        """The frontier of a job size; every latency of the sets is measured. `scores` as of `frontier`."""
+        scores = self._profile.accuracy if scores is None else scores
+        key = id(scores), frozenset(sets), size
+        if len(key[1]) == 1:
+            return frontier(self._profile, key[1], size, scores)
         if key not in self._kept:
-            self._kept[key] = found = frontier(self._profile, key[0], size)
+            found = frontier(self._profile, key[1], size, scores)
+            self._kept[key] = scores, found
             self._computed, self._considered = self._computed + 1, self._considered + found.considered
             if len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
-        return self._kept[key]
+        return self._kept[key][1]
 
     def statistics(self) -> dict[str, int]:
         """Frontiers that are kept; and since the start those that were computed, and the mixes compared for it."""
@@ -131,13 +135,14 @@ class Frontiers:
         return {"frontiers_kept": len(self._kept)} | computed
 
 
-def frontier(profile: ModelProfile, sets: Iterable[ModalitySet], size: int) -> Frontier:
+def frontier(profile: ModelProfile, sets: Iterable[ModalitySet], size: int, scores: Scores | None = None) -> Frontier:
     """The frontier of one job size.
 
     Args:
         profile: the model's; every latency of the sets is measured.
         sets: the modality sets that may be run.
         size: items of the job.
+        scores: what an item of each set counts for, 0..1; None: its accuracy.
 
     Raises:
         ValueError: there is no set, or the size is below 1.
@@ -145,13 +150,14 @@ def frontier(profile: ModelProfile, sets: Iterable[ModalitySet], size: int) -> F
     found = sorted(set(sets), key=format_set)
     if not found or size < 1:
         raise ValueError(f"a frontier needs modality sets and a size of at least 1, got {len(found)} sets and {size}")
+    scores = profile.accuracy if scores is None else scores
     if len(found) == 1:
-        mean, cost = np.array([profile.accuracy[found[0]]]), np.array([profile.cost_ms(found[0], size)])
+        mean, cost = np.array([scores[found[0]]]), np.array([profile.cost_ms(found[0], size)])
         return Frontier(found, np.array([[size]]), mean, cost, 1)
     if size > 1 and math.comb(size + len(found) - 1, size) <= _MOST_MIXES:
-        return _Mixes(profile, found, size).unbeaten(_all_mixes(len(found), size))
-    ranked, single = _ranked(profile, found, size)
-    mixes = _Mixes(profile, [found[i] for i in ranked], size)
+        return _Mixes(profile, found, size, scores).unbeaten(_all_mixes(len(found), size))
+    ranked, single = _ranked(profile, found, size, scores)
+    mixes = _Mixes(profile, [found[i] for i in ranked], size, scores)
     mixed = min(len(ranked), _mixed_sets(size))
     pairs = _mixes_of_two(len(ranked), mixed, size)
     best = mixes.unbeaten(np.concatenate([single, pairs]))
@@ -186,13 +192,13 @@ def _spread(costs: Floats, limit: int) -> list[int]:
 class _Mixes:
     """What mixes of some sets cost; counts are arrays [L, K]."""
 
-    def __init__(self, profile: ModelProfile, sets: Sequence[ModalitySet], size: int) -> None:
+    def __init__(self, profile: ModelProfile, sets: Sequence[ModalitySet], size: int, scores: Scores) -> None:
         self._sets, self._size = sets, size
         modalities = sorted(frozenset().union(*sets))
         self._has = np.array([[float(modality in s) for modality in modalities] for s in sets])
         self._encoders = np.stack([profile.encoders[modality].table(size) for modality in modalities])
         self._fusion = np.stack([profile.fusion[s].table(size) for s in sets])
-        self._accuracy = np.rint([profile.accuracy[s] * _UNITS for s in sets]).astype(np.int64)
+        self._accuracy = np.rint([scores[s] * _UNITS for s in sets]).astype(np.int64)
 
     def unbeaten(self, counts: Integers, considered: int = 0) -> Frontier:
         """The mixes that no other of these beats."""
@@ -211,13 +217,15 @@ class _Mixes:
         return np.asarray(tables.take(items + starts).sum(axis=1))
 
 
-def _ranked(profile: ModelProfile, sets: Sequence[ModalitySet], size: int) -> tuple[list[int], Integers]:
+def _ranked(
+    profile: ModelProfile, sets: Sequence[ModalitySet], size: int, scores: Scores
+) -> tuple[list[int], Integers]:
     """Which sets a frontier may need: those worth mixing most first, then those that no other beats.
 
     Returns:
         Indices of the sets; and the mixes that run one of them, [K, K].
     """
-    accuracy = np.array([profile.accuracy[s] for s in sets])
+    accuracy = np.array([scores[s] for s in sets])
     encoders = {m: profile.encoders[m].ms(size) for m in frozenset().union(*sets)}
     cost = np.array([sum(encoders[m] for m in s) + profile.fusion[s].ms(size) for s in sets])
     by_cost = np.lexsort((-accuracy, cost))

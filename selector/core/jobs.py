@@ -29,6 +29,7 @@ class Job:
         size: items.
         modalities: those that were sent and may be run.
         min_accuracy: the accuracy floor, 0..1, or None.
+        max_accuracy_loss: the most accuracy that may be lost against the reference set, 0..1, or None; instead of it.
         deadline: seconds on the driver's clock; orders jobs, and plans are made to meet it.
         exact: run all of `modalities` or refuse.
         effort: None: cheapest with a floor, best without.
@@ -48,6 +49,12 @@ class Job:
     late_ok: bool = False
     expires: float | None = None
     priority: int = NORMAL_PRIORITY
+    max_accuracy_loss: float | None = None
+
+    @property
+    def has_floor(self) -> bool:
+        """Whether anything was asked of its accuracy."""
+        return self.min_accuracy is not None or self.max_accuracy_loss is not None
 
     @property
     def order(self) -> float:
@@ -61,6 +68,33 @@ class Job:
     def ends(self) -> float:
         """When nobody waits any more."""
         return self.deadline if self.expires is None else self.expires
+
+
+class Guarantee(StrEnum):
+    """What the accuracy of an answer stands on: a test on calibration rows, nothing, or measured means alone."""
+
+    CALIBRATED = "calibrated"
+    NONE = "none"
+    ESTIMATE = "estimate"
+
+
+@dataclass(frozen=True)
+class Assurance:
+    """What can be said of the accuracy of an answer.
+
+    Attributes:
+        guarantee: what it stands on.
+        accuracy: what it is at least, 0..1.
+        loss: what is lost at most against the reference set, 0..1; at most one of both is there.
+        confidence: of that; 0 where nothing is guaranteed.
+        note: what else there is to say; mostly empty.
+    """
+
+    guarantee: Guarantee
+    accuracy: float | None = None
+    loss: float | None = None
+    confidence: float = 0.0
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,12 +168,16 @@ class Plan:
         chosen: the strategy it would get now, None if it would be refused.
         latency_ms: predicted milliseconds until its answer, behind what is queued.
         refusal: why it would be refused; empty if it would not.
+        assurance: what an answer would stand on.
+        saved: the share of the compute of everything that was sent which would not be spent, 0..1.
     """
 
     frontier: tuple[tuple[Strategy, float], ...]
     chosen: Strategy | None
     latency_ms: float
     refusal: str
+    assurance: Assurance | None = None
+    saved: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -4,82 +4,79 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from mosel.errors import FloorUnreachable, ServiceUnavailable
 from mosel.modality import ModalitySet, format_set, subsets
-from selector.core.frontier import Frontiers, Strategy
+from selector.core.floors import TOLERANCE, Floor, best_of, mean_score
+from selector.core.frontier import Frontiers, Scores, Strategy
 from selector.core.jobs import Effort, Job, Option
 from selector.core.profile import ModelProfile
 
-# Sums of floats: a floor equal to a profile's accuracy is met by it.
-_TOLERANCE = 1e-9
 # A policy weighs so many strategies per job; a frontier has more, hardly different ones.
 _MOST_OPTIONS = 8
 # Of what little thrift is worth beside accuracy: it only breaks ties and orders.
 _THRIFT = 1e-3
 
 
-def strategy_of(profile: ModelProfile, counts: Mapping[ModalitySet, int]) -> Strategy:
-    """The strategy that runs so many items of each set."""
-    # Not the mean of equal numbers, which is a little less than each.
-    values = {profile.accuracy[s] for s in counts}
-    mean = sum(profile.accuracy[s] * count for s, count in counts.items()) / sum(counts.values())
-    accuracy = values.pop() if len(values) == 1 else mean
+def strategy_of(profile: ModelProfile, counts: Mapping[ModalitySet, int], scores: Scores | None = None) -> Strategy:
+    """The strategy that runs so many items of each set; `scores` as of `frontier`."""
     ordered = tuple(sorted(counts.items(), key=lambda entry: format_set(entry[0])))
-    return Strategy(ordered, accuracy, profile.mixed_cost_ms(counts))
-
-
-def floor_of(profile: ModelProfile, job: Job) -> float:
-    """The accuracy that the job's items must have on average."""
-    if job.min_accuracy is not None:
-        return job.min_accuracy
-    full = profile.accuracy[job.modalities]
-    return full if profile.default_min_accuracy is None else min(full, profile.default_min_accuracy)
+    mean = mean_score(profile.accuracy if scores is None else scores, counts)
+    return Strategy(ordered, mean, profile.mixed_cost_ms(counts))
 
 
 def allowed_options(
     profile: ModelProfile,
     frontiers: Frontiers,
     job: Job,
+    floor: Floor,
     items: int,
-    floor: float,
+    least: float,
     is_up: Callable[[ModalitySet], bool],
     full_only: bool,
 ) -> list[Option]:
-    """The strategies for items of a job that meet a floor and could run now, the preferred one first.
+    """The strategies for items of a job that meet its floor and could run now, the preferred one first.
 
     Args:
         profile: the model's.
         frontiers: the model's.
         job: the job.
+        floor: the job's.
         items: how many of its items are to be planned.
-        floor: the accuracy that they need on average.
+        least: the score that they need on average.
         is_up: whether all encoders of a set are there.
-        full_only: every modality that was sent is run, whatever the floor.
+        full_only: everything that was sent is run, or the reference set where there is one, whatever the floor.
 
     Raises:
-        FloorUnreachable: no strategy over what was sent meets the floor; names the best set, and what is missing.
+        FloorUnreachable: no strategy over what was sent meets the floor; names the best set.
         ServiceUnavailable: one would, but an encoder that it needs is away; names the best that is left.
     """
-    candidates = [job.modalities] if job.exact or full_only else subsets(job.modalities)
-    accurate = [s for s in candidates if profile.accuracy[s] >= floor - _TOLERANCE]
+    scores = floor.scores
+    candidates = _candidates(job, floor, full_only)
+    accurate = [s for s in candidates if scores[s] >= least - TOLERANCE]
     if not accurate:
         raise FloorUnreachable(
-            f"min_accuracy {floor:.4g} cannot be met with {format_set(job.modalities)}; {best_of(profile, candidates)}"
-            f"{_what_is_missing(profile, job.modalities, floor)}"
+            f"{floor.asked} cannot be met with {format_set(job.modalities)}; {best_of(profile, candidates)}"
         )
     running = runnable(profile, candidates, job.modalities, is_up)
-    strategies = frontiers.of(running, items).thin(_MOST_OPTIONS, floor - _TOLERANCE) if running else []
+    strategies = frontiers.of(running, items, scores).thin(_MOST_OPTIONS, least - TOLERANCE) if running else []
     if not strategies:
         raise ServiceUnavailable(
-            f"service {_why_not(accurate[-1], is_up)}, so no modality set that meets accuracy {floor:.4g} can be run; "
+            f"service {_why_not(accurate[-1], is_up)}, so no modality set that meets {floor.asked} can be run; "
             f"{best_of(profile, running)}"
         )
-    effort = job.effort or (Effort.BEST if job.min_accuracy is None else Effort.CHEAPEST)
+    effort = job.effort or (Effort.CHEAPEST if job.has_floor else Effort.BEST)
     if effort is Effort.CHEAPEST:
         return [Option(s, -_THRIFT * i) for i, s in enumerate(strategies)]
     options = [Option(s, s.accuracy) for s in reversed(strategies)]
-    if job.min_accuracy is None and job.modalities in running:
-        accurate = [s for s in running if profile.accuracy[s] >= floor - _TOLERANCE]
+    if not job.has_floor and job.modalities in running:
+        accurate = [s for s in running if scores[s] >= least - TOLERANCE]
         return _first(strategy_of(profile, {_worth_running(profile, job.modalities, accurate, items): items}), options)
     return options
+
+
+def _candidates(job: Job, floor: Floor, full_only: bool) -> list[ModalitySet]:
+    """The sets that a job may mix."""
+    if job.exact or (full_only and floor.ladder is None):
+        return [job.modalities]
+    return [floor.reference] if full_only else [s for s in subsets(job.modalities) if s in floor.scores]
 
 
 def runnable(
@@ -88,24 +85,6 @@ def runnable(
     """Those of some sets, all of modalities that were sent, that could run now; `is_up` as in `allowed_options`."""
     there = frozenset(modality for modality in sent if is_up(frozenset({modality})))
     return [s for s in candidates if s <= there and profile.can_run(s)]
-
-
-def best_of(profile: ModelProfile, candidates: Iterable[ModalitySet]) -> str:
-    """What a refusal says of the alternatives."""
-    best = profile.best(candidates)
-    if best is None:
-        return "nothing else could be had"
-    return f"the best that could be had is {profile.accuracy[best]:.4g} with {format_set(best)}"
-
-
-def _what_is_missing(profile: ModelProfile, sent: ModalitySet, floor: float) -> str:
-    """The fewest modalities that would have to be sent, too, for a floor to be met; empty if nothing helps."""
-    missing = [s for s, accuracy in profile.accuracy.items() if accuracy >= floor - _TOLERANCE and not s <= sent]
-    if not missing:
-        return ""
-    nearest = min(missing, key=lambda s: (len(s - sent), -profile.accuracy[s], format_set(s)))
-    more = ", ".join(sorted(nearest - sent))
-    return f"; with {more} as well, {format_set(nearest)} has {profile.accuracy[nearest]:.4g}"
 
 
 def _worth_running(profile: ModelProfile, sent: ModalitySet, sets: Collection[ModalitySet], items: int) -> ModalitySet:

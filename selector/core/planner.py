@@ -8,10 +8,11 @@ from functools import partial
 from mosel.errors import MoselError
 from mosel.modality import FUSION, ModalitySet
 from selector.core.admission import OfferedLoad, Promises, refusal
+from selector.core.floors import Floor, floor_of
 from selector.core.forecast import Forecast
 from selector.core.frontier import Frontiers, Strategy
 from selector.core.jobs import Job, Option
-from selector.core.options import allowed_options, floor_of, runnable, strategy_of
+from selector.core.options import allowed_options, runnable, strategy_of
 from selector.core.policies import PLANNED_JOBS, POLICIES, Choices, Queued, finish_times, placed
 from selector.core.profile import ModelProfile
 from selector.core.resources import Resources
@@ -32,14 +33,17 @@ class Planner:
         profiles: by model; their latencies may arrive later, and models may come and go.
         policy: a key of `POLICIES`.
         resources: where work runs.
+        refuse: floors that nothing guarantees are refused; else the reference set is run for them.
 
     Attributes:
         stages: the steps of every model.
         promises: what became of those that were admitted.
     """
 
-    def __init__(self, profiles: Mapping[str, ModelProfile], policy: str, resources: Resources) -> None:
-        self._profiles, self._policy, self._resources = profiles, policy, resources
+    def __init__(
+        self, profiles: Mapping[str, ModelProfile], policy: str, resources: Resources, *, refuse: bool = False
+    ) -> None:
+        self._profiles, self._policy, self._resources, self._refuse = profiles, policy, resources, refuse
         self._frontiers = {model: Frontiers(profile) for model, profile in profiles.items()}
         self._offered_load = OfferedLoad()
         self._next_plan_at = 0.0
@@ -62,9 +66,9 @@ class Planner:
             FloorUnreachable, ServiceUnavailable.
         """
         profile = self._profiles[job.model]
-        floor = floor_of(profile, job)
-        options = self._options(job, job.size, floor)
-        without = self._without(job, job.size, floor)
+        floor = floor_of(profile, job, refuse=self._refuse)
+        options = self._options(job, floor, job.size, floor.least)
+        without = self._without(job, floor, job.size, floor.least)
         return Work(job, profile, floor, now, options, self._queued(job, options), without=without)
 
     def arrived(self, work: Work, now: float) -> None:
@@ -145,10 +149,10 @@ class Planner:
     def _plan_rest(self, work: Work) -> bool:
         """Plans what is not committed of a job with the services that are there; False if its floor needs more."""
         try:
-            work.options = self._options(work.job, work.uncommitted, work.floor_of_rest)
+            work.options = self._options(work.job, work.floor, work.uncommitted, work.floor_of_rest)
         except MoselError:
             return False
-        work.without |= self._without(work.job, work.uncommitted, work.floor_of_rest)
+        work.without |= self._without(work.job, work.floor, work.uncommitted, work.floor_of_rest)
         work.queued = self._queued(work.job, work.options)
         work.choose(0)
         return True
@@ -206,19 +210,19 @@ class Planner:
         fitting = [s for s, left in lefts.items() if self._idle_s(left, now) <= job.deadline - now]
         return refusal(work, now, fastest, idle_s[fastest], behind + spare_s - now, fitting)
 
-    def _options(self, job: Job, items: int, floor: float, *, whole: bool = False) -> list[Option]:
+    def _options(self, job: Job, floor: Floor, items: int, least: float, *, whole: bool = False) -> list[Option]:
         """The strategies for items of a job with the services that are there, or as if all were (`whole`)."""
         profile, frontiers = self._profiles[job.model], self._frontiers[job.model]
         is_up = (lambda _: True) if whole else partial(self._resources.is_up, lacking=profile.lacking)
-        return allowed_options(profile, frontiers, job, items, floor, is_up, self._policy == "all")
+        return allowed_options(profile, frontiers, job, floor, items, least, is_up, self._policy == "all")
 
-    def _without(self, job: Job, items: int, floor: float) -> ModalitySet:
+    def _without(self, job: Job, floor: Floor, items: int, least: float) -> ModalitySet:
         """The modalities that items of a job would run, were their encoders there."""
         lacking = self._profiles[job.model].lacking
         away = {
             modality for modality in job.modalities if not self._resources.is_served(modality, lacking, staying=True)
         }
-        preferred = self._options(job, items, floor, whole=True)[0].strategy if away else None
+        preferred = self._options(job, floor, items, least, whole=True)[0].strategy if away else None
         return frozenset().union(*(away & s for s, _ in preferred.counts)) if preferred else frozenset()
 
     def _queued(self, job: Job, options: Sequence[Option]) -> Queued:
@@ -241,10 +245,10 @@ class Planner:
             work.chosen = 0
             return Queued((committed,), (0.0,), 0, job.size, job.deadline, True, job.late_ok)
         try:
-            work.replace_options(self._options(job, work.uncommitted, work.floor_of_rest))
+            work.replace_options(self._options(job, work.floor, work.uncommitted, work.floor_of_rest))
         except MoselError:
             # Rounding left none that meets the floor to the last digit: the plan stays as it is.
-            work.replace_options([Option(strategy_of(work.profile, work.planned), 0.0)])
+            work.replace_options([Option(strategy_of(work.profile, work.planned, work.floor.scores), 0.0)])
         rest = self._queued(job, work.options)
         lefts = [committed + left for left in rest.options]
         return Queued(lefts, rest.values, rest.cheapest, work.uncommitted, job.deadline, True, job.late_ok)

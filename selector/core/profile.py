@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mosel.modality import ModalitySet
+from selector.core.certificate import Certificates, Ladder
 
 # A batch is good enough if an item in it costs so little more than in the best one: smaller calls yield sooner.
 _GOOD_ENOUGH = 1.05
@@ -77,6 +78,7 @@ class ModelProfile:
         fusion: latency curve per modality set.
         unavailable: sets that cannot be run because services do not have their networks.
         lacking: lanes that do not have them; kept up to date in place.
+        certificates: what is guaranteed; None without calibration rows.
     """
 
     accuracy: Mapping[ModalitySet, float]
@@ -86,6 +88,7 @@ class ModelProfile:
     fusion: dict[ModalitySet, LatencyCurve] = field(default_factory=dict)
     unavailable: frozenset[ModalitySet] = frozenset()
     lacking: set[str] = field(default_factory=set)
+    certificates: Certificates | None = None
 
     @property
     def modalities(self) -> frozenset[str]:
@@ -101,6 +104,14 @@ class ModelProfile:
         unknown samples (0), every difference counts.
         """
         return _Z**2 / (self.samples + _Z**2) if self.samples else 0.0
+
+    def accuracy_ladder(self, sent: ModalitySet) -> Ladder | None:
+        """Of guaranteed floors over what was sent; None without labelled calibration rows."""
+        return None if self.certificates is None else self.certificates.of_accuracy(sent)
+
+    def loss_ladder(self, sent: ModalitySet) -> Ladder | None:
+        """Of guaranteed losses over what was sent; None without calibration rows."""
+        return None if self.certificates is None else self.certificates.of_loss(sent)
 
     def take_latencies(self, of: "ModelProfile") -> None:
         """Takes over what is not known here from a model with the same networks."""
@@ -134,6 +145,13 @@ class ModelProfile:
                 rows[modality] = rows.get(modality, 0) + items
         encoding = sum(self.encoders[modality].ms(items) for modality, items in rows.items())
         return encoding + sum(self.fusion[modality_set].ms(items) for modality_set, items in counts.items())
+
+    def saved(self, counts: Mapping[ModalitySet, int], sent: ModalitySet) -> float:
+        """The share of the compute of everything that was sent that a mix saves, 0..1; 0 while that is not measured."""
+        if not self.is_measured(sent):
+            return 0.0
+        everything = self.cost_ms(sent, sum(counts.values()))
+        return max(1 - self.mixed_cost_ms(counts) / everything, 0.0) if everything else 0.0
 
     def best(self, candidates: Iterable[ModalitySet]) -> ModalitySet | None:
         """The most accurate of the candidates."""

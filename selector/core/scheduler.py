@@ -27,6 +27,7 @@ from itertools import islice
 from mosel.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, MoselError, Overloaded
 from mosel.modality import FUSION, ModalitySet, format_set, modality_of
 from selector.core.jobs import Call, EncodeCall, Ended, FuseCall, Job, Plan, Rows, Wait
+from selector.core.options import strategy_of
 from selector.core.planner import Planner
 from selector.core.policies import Choices
 from selector.core.profile import ModelProfile
@@ -47,6 +48,7 @@ class Scheduler:
         max_queued_items: bound on the items of all jobs on their way.
         tokens: calls under way at the same time on each resource.
         reply_ms: what an answer takes from here to the caller.
+        refuse_unguaranteed: floors that nothing guarantees are refused; else the reference set is run for them.
     """
 
     def __init__(
@@ -56,12 +58,14 @@ class Scheduler:
         max_queued_items: int = 4096,
         tokens: int = 2,
         reply_ms: float = 0.0,
+        *,
+        refuse_unguaranteed: bool = False,
     ) -> None:
         self._profiles, self._max_queued_items = dict(profiles), max_queued_items
         self._retired: set[str] = set()
         modalities = {m for profile in profiles.values() for m in profile.modalities}
         self._resources = Resources((*sorted(modalities), FUSION), tokens, reply_ms)
-        self._planner = Planner(self._profiles, policy, self._resources)
+        self._planner = Planner(self._profiles, policy, self._resources, refuse=refuse_unguaranteed)
         self._works: dict[bytes, Work] = {}
         self._queue: list[Work] = []
         self._expiry: list[tuple[float, bytes]] = []
@@ -238,7 +242,8 @@ class Scheduler:
         at = self._queue.index(work)
         self._planner.apply(self._queue[at : at + 1], choices[at : at + 1])
         del self._queue[at]
-        return Plan(frontier, work.strategy, (work.predicted - now) * 1000, "")
+        chosen = strategy_of(work.profile, work.counts)
+        return Plan(frontier, chosen, (work.predicted - now) * 1000, "", work.assurance, work.saved)
 
     def is_up(self, modality_set: ModalitySet, lacking: Set[str] = frozenset()) -> bool:
         """Whether fusion and an encoder of each modality of a set are there; those that lack the model do not count."""

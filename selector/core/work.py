@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mosel.modality import ModalitySet
+from selector.core.floors import Floor, mean_score
 from selector.core.frontier import Strategy
-from selector.core.jobs import Job, Option, Rows
+from selector.core.jobs import Assurance, Job, Option, Rows
 from selector.core.options import strategy_of
 from selector.core.policies import Queued
 from selector.core.profile import ModelProfile
@@ -25,12 +26,12 @@ class Work:
 
     Attributes:
         profile: of the job's model.
-        floor: the accuracy that its answered items have on average at least.
+        floor: what its answered items have on average at least.
         options: strategies for the items that are not committed, the preferred one first.
         queued: the same as a policy sees them, with what is left to do for committed items.
         chosen: index of the option that is planned, or of the nearest to it.
         planned: items that are not committed, by the modality set that they will run.
-        preferred: the accuracy of the option that it would have on an idle system.
+        preferred: the mean score of the option that it would have on an idle system.
         least: that of the cheapest plan that it had before it started.
         predicted: when it was expected to be answered when it was admitted.
         started_at: when the first call was handed out, None before.
@@ -44,7 +45,7 @@ class Work:
 
     job: Job
     profile: ModelProfile
-    floor: float
+    floor: Floor
     submitted_at: float
     options: Sequence[Option]
     queued: Queued
@@ -78,22 +79,44 @@ class Work:
 
     @property
     def floor_of_rest(self) -> float:
-        """The accuracy that the items which are not committed need on average, so that all together meet the floor."""
-        spent = sum(self.profile.accuracy[s] for s in self._set_of.values())
-        return (self.floor * self.job.size - spent) / max(self.uncommitted, 1)
+        """The score that the items which are not committed need on average, so that all together meet the floor."""
+        spent = sum(self.floor.scores[s] for s in self._set_of.values())
+        return (self.floor.least * self.job.size - spent) / max(self.uncommitted, 1)
 
     @property
     def strategy(self) -> Strategy:
         """What is committed and planned together."""
-        return strategy_of(self.profile, Counter(self._set_of.values()) + self.planned)
+        return strategy_of(self.profile, self.counts, self.floor.scores)
 
-    def degraded(self, accuracy: float) -> bool:
-        """Whether it gave up accuracy that it would have had on an idle system, now that it ended with so much."""
-        return accuracy < self.preferred - _TOLERANCE
+    @property
+    def counts(self) -> Counter[ModalitySet]:
+        """Items by the modality set that they run, committed or planned."""
+        return Counter(self._set_of.values()) + self.planned
 
-    def upgraded(self, accuracy: float) -> bool:
-        """Whether it ended with more accuracy than a plan gave it while it waited."""
-        return accuracy > self.least + _TOLERANCE
+    @property
+    def expected_accuracy(self) -> float:
+        """The mean over the items, 0..1, by what was measured."""
+        return mean_score(self.profile.accuracy, self.counts)
+
+    @property
+    def assurance(self) -> Assurance:
+        """What can be said of the accuracy of the answer."""
+        return self.floor.assurance(self.counts)
+
+    @property
+    def saved(self) -> float:
+        """The share of the compute of everything that was sent which is not spent, 0..1."""
+        return self.profile.saved(self.counts, self.job.modalities)
+
+    @property
+    def degraded(self) -> bool:
+        """Whether it gave up accuracy that it would have had on an idle system."""
+        return self.strategy.accuracy < self.preferred - _TOLERANCE
+
+    @property
+    def upgraded(self) -> bool:
+        """Whether it has more accuracy than a plan gave it while it waited."""
+        return self.strategy.accuracy > self.least + _TOLERANCE
 
     def choose(self, option: int) -> None:
         """Plans an option for the items that are not committed."""
@@ -104,7 +127,7 @@ class Work:
 
     def replace_options(self, options: Sequence[Option]) -> None:
         """Other options, now that fewer items can be planned; the plan stays."""
-        planned = sum(self.profile.accuracy[s] * count for s, count in self.planned.items()) / self.uncommitted
+        planned = mean_score(self.floor.scores, self.planned)
         self.options = options
         self.chosen = min(range(len(options)), key=lambda i: abs(options[i].strategy.accuracy - planned))
 
@@ -168,7 +191,7 @@ class Work:
 
     def _commit(self, modality: str, count: int) -> None:
         """Commits the next items that run a modality, the most accurate sets first."""
-        for modality_set in sorted(self.planned, key=lambda s: -self.profile.accuracy[s]):
+        for modality_set in sorted(self.planned, key=lambda s: -self.floor.scores[s]):
             if modality not in modality_set:
                 continue
             taken = min(max(count, 0), self.planned[modality_set])

@@ -123,7 +123,7 @@ class Latencies:
         return hardware
 
     def _believed(self, kept: Profile, package: ModelPackage) -> ModelProfile:
-        return model_profile(kept, package.default_min_accuracy, self._settings.selector.floor_confidence)
+        return model_profile(kept, package.default_min_accuracy)
 
     def _is_as_asked_for(self, kept: Profile) -> bool:
         """Whether a quick profile has the batch sizes of the settings; a full one was asked for with its own."""

@@ -20,7 +20,7 @@ from mosel.packages.model_package import ModelPackage, find_package, name_of
 from mosel.runtime.background import Background
 from mosel.status import error_from_rpc
 from mosel.v1 import selector_pb2
-from selector.conversions import believed_accuracy, set_profile
+from selector.conversions import certificates, set_profile
 from selector.core.profile import ModelProfile
 from selector.core.scheduler import Scheduler
 from selector.core.stages import service_name
@@ -340,8 +340,12 @@ class ModelLoader:
 
     def _model_of(self, package: ModelPackage) -> LoadedModel:
         stated, confidence = package.accuracy, self._settings.selector.floor_confidence
-        accuracy = {s: believed_accuracy(value, stated.samples, confidence) for s, value in stated.sets.items()}
-        profile = ModelProfile(accuracy, stated.samples, package.default_min_accuracy)
+        profile = ModelProfile(
+            dict(stated.sets),
+            stated.samples,
+            package.default_min_accuracy,
+            certificates=certificates(package.calibration, confidence),
+        )
         return LoadedModel(package, profile, lanes_of(package, self._settings))
 
 

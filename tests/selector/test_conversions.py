@@ -96,7 +96,7 @@ def test_a_failure_says_what_and_when_to_try_again(error: MoselError, code: int,
 def test_a_plan_is_told_with_its_frontier_and_choice() -> None:
     cheap = Strategy(((parse_set("pen"), 3),), 0.6, 1.5)
     mixed = Strategy(((parse_set("pen+audio"), 1), (parse_set("pen"), 2)), 0.75, 4.0)
-    reply = conversions.plan_reply(Plan(((cheap, 1.0), (mixed, 3.0)), mixed, 7.5, ""))
+    reply = conversions.plan_reply(Plan(((cheap, 1.0), (mixed, 3.0)), mixed, 7.5, ""), gateway_pb2.CALLER)
     assert [(dict(s.items), s.accuracy, s.cost_ms, s.latency_ms) for s in reply.frontier] == [
         ({"pen": 3}, 0.6, 1.5, 1.0),
         ({"audio+pen": 1, "pen": 2}, 0.75, 4.0, 3.0),
@@ -105,7 +105,7 @@ def test_a_plan_is_told_with_its_frontier_and_choice() -> None:
 
 
 def test_a_plan_that_is_refused_has_no_choice() -> None:
-    reply = conversions.plan_reply(Plan((), None, 0.0, "too late"))
+    reply = conversions.plan_reply(Plan((), None, 0.0, "too late"), gateway_pb2.CALLER)
     assert reply.refusal == "too late"
     assert not reply.HasField("chosen")
 

@@ -1,6 +1,5 @@
 """Profile files: what is written is read, and only what belongs to these weights on this hardware."""
 
-import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -29,7 +28,6 @@ from mosel.profiles.files import (
     this_hardware,
     wilson,
 )
-from selector.conversions import believed_accuracy, model_profile
 
 POINTS = (Point(batch_size=1, p50_ms=1, p95_ms=2), Point(batch_size=8, p50_ms=3, p95_ms=4))
 SETS = ("photo", "scent", "photo+scent")
@@ -192,21 +190,3 @@ def test_profiles_hold_no_nonsense() -> None:
     for field in ({"p50_ms": float("nan")}, {"p50_ms": float("inf")}, {"batch_size": 0}):
         with pytest.raises(ValidationError):
             Point.model_validate({"batch_size": 1, "p50_ms": 1.0, "p95_ms": 1.0} | field)
-
-
-@given(value=st.floats(0, 1), samples=st.integers(1, 10_000))
-def test_what_is_believed_falls_as_the_confidence_rises(value: float, samples: int) -> None:
-    believed = [believed_accuracy(value, samples, confidence) for confidence in (0.5, 0.9, 0.99)]
-    assert believed[0] == pytest.approx(value)
-    assert all(less <= more + 1e-12 for more, less in itertools.pairwise(believed))
-    assert believed_accuracy(value, 0, 0.99) == value
-
-
-def test_a_selector_plans_with_what_it_believes(quick: Profile) -> None:
-    measured, believed = model_profile(quick, None), model_profile(quick, None, 0.95)
-    assert all(0 < believed.accuracy[s] < value for s, value in measured.accuracy.items())
-    assert believed.samples == measured.samples == 1000
-
-
-def test_a_bound_is_one_sided() -> None:
-    assert believed_accuracy(0.9, 50, 0.975) == pytest.approx(wilson(0.9, 50).low)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosel.modality import ModalitySet, parse_set
+from selector.core.floors import floor_of
 from selector.core.jobs import Job, Option, Rows
 from selector.core.options import strategy_of
 from selector.core.policies import Queued
@@ -31,7 +32,7 @@ def work_of(
     size = strategies[0].size
     job = Job(job_id, "model", size, AB, floor, 1.0)
     queued = Queued([], [], 0, size, job.deadline)
-    return Work(job, profile, floor, 0.0, [Option(s, s.accuracy) for s in strategies], queued)
+    return Work(job, profile, floor_of(profile, job), 0.0, [Option(s, s.accuracy) for s in strategies], queued)
 
 
 def fused(work: Work, modality_set: ModalitySet) -> tuple[int, ...]:

@@ -20,8 +20,8 @@ def test_a_job_that_has_time_is_not_moved() -> None:
     work = submit(scheduler, "a", deadline=10.0)
     Driver(scheduler, PROFILES).run()
     assert accuracy(work) == 0.9
-    assert not work.degraded(accuracy(work))
-    assert not work.upgraded(accuracy(work))
+    assert not work.degraded
+    assert not work.upgraded
 
 
 def test_a_job_whose_deadline_is_too_close_for_what_it_prefers_is_degraded() -> None:
@@ -32,8 +32,8 @@ def test_a_job_whose_deadline_is_too_close_for_what_it_prefers_is_degraded() -> 
     driver.run()
     assert driver.fused[work.job.id] == {PEN: 4}
     assert work.preferred == 0.9
-    assert work.degraded(accuracy(work))
-    assert not work.upgraded(accuracy(work))
+    assert work.degraded
+    assert not work.upgraded
 
 
 def test_a_job_that_gets_its_time_back_while_it_waits_is_upgraded() -> None:
@@ -48,8 +48,8 @@ def test_a_job_that_gets_its_time_back_while_it_waits_is_upgraded() -> None:
     driver.now = 0.020
     driver.run()
     assert driver.fused[work.job.id] == {BOTH: 4}
-    assert work.upgraded(accuracy(work))
-    assert not work.degraded(accuracy(work))
+    assert work.upgraded
+    assert not work.degraded
 
 
 def test_jobs_that_wait_are_told_from_those_under_way() -> None:

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from mosel.errors import FloorUnreachable, ServiceUnavailable
 from mosel.modality import ModalitySet, format_set, parse_set
+from selector.core.floors import floor_of
 from selector.core.frontier import Frontiers
 from selector.core.jobs import Effort, Job, Option
-from selector.core.options import allowed_options, floor_of, strategy_of
+from selector.core.options import allowed_options, strategy_of
 from selector.core.profile import ModelProfile
 from tests.selector.support import profile_of
 
@@ -50,7 +51,8 @@ def job(
 def allowed(
     profile: ModelProfile, job: Job, is_up: Callable[[ModalitySet], bool] = up, full_only: bool = False
 ) -> list[Option]:
-    return allowed_options(profile, Frontiers(profile), job, job.size, floor_of(profile, job), is_up, full_only)
+    floor = floor_of(profile, job)
+    return allowed_options(profile, Frontiers(profile), job, floor, job.size, floor.least, is_up, full_only)
 
 
 def names(options: list[Option]) -> list[str]:
@@ -259,14 +261,15 @@ def test_every_option_meets_the_floor_with_all_items_and_runs_only_what_may_be_r
         candidates = (
             [job.modalities] if job.exact or full_only else [s for s in profile.accuracy if s <= job.modalities]
         )
-        assert max(profile.accuracy[s] for s in candidates) < floor_of(profile, job)
+        assert job.min_accuracy is not None
+        assert max(profile.accuracy[s] for s in candidates) < job.min_accuracy
         return
     except ServiceUnavailable:
         assert away in job.modalities
         return
     for option in options:
         assert option.strategy.size == job.size
-        assert option.strategy.accuracy >= floor_of(profile, job) - 1e-9
+        assert option.strategy.accuracy >= floor_of(profile, job).least - 1e-9
         again = strategy_of(profile, dict(option.strategy.counts))
         assert (option.strategy.accuracy, option.strategy.cost_ms) == pytest.approx((again.accuracy, again.cost_ms))
         for modality_set, _ in option.strategy.counts:
