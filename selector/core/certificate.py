@@ -253,7 +253,7 @@ class _Sample:
         for together in self._together:
             effects += np.where(alone > _TOLERANCE, _squared(together, rules) / np.maximum(alone, _TOLERANCE), 1.0) - 1
         by_level = np.bincount(rules.level, effects) / np.bincount(rules.level)
-        near = np.ones(2 * _NEIGHBOURS + 1)
+        near = np.ones(2 * min(_NEIGHBOURS, (len(by_level) - 1) // 2) + 1)
         pooled = np.convolve(by_level, near, "same") / np.convolve(np.ones(len(by_level)), near, "same")
         return np.asarray(self._most / np.maximum(pooled, 1.0))
 

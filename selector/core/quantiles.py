@@ -1,6 +1,7 @@
 """Quantiles of the Beta and of Student's t distribution, for bounds of shares."""
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 _TINY = 1e-300
-_STEPS, _CLOSE = 100, 1e-12
+_STEPS, _CLOSE = 100, 1e-10
 _lgamma = np.vectorize(math.lgamma, otypes=[np.float64])
 
 
@@ -40,12 +41,13 @@ def beta_quantile(share: float, a: Floats, b: Floats) -> Floats:
         low, high = np.where(excess < 0, at, low), np.where(excess < 0, high, at)
         density = np.exp((a - 1) * np.log(at) + (b - 1) * np.log1p(-at) - log_beta)
         newton = at - excess / _apart(density)
-        before, at = at, np.where((newton > low) & (newton < high), newton, (low + high) / 2)
+        before, at = at, np.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
         if np.all(np.abs(at - before) <= _CLOSE * at):
             break
     return at
 
 
+@lru_cache(maxsize=64)
 def t_quantile(share: float, freedom: float) -> float:
     """Below which number Student's t distribution has so much of itself.
 

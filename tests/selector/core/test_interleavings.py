@@ -1,8 +1,9 @@
 """The scheduler's promises in any order of events: floors above all."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -15,8 +16,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from bench.coverage import Population
 from mosel.errors import DeadlineExceeded, DeadlineUnreachable, FloorUnreachable, MoselError, Overloaded
 from mosel.modality import FUSION, ModalitySet, modality_of, parse_set, subsets
+from selector.core.certificate import Certificates
 from selector.core.frontier import Frontiers
 from selector.core.jobs import Call, Effort, EncodeCall, Ended, FuseCall, Job, Wait
 from selector.core.policies import POLICIES
@@ -41,7 +44,12 @@ DEFAULT_FLOOR = 0.62
 PROFILES = {
     "three": profile_of(THREE, {"audio": 8.0, "image": 3.0, "pen": ((1, 1.0), (8, 2.0))}, 0.5, DEFAULT_FLOOR),
     "two": profile_of(TWO, {"audio": 4.0, "pen": 1.0}),
+    # Its floors are guaranteed, as far as they can be.
+    "sure": profile_of(THREE, {"audio": 8.0, "image": 3.0, "pen": ((1, 1.0), (8, 2.0))}, 0.5, DEFAULT_FLOOR),
 }
+POPULATION = Population({parse_set(name): accuracy for name, accuracy in THREE.items()})
+CERTIFICATES = Certificates(POPULATION.calibration(np.random.default_rng(0)), 0.95)
+PROFILES["sure"].certificates = CERTIFICATES
 # Computing them takes longer than a whole run, and they are the same in all.
 FRONTIERS = {name: Frontiers(profile) for name, profile in PROFILES.items()}
 MAX_QUEUED, TOKENS = 60, 2
@@ -52,6 +60,7 @@ demands = st.fixed_dictionaries(
     {
         "size": st.sampled_from([1, 1, 1, 2, 3, 6, 15]),
         "min_accuracy": st.none() | st.sampled_from([*THREE.values()]) | st.floats(0, 1),
+        "max_accuracy_loss": st.none() | st.sampled_from([0.0, 0.01, 0.05, 0.2]) | st.floats(0, 1),
         "exact": st.booleans(),
         "effort": st.sampled_from([None, *Effort]),
         "late_ok": st.booleans(),
@@ -65,13 +74,32 @@ def name_of(model: str) -> str:
     return model.partition("@")[0]
 
 
+def needed(job: Job) -> tuple[Mapping[ModalitySet, float], float]:
+    """What an item of each set counts for, and what the items of a job need on average."""
+    accuracy = PROFILES[name_of(job.model)].accuracy
+    if name_of(job.model) != "sure" or not job.has_floor:
+        return accuracy, floor_of(job)
+    of_loss = job.max_accuracy_loss is not None
+    ladder = CERTIFICATES.of_loss(job.modalities) if of_loss else CERTIFICATES.of_accuracy(job.modalities)
+    assert ladder is not None
+    asked = job.min_accuracy if job.max_accuracy_loss is None else 1 - job.max_accuracy_loss
+    least = ladder.least(asked or 0.0)
+    return ladder.scores, ladder.scores[ladder.reference] if least is None else least
+
+
+def undercut(job: Job, counts: Mapping[ModalitySet, int]) -> bool:
+    """Whether items that run these sets are below the floor."""
+    scores, least = needed(job)
+    return sum(scores[s] * count for s, count in counts.items()) / job.size < least - 1e-9
+
+
 def floor_of(job: Job) -> float:
     """The accuracy that the caller may count on."""
     accuracy = PROFILES[name_of(job.model)].accuracy
     if job.min_accuracy is not None:
         return job.min_accuracy
     sent = accuracy[job.modalities]
-    return min(sent, DEFAULT_FLOOR) if name_of(job.model) == "three" else sent
+    return sent if name_of(job.model) == "two" else min(sent, DEFAULT_FLOOR)
 
 
 class Account:
@@ -124,9 +152,7 @@ class Account:
     def answered(self) -> None:
         self.end("answered")
         assert self.answered_with.keys() == set(range(self.job.size)), "each item is answered once"
-        accuracy = PROFILES[name_of(self.job.model)].accuracy
-        mean = sum(accuracy[s] for s in self.answered_with.values()) / self.job.size
-        assert mean >= floor_of(self.job) - 1e-9, "the floor was undercut"
+        assert not undercut(self.job, Counter(self.answered_with.values())), "the floor was undercut"
         assert not self.job.exact or set(self.answered_with.values()) == {self.job.modalities}
         in_vain = set(+self.sent) - {(m, item) for item, s in self.answered_with.items() for m in s}
         assert not in_vain
@@ -158,7 +184,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         return [account for account in self.accounts.values() if not account.how_ended]
 
     def new_job(self, model: str, pick: set[str], budget_ms: float, demand: dict[str, object]) -> Job:
-        sent = frozenset(pick if name_of(model) == "three" else (pick - {"image"}) or {"pen"})
+        sent = frozenset((pick - {"image"}) or {"pen"} if name_of(model) == "two" else pick)
+        if name_of(model) == "sure":
+            floor, lost = demand["min_accuracy"], demand["max_accuracy_loss"]
+            demand = demand | {"min_accuracy": floor if lost is None else None, "exact": not (floor or lost)}
+        else:
+            demand = demand | {"max_accuracy_loss": None}
         deadline = self.now + budget_ms / 1000
         expires = deadline + 0.2 if demand["late_ok"] else None
         job_id = len(self.accounts).to_bytes(16, "big")
@@ -178,13 +209,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         assert queued + job.size <= MAX_QUEUED
         assert work.strategy.size == job.size
-        assert work.strategy.accuracy >= floor_of(job) - 1e-9
+        assert not undercut(job, work.counts)
         self.accounts[job.id] = Account(job, work)
 
     def check_refusal(self, job: Job, error: MoselError) -> None:
         candidates = [job.modalities] if job.exact or self.policy == "all" else subsets(job.modalities)
+        if name_of(job.model) == "sure" and self.policy == "all":
+            candidates = subsets(job.modalities)
         best = max(PROFILES[name_of(job.model)].accuracy[s] for s in candidates)
-        assert isinstance(error, FloorUnreachable) == (best < floor_of(job) - 1e-9)
+        unreachable = job.max_accuracy_loss is None and best < floor_of(job) - 1e-9
+        assert isinstance(error, FloorUnreachable) == unreachable
         assert not isinstance(error, DeadlineUnreachable) or not job.late_ok
         assert not isinstance(error, Overloaded) or error.retry_after_ms >= 1
 
@@ -197,7 +231,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         job = self.new_job(model, pick, budget_ms, demand)
         plan = self.scheduler.plan(job, self.now)
         assert (plan.chosen is None) == bool(plan.refusal)
-        assert plan.chosen is None or plan.chosen.accuracy >= floor_of(job) - 1e-9
+        assert plan.chosen is None or not undercut(job, dict(plan.chosen.counts))
         assert state() == before
 
     @rule()
@@ -318,7 +352,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for account in alive:
             assert self.scheduler.work_of(account.job.id) is account.work
             assert account.work.strategy.size == account.job.size
-            assert account.work.strategy.accuracy >= floor_of(account.job) - 1e-9
+            assert not undercut(account.job, account.work.counts)
 
     def teardown(self) -> None:
         """With all services up and calls going well, every job that is left is answered, and nothing else is left."""
