@@ -4,6 +4,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -40,7 +41,7 @@ class ModalityEncoder:
         self.counters: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._device, self._reader, self._publisher = device, reader, publisher
-        self.networks = networks.Hosted(self._make, lambda loaded: self._ready_call(loaded, 1), device)
+        self.networks = networks.Hosted(self._make, self._warm, device)
 
     def encode(
         self,
@@ -66,6 +67,7 @@ class ModalityEncoder:
 
         Raises:
             ModelNotFound, InvalidRequest, ReadNotProven, Overloaded.
+            InternalError: an embedding is not finite.
             DeadlineExceeded: payload rows could not be fetched in time.
         """
         loaded = self._loaded(model)
@@ -73,9 +75,13 @@ class ModalityEncoder:
         batch = self._reader.gather(rows, spec.dtype, spec.shape, deadline)
         started = time.perf_counter()
         embeddings = loaded.network(networks.to_tensor(batch, spec.dtype, self._device)).float()
+        # Computed where they are, before the wait for them that there is anyway.
+        finite = embeddings.isfinite().all()
         networks.synchronize(self._device)
         seconds = time.perf_counter() - started
-        networks.check_shape(loaded.package, spec.encoder, embeddings, len(batch), spec.embedding)
+        part = self._part(loaded.package)
+        part.check_shape(embeddings, len(batch))
+        part.check_finite(bool(finite))
         with self._lock:
             self.counters.update(calls=1, items=len(batch), payload_bytes_read=batch.nbytes)
         return self._publisher.publish(embeddings, rung, lease_s, wait_s), seconds
@@ -90,7 +96,7 @@ class ModalityEncoder:
 
         Raises:
             ModelNotFound: the model is not loaded here.
-            PackageError: the network fails, or returns another shape than model.toml states.
+            PackageError: the network fails, or returns another shape than model.toml states, or no finite numbers.
         """
         return self._ready_call(self._loaded(model), batch_size)
 
@@ -99,17 +105,29 @@ class ModalityEncoder:
             raise ModelNotFound(f"model '{package.name}' has no modality '{self.modality}'")
         return networks.load_encoder(package, self.modality, self._device)
 
+    def _warm(self, loaded: networks.Loaded) -> None:
+        self._part(loaded.package).check_rows_apart(self._call(loaded, 2), loaded.network)
+
     def _ready_call(self, loaded: networks.Loaded, batch_size: int) -> Callable[[], torch.Tensor]:
+        run = partial(self._call(loaded, batch_size), slice(None))
+        self._part(loaded.package).run(run, batch_size)
+        return run
+
+    def _call(self, loaded: networks.Loaded, rows: int) -> Callable[[slice], torch.Tensor]:
+        """The network on some of so many example rows."""
         spec = loaded.package.modalities[self.modality]
-        batch = networks.example_payload(loaded.package, self.modality, batch_size)
+        batch = networks.example_payload(loaded.package, self.modality, rows)
         tensor = networks.to_tensor(batch, spec.dtype, self._device)
 
-        def run() -> torch.Tensor:
-            embeddings: torch.Tensor = loaded.network(tensor).cpu()
+        def run(some: slice) -> torch.Tensor:
+            embeddings: torch.Tensor = loaded.network(tensor[some]).cpu()
             return embeddings
 
-        networks.check_runs(loaded.package, spec.encoder, run, batch_size, spec.embedding)
         return run
+
+    def _part(self, package: ModelPackage) -> networks.Part:
+        spec = package.modalities[self.modality]
+        return networks.Part(package, f"encoder/{self.modality}", spec.encoder, spec.embedding)
 
     def _loaded(self, model: str) -> networks.Loaded:
         loaded = self.networks.get(model)

@@ -4,7 +4,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
+import numpy as np
 import torch
 
 from mosel.compute import networks
@@ -52,6 +54,7 @@ class Predictor:
 
         Raises:
             ModelNotFound, InvalidRequest, ReadNotProven.
+            InternalError: an output is not finite.
             DeadlineExceeded: rows could not be fetched in time.
         """
         loaded = self._loaded(model)
@@ -68,9 +71,15 @@ class Predictor:
             started = time.perf_counter()
             output = loaded.network(batch).float().cpu()
             seconds += time.perf_counter() - started
-            networks.check_shape(package, package.fusion, output, sum(sizes[i] for i in indices), package.output.shape)
-            for index, part in zip(indices, output.split([sizes[i] for i in indices]), strict=True):
-                outputs[index] = to_proto(part.numpy().astype(DTYPES[package.output.dtype], copy=False))
+            part = _part(package, modality_set)
+            part.check_shape(output, sum(sizes[i] for i in indices))
+            # Numbers may be too large for the type that they are answered in.
+            answers = output.numpy().astype(DTYPES[package.output.dtype], copy=False)
+            part.check_finite(networks.are_finite(output) and bool(np.isfinite(answers).all()))
+            for index, rows in zip(
+                indices, np.split(answers, np.cumsum([sizes[i] for i in indices])[:-1]), strict=True
+            ):
+                outputs[index] = to_proto(rows)
         with self._lock:
             self.counters.update(calls=1, items=sum(sizes))
             self.counters["embedding_bytes_read"] = self._reader.bytes_read
@@ -87,7 +96,7 @@ class Predictor:
         Raises:
             ModelNotFound: there is no such model.
             InvalidRequest: the model does not have these modalities.
-            PackageError: the network fails, or returns another shape than model.toml states.
+            PackageError: the network fails, or returns another shape than model.toml states, or no finite numbers.
         """
         loaded = self._loaded(model)
         package, modalities = loaded.package, parse_set(modality_set)
@@ -99,20 +108,27 @@ class Predictor:
 
     def _warm(self, loaded: networks.Loaded) -> None:
         for modality_set in subsets(loaded.package.modalities):
-            self._ready_call(loaded, modality_set, 1)
+            call = self._call(loaded, modality_set, 2)
+            _part(loaded.package, modality_set).check_rows_apart(call, loaded.network)
 
     def _ready_call(
         self, loaded: networks.Loaded, modalities: ModalitySet, batch_size: int
     ) -> Callable[[], torch.Tensor]:
-        package = loaded.package
-        batch = {m: torch.rand(batch_size, *package.modalities[m].embedding, device=self._device) for m in modalities}
+        run = partial(self._call(loaded, modalities, batch_size), slice(None))
+        _part(loaded.package, modalities).run(run, batch_size)
+        return run
 
-        def run() -> torch.Tensor:
-            output: torch.Tensor = loaded.network(batch).cpu()
+    def _call(self, loaded: networks.Loaded, modalities: ModalitySet, rows: int) -> Callable[[slice], torch.Tensor]:
+        """The network on some of so many example rows."""
+        specs, seeded = loaded.package.modalities, torch.Generator().manual_seed(0)
+        batch = {
+            m: torch.rand(rows, *specs[m].embedding, generator=seeded).to(self._device) for m in sorted(modalities)
+        }
+
+        def run(some: slice) -> torch.Tensor:
+            output: torch.Tensor = loaded.network({m: tensor[some] for m, tensor in batch.items()}).cpu()
             return output
 
-        what = f"{package.fusion} with {format_set(modalities)}"
-        networks.check_runs(package, what, run, batch_size, package.output.shape)
         return run
 
     def _gather(
@@ -126,6 +142,10 @@ class Predictor:
         if loaded is None:
             raise ModelNotFound(f"model '{model}' is not loaded in fusion")
         return loaded
+
+
+def _part(package: ModelPackage, modalities: ModalitySet) -> networks.Part:
+    return networks.Part(package, "fusion", f"{package.fusion} with {format_set(modalities)}", package.output.shape)
 
 
 def _row_count(group: EmbeddingRows, package: ModelPackage) -> int:

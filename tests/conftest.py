@@ -2,13 +2,14 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
@@ -22,6 +23,9 @@ from mosel.client import Client
 from mosel.config import FREE_PORTS, Settings, load_settings
 from mosel.launcher import Launcher
 from mosel.packages.model_package import ModelPackage, load_package
+
+if TYPE_CHECKING:
+    from tests.fruit_on_disk import Fruit
 
 # How long an example takes is up to what else the machine does.
 hypothesis_settings.register_profile(
@@ -121,6 +125,15 @@ def tutorial_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def models_dir(tutorial_folder: Path) -> Path:
     """A folder of model packages that holds `fruit`."""
     return tutorial_folder / "my_models"
+
+
+@pytest.fixture
+def changing(models_dir: Path, tmp_path: Path) -> "Fruit":
+    """A copy of `fruit` that may be changed, in a folder of models of its own."""
+    from tests.fruit_on_disk import Fruit
+
+    (tmp_path / "models").mkdir()
+    return Fruit(shutil.copytree(models_dir / "fruit", tmp_path / "models" / "fruit"), tmp_path / "kept")
 
 
 @pytest.fixture(scope="session")

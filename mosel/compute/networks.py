@@ -2,8 +2,9 @@
 
 import ctypes
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from mosel.data.samples import example_rows
-from mosel.errors import ConfigError, PackageError
+from mosel.errors import ConfigError, InternalError, PackageError
 from mosel.packages.model_modules import forget_modules
 from mosel.packages.model_package import ModelPackage
+
+# How much a row may differ between a batch and alone: a share of the largest number, and some units of precision.
+_ROWS_DIFFER, _ROUNDINGS = 1e-3, 4
 
 
 def load_encoder(package: ModelPackage, modality: str, device: torch.device) -> torch.nn.Module:
@@ -121,34 +125,94 @@ def example_payload(package: ModelPackage, modality: str, rows: int) -> NDArray[
     return example_rows(spec.dtype, (rows, *spec.shape))
 
 
-def check_shape(package: ModelPackage, what: str, got: torch.Tensor, rows: int, expected: Iterable[int]) -> None:
-    """Checks what a network returned.
+@dataclass(frozen=True)
+class Part:
+    """Says what is expected of a network, and checks what it returns.
 
-    Raises:
-        PackageError: its shape is not [rows, *expected].
+    Attributes:
+        package: what it is of.
+        service: where it runs, as people know it.
+        name: the network, in words.
+        shape: of one row of what it returns.
     """
-    if tuple(got.shape) != (rows, *expected):
-        raise PackageError(
-            f"{package.folder / 'model.toml'}: {what} returned {list(got.shape)}; expected {[rows, *expected]}"
-        )
+
+    package: ModelPackage
+    service: str
+    name: str
+    shape: tuple[int, ...]
+
+    def check_shape(self, output: torch.Tensor, rows: int) -> None:
+        """Checks what the network returned.
+
+        Raises:
+            PackageError: its shape is not [rows, *shape].
+        """
+        if tuple(output.shape) != (rows, *self.shape):
+            raise self._wrong(f"{self.name} returned {list(output.shape)}; expected {[rows, *self.shape]}")
+
+    def check_finite(self, finite: bool) -> None:
+        """Ends a call in service whose numbers are not finite, so that nobody is answered with them.
+
+        Raises:
+            InternalError: they are not.
+        """
+        if not finite:
+            raise InternalError(f"{self._of_model}: {self.name} returned numbers that are not finite")
+
+    def run(self, call: Callable[[], torch.Tensor], rows: int) -> torch.Tensor:
+        """Runs the network once on example rows, and checks what it returns.
+
+        Raises:
+            PackageError: it fails, its shape is not [rows, *shape], or its numbers are not finite.
+        """
+        try:
+            output = call()
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise self._wrong(f"{self.name} fails on an input of the shape stated there: {reason}") from error
+        self.check_shape(output, rows)
+        if not are_finite(output):
+            raise self._wrong(f"{self._of_model}: {self.name} returned numbers that are not finite on example rows")
+        return output
+
+    def check_rows_apart(self, call: Callable[[slice], torch.Tensor], network: torch.nn.Module) -> None:
+        """Runs the network on two example rows, each alone and both at once, and checks that it is the same to them.
+
+        Rows of different callers share batches, so an answer must not depend on who else asks. Libraries add up in
+        another order for another batch size, which moves a number by about the precision of its type; what is mixed
+        over a batch, such as its mean, moves it by about its own size.
+
+        Args:
+            call: the network on some of the rows.
+            network: the same, for the precision that it computes with.
+
+        Raises:
+            PackageError: they influence each other, or as `run` says.
+        """
+        alone = torch.cat([self.run(partial(call, slice(row, row + 1)), 1) for row in range(2)])
+        together = self.run(partial(call, slice(2)), 2)
+        dtypes = {p.dtype for p in network.parameters()} | {alone.dtype}
+        coarsest = max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)
+        largest = float(alone.double().abs().max())
+        difference = float((together.double() - alone.double()).abs().max())
+        if difference > (_ROWS_DIFFER + _ROUNDINGS * coarsest) * largest:
+            raise self._wrong(
+                f"{self._of_model}: {self.name} returns other numbers for a row alone than in a batch: the largest "
+                f"difference is {difference:.3g}, the largest number {largest:.3g}; expected rows that do not "
+                "influence each other, and the same answer each time"
+            )
+
+    @property
+    def _of_model(self) -> str:
+        return f"{self.service} of model '{self.package.name}'"
+
+    def _wrong(self, message: str) -> PackageError:
+        return PackageError(f"{self.package.folder / 'model.toml'}: {message}")
 
 
-def check_runs(
-    package: ModelPackage, what: str, run: Callable[[], torch.Tensor], rows: int, expected: Iterable[int]
-) -> None:
-    """Runs a network once and checks what it returns.
-
-    Raises:
-        PackageError: it fails, or its shape is not [rows, *expected].
-    """
-    try:
-        output = run()
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise PackageError(
-            f"{package.folder / 'model.toml'}: {what} fails on an input of the shape stated there: {reason}"
-        ) from error
-    check_shape(package, what, output, rows, expected)
+def are_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers are; integers always are."""
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def _give_memory_back(device: torch.device) -> None:

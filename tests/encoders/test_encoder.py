@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from encoders.encoder import ModalityEncoder
 from mosel.compute import networks
 from mosel.config import TransportSettings
-from mosel.errors import InvalidRequest, ModelNotFound, PackageError
+from mosel.errors import InternalError, InvalidRequest, ModelNotFound, PackageError
 from mosel.packages.model_package import ModelPackage
 from mosel.transport import Publisher, Reader, SharedMemoryArena, open_arena, slice_rows
 from mosel.transport.torch_exchange import TensorPublisher
 from mosel.v1 import tensor_pb2
+from tests.fruit_on_disk import Fruit, measured
 
 Draw = Callable[..., dict[str, NDArray[Any]]]
 CPU = torch.device("cpu")
@@ -115,3 +116,49 @@ def test_a_network_that_contradicts_its_description_is_found_by_loading(
     with pytest.raises(PackageError, match=r"model\.toml: networks:Scent fails on an input of the shape stated there"):
         encoder.networks.load(wrong)
     assert encoder.networks.models == []
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("super().forward(payload) / 0", r"returned numbers that are not finite on example rows"),
+        ("super().forward(payload - payload.mean(0))", r"returns other numbers for a row alone than in a batch"),
+        ("super().forward(payload.cumsum(0))", r"returns other numbers for a row alone than in a batch"),
+        ("super().forward(payload.flip(0).cumsum(0).flip(0))", r"returns other numbers for a row alone"),
+    ],
+)
+def test_what_cannot_be_answered_with_is_found_by_loading(
+    changing: Fruit, arena: tuple[SharedMemoryArena, Publisher], reader: Reader, code: str, message: str
+) -> None:
+    made = "super().__init__(6, 8)\n"
+    changing.edit("networks.py", made, f"{made}\n    def forward(self, payload):\n        return {code}\n")
+    encoder = ModalityEncoder("scent", CPU, reader, TensorPublisher(arena[1], None))
+    with pytest.raises(PackageError, match=rf"encoder/scent of model 'fruit': networks:Scent {message}"):
+        encoder.networks.load(measured(changing.folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rows_may_differ_by_what_the_precision_of_a_network_makes_of_other_sums(
+    fruit: ModelPackage, dtype: torch.dtype
+) -> None:
+    part, network = networks.Part(fruit, "encoder/scent", "networks:Scent", (8,)), torch.nn.Linear(6, 8, dtype=dtype)
+    rows = torch.rand(2, 8).to(dtype)
+
+    def call(some: slice, share: float) -> torch.Tensor:
+        alone = rows[some]
+        return alone * (1 + share) if len(alone) == 2 else alone
+
+    part.check_rows_apart(lambda some: call(some, torch.finfo(dtype).eps), network)
+    with pytest.raises(PackageError, match="returns other numbers for a row alone"):
+        part.check_rows_apart(lambda some: call(some, 0.1), network)
+
+
+def test_embeddings_that_are_not_finite_end_the_call(
+    encoder: ModalityEncoder, fruit: ModelPackage, arena: tuple[SharedMemoryArena, Publisher]
+) -> None:
+    payload = np.zeros((3, 6), np.float32)
+    payload[1] = 3.4e38
+    ref = published(arena[1], payload)
+    with pytest.raises(InternalError, match=r"^encoder/scent of model 'fruit': networks:Scent returned .* not finite$"):
+        encoder.encode(fruit.id, [slice_rows(ref, 0, 3)], SHM, 60)
+    assert encoder.counters == {}

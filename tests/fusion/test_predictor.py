@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from fusion.predictor import Predictor
 from mosel.compute import networks
-from mosel.errors import InvalidRequest, ModelNotFound, PackageError
+from mosel.errors import InternalError, InvalidRequest, ModelNotFound, PackageError
 from mosel.packages.model_package import ModelPackage
 from mosel.tensors import from_proto
 from mosel.transport import Reader, slice_rows
 from mosel.transport.torch_exchange import TensorReader
 from mosel.v1 import tensor_pb2
+from tests.fruit_on_disk import Fruit, measured
 
 CPU = torch.device("cpu")
 Embeddings = dict[str, NDArray[np.float32]]
@@ -113,5 +114,44 @@ def test_an_output_that_is_not_as_described_is_refused(fruit: ModelPackage, read
     predictor.networks.load(fruit)
     loaded = predictor.networks._loaded
     loaded[fruit.id] = replace(loaded[fruit.id], package=wrong)
-    with pytest.raises(PackageError, match=r"networks:Fusion returned \[2, 3\]; expected \[2, 4\]"):
+    with pytest.raises(PackageError, match=r"networks:Fusion with scent returned \[2, 3\]; expected \[2, 4\]"):
         predictor.fuse(fruit.id, [group_of(embeddings_of(2, "scent"))])
+
+
+LAST = ".softmax(-1)\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (".log().log()", r"Fusion with photo returned numbers that are not finite on example rows"),
+        (
+            ".softmax(0)",
+            r"Fusion with photo returns other numbers for a row alone than in a batch: .* is 0\.",
+        ),
+        (" * torch.rand(1)", r"Fusion with photo returns other numbers"),
+    ],
+)
+def test_what_cannot_be_answered_with_is_found_by_loading(
+    changing: Fruit, reader: TensorReader, code: str, message: str
+) -> None:
+    changing.edit("networks.py", LAST, f".softmax(-1){code}\n")
+    changing.edit("networks.py", "from torch import Tensor, nn", "import torch\nfrom torch import Tensor, nn")
+    predictor = Predictor(CPU, reader)
+    with pytest.raises(PackageError, match=rf"model\.toml: fusion of model 'fruit': networks:{message}"):
+        predictor.networks.load(measured(changing.folder))
+
+
+def test_an_output_that_is_not_finite_ends_the_call(predictor: Predictor, fruit: ModelPackage) -> None:
+    bad = {"scent": np.full((2, 8), 3e38, np.float32)}
+    with pytest.raises(InternalError, match=r"^fusion of model 'fruit': networks:Fusion with scent .* not finite$"):
+        predictor.fuse(fruit.id, [group_of(embeddings_of(2, "scent")), group_of(bad)])
+
+
+def test_an_output_that_its_type_cannot_hold_ends_the_call(changing: Fruit, reader: TensorReader) -> None:
+    changing.edit("networks.py", LAST, ".softmax(-1) * 1e6\n")
+    changing.edit("model.toml", 'dtype = "FP32"\nshape = [3]', 'dtype = "FP16"\nshape = [3]')
+    predictor, package = Predictor(CPU, reader), measured(changing.folder)
+    predictor.networks.load(package)
+    with pytest.raises(InternalError, match="not finite"), np.errstate(over="ignore"):
+        predictor.fuse(package.id, [group_of(embeddings_of(2, "scent"))])

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mosel.client import AsyncClient, Client, Prediction
 from mosel.config import Settings
-from mosel.errors import DeadlineExceeded, MoselError, ServiceUnavailable
+from mosel.errors import DeadlineExceeded, InternalError, MoselError, ServiceUnavailable
 from mosel.launcher import Child, Launcher
 
 Payloads = dict[str, NDArray[Any]]
@@ -179,6 +179,29 @@ def test_jobs_in_the_hands_of_a_dead_encoder_get_another_modality_set_that_meets
             assert (set(prediction.modality_sets), prediction.unavailable_modalities) == ({"scent"}, ("photo",))
             output = prediction.output.astype(np.float32)
             np.testing.assert_allclose(output, directly(payloads[seed], ["scent"]), atol=1e-5)
+        assert counters(client)["selector"]["items_tried_again"] > 0
+
+
+def test_a_job_whose_numbers_are_not_finite_fails_alone(
+    own: Launcher, draw: Draw, directly: Directly, counters: Counters, until: Until
+) -> None:
+    """Its rows share a batch with others, which are answered all the same."""
+    jobs = [draw(4, seed=seed) for seed in range(6)]
+    bad = {"scent": np.full((4, 6), 3.4e38, np.float32)}
+    with Client(own.address, retries=None) as client, ThreadPoolExecutor(8) as pool:
+        with frozen(own.children["encoder/scent"]):
+            # What comes first is a call by itself; the others wait for it, and then are a batch.
+            first = pool.submit(client.predict, "fruit", {"scent": jobs[0]["scent"]})
+            until(lambda: counters(client)["selector"]["calls_in_flight.scent"], "the encoder has a call")
+            good = [pool.submit(client.predict, "fruit", {"scent": job["scent"]}) for job in jobs[1:]]
+            failing = pool.submit(client.predict, "fruit", bad)
+            until(lambda: at_selector(client, counters) == 7, "the jobs are under way")
+        with pytest.raises(InternalError, match=r"encoder/scent of model 'fruit': .* not finite") as failed:
+            failing.result()
+        assert "Traceback" not in str(failed.value)
+        for job, call in zip(jobs, [first, *good], strict=True):
+            output = call.result().output.astype(np.float32)
+            np.testing.assert_allclose(output, directly(job, ["scent"]), atol=1e-5)
         assert counters(client)["selector"]["items_tried_again"] > 0
 
 

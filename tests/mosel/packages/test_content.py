@@ -1,7 +1,6 @@
 """What a measurement is bound to: every file that can change what a package computes, and nothing else."""
 
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +14,6 @@ from mosel.packages.calibration import UNLABELLED, Calibration, save_calibration
 from mosel.packages.content import file_sha256
 from mosel.packages.model_package import load_package
 from tests.fruit_on_disk import Fruit
-
-
-@pytest.fixture
-def changing(models_dir: Path, tmp_path: Path) -> Fruit:
-    (tmp_path / "models").mkdir()
-    return Fruit(shutil.copytree(models_dir / "fruit", tmp_path / "models" / "fruit"), tmp_path / "kept")
 
 
 def write(name: str, content: bytes = b"some bytes") -> Callable[[Fruit], None]:

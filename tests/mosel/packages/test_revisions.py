@@ -18,12 +18,6 @@ from tests.fruit_on_disk import Fruit, measured
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def changing(models_dir: Path, tmp_path: Path) -> Fruit:
-    (tmp_path / "models").mkdir()
-    return Fruit(shutil.copytree(models_dir / "fruit", tmp_path / "models" / "fruit"), tmp_path / "kept")
-
-
 def revision_of(changing: Fruit) -> str:
     return load_package(changing.folder).revision
 
