@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from gateway.access.guard import Guard
 from gateway.gauges import show_as_triton, show_jobs, show_models
 from gateway.inferences import Inferences
+from gateway.jobs.floors import Floors
 from gateway.jobs.life import Jobs
 from gateway.jobs.refusals import Refusals
 from gateway.jobs.registry import JobRegistry
@@ -71,6 +72,7 @@ class DataPlane:
             self.observer,
             self.registry,
             self.served,
+            Floors(limits.max_accuracy_loss, self._loss_of_tenant),
             self._refusals,
             self.arriving,
             store,
@@ -136,3 +138,6 @@ class DataPlane:
             counters=self.statistics(),
         )
         return [own, *await self.link.statuses()]
+
+    def _loss_of_tenant(self, name: str) -> float | None:
+        return None if self.guard is None else self.guard.max_accuracy_loss(name)

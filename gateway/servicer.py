@@ -64,12 +64,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
 
     @answers_with_status
     async def Plan(self, request: gateway_pb2.PlanRequest, context: Context) -> gateway_pb2.PlanReply:
-        limits = self._limits
         with self._data_plane.served.checking():
             # How long the caller waits for the plan says nothing about the job.
             job = Job(self._data_plane.registry.new_id(), ends=Deadline.after(MAX_DEADLINE_S))
-            checked = check_spec(request.job, self._data_plane.packages, limits.max_items_per_job)
-            job.sound_as(checked, limits.default_deadline_ms / 1000)
+            checked = check_spec(request.job, self._data_plane.packages, self._limits.max_items_per_job)
+            self._data_plane.jobs.sound(job, checked)
             return await self._data_plane.link.plan(describe(job), deadline_of(context))
 
     @answers_with_status

@@ -11,6 +11,7 @@ from mosel import errors
 
 if TYPE_CHECKING:
     from mosel.client import (
+        Assurance,
         AsyncClient,
         Client,
         Demand,
@@ -31,9 +32,11 @@ if TYPE_CHECKING:
         StrategyInfo,
         SupportsDlpack,
         Tls,
+        Weakness,
     )
 
 __all__ = [
+    "Assurance",
     "AsyncClient",
     "Client",
     "Demand",
@@ -54,6 +57,7 @@ __all__ = [
     "StrategyInfo",
     "SupportsDlpack",
     "Tls",
+    "Weakness",
     "errors",
 ]
 

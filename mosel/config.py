@@ -43,6 +43,11 @@ FREE_PORTS = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
 Port = Annotated[int, Field(ge=0, le=65535)]
 # An environment variable that is empty is a file that is not there.
 OptionalFile = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
+# Likewise for a number.
+OptionalFraction = Annotated[
+    Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None,
+    BeforeValidator(lambda value: None if value == "" else value),
+]
 # One address may stand without a list.
 Addresses = Annotated[
     tuple[str, ...], Field(min_length=1), BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
@@ -81,6 +86,9 @@ class GatewaySettings(_Section):
     max_items_per_job: int = Field(1024, ge=1)
     max_jobs_in_flight: int = Field(256, ge=1)
     default_deadline_ms: float = Field(30_000, gt=0)
+    # The floor of callers who state none and whose tenant has none: the most accuracy that may be lost against running
+    # everything that was sent, 0..1. Without it that of the model counts.
+    max_accuracy_loss: OptionalFraction = None
     # How old a caller's connection gets. Then it connects anew, and finds gateways that have come since.
     max_connection_age_s: float = Field(300, gt=0)
     # The tenants and the hashes of their tokens (docs/security.md); without it everybody may call.

@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--model", default="digits")
     parser.add_argument("--items", type=int, default=16, help="items of a batch job")
     parser.add_argument("--min-accuracy", type=float, help="accuracy floor of each request")
+    parser.add_argument("--max-accuracy-loss", type=float, help="instead of it: the most that may be lost")
     parser.add_argument("--latency-slo-ms", type=float, help="deadline of each request")
     parser.add_argument("--data", type=Path, help="folder with the recordings")
     parser.add_argument("--models", type=Path, help="folder of model packages")
@@ -41,7 +42,11 @@ def main() -> None:
     given = parser.parse_args()
     models = given.models or load_settings().models_dir
     package = find_packages(models, (given.model,))[given.model]
-    demand = Demand(min_accuracy=given.min_accuracy, latency_slo_ms=given.latency_slo_ms)
+    demand = Demand(
+        min_accuracy=given.min_accuracy,
+        max_accuracy_loss=given.max_accuracy_loss,
+        latency_slo_ms=given.latency_slo_ms,
+    )
     items = items_of(package, given.data, given.items)
     print(f"{package.name}: {items.source}")
     for file in write_payloads(given.out, package, items, given.items, demand):
@@ -82,7 +87,7 @@ def _infer_request(package: ModelPackage, payloads: Mapping[str, NDArray[Any]], 
     for name, array in payloads.items():
         request.inputs.add(name=name, datatype=package.modalities[name].dtype, shape=array.shape)
         request.raw_input_contents.append(array.tobytes())
-    for name in ("min_accuracy", "latency_slo_ms"):
+    for name in ("min_accuracy", "max_accuracy_loss", "latency_slo_ms"):
         if (value := demand.get(name)) is not None:
             request.parameters[name].double_param = value
     return request  # type: ignore[no-any-return] # made from a descriptor

@@ -118,6 +118,11 @@ class Guard:
         if tenant is None or not tenant.admin:
             raise PermissionDenied(f"tenant {name} is no admin; expected the token of one for {method}")
 
+    def max_accuracy_loss(self, name: str) -> float | None:
+        """The floor of a tenant's requests that state none; None: its entry has none either."""
+        tenant = self._tenants.get(name)
+        return None if tenant is None else tenant.max_accuracy_loss
+
     def check(self, name: str) -> None:
         """Raises Overloaded, with the time to wait, if a request would be refused now; takes nothing."""
         self._of(name).check_call(self._clock())

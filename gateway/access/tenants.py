@@ -33,6 +33,8 @@ class Tenant(BaseModel):
         burst: requests at once; without it as many as come in a second, at least one.
         max_concurrent: requests under way at the same time.
         payload_bytes_per_s: bytes of requests a second, on average; as many at once.
+        max_accuracy_loss: the floor of its requests that state none: the most accuracy, 0..1, that may be lost against
+            running everything that was sent.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +47,7 @@ class Tenant(BaseModel):
     burst: int | None = Field(None, ge=1)
     max_concurrent: int | None = Field(None, ge=1)
     payload_bytes_per_s: float | None = Field(None, gt=0, allow_inf_nan=False)
+    max_accuracy_loss: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
 
     @property
     def most_at_once(self) -> int:

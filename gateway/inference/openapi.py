@@ -142,7 +142,8 @@ def _answered() -> Json:
     tensor = _object(name=text, datatype=text, shape=shape)
     output = _object(name=text, datatype=text, shape=shape)
     output["properties"] |= {"data": {"type": "array"}, "parameters": {"type": "object"}}
-    infer = _object(model_name=text, model_version=text, parameters={"type": "object"}, outputs=_list(output))
+    said = {"$ref": f"{_REF}ResponseParameters"}
+    infer = _object(model_name=text, model_version=text, parameters=said, outputs=_list(output))
     infer["properties"] |= {"id": text}
     model = _object(name=text, version=text, state={"enum": ["READY", "UNAVAILABLE"]}, reason=text)
     numbers = {"type": "object", "additionalProperties": _object(count=whole, ns=whole)}
@@ -159,7 +160,32 @@ def _answered() -> Json:
         "Statistics": _object(model_stats=_list(counted)),
         "Index": _list(model),
         "InferResponse": infer,
+        "ResponseParameters": {"type": "object", "properties": _response_parameters()},
     }
+
+
+def _response_parameters() -> Json:
+    """What an answer says of itself beside the outputs."""
+    text: Json = {"type": "string"}
+    number: Json = {"type": "number"}
+    share: Json = {"type": "number", "minimum": 0, "maximum": 1}
+    described: dict[str, tuple[Json, str]] = {
+        "job_id": (text, "32 hexadecimal digits."),
+        "modalities_used": (text, "The distinct modality sets, separated by commas."),
+        "modalities_unavailable": (text, "Those that would have been run, had their encoders not been away."),
+        "expected_accuracy": (share, "Over the items."),
+        "guarantee": ({"enum": ["calibrated", "live", "none", "estimate"]}, "What the accuracy stands on."),
+        "guaranteed_accuracy": (share, "Items that are served so are right at least so often."),
+        "guaranteed_loss": (share, "They are wrong at most so much more often than if everything were run."),
+        "confidence": (share, "With which that is guaranteed."),
+        "saved": (share, "Of the compute time of everything that was sent; 0 while nothing is measured."),
+        "floor_source": ({"enum": ["caller", "tenant", "settings", "model"]}, "Whose floor counted."),
+        "note": (text, "What else there is to say of the guarantee."),
+        "queue_ms": (number, "Until the first encoder call."),
+        "compute_ms": (number, "From then on."),
+        "deadline_slack_ms": (number, "What was left until the deadline; below 0 the answer is late."),
+    }
+    return {name: {"description": text, **schema} for name, (schema, text) in described.items()}
 
 
 def _list(items: Json) -> Json:

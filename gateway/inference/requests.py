@@ -34,7 +34,10 @@ T = TypeVar("T")
 _RUN_ALL = "all"
 _EFFORTS = {"cheapest": gateway_pb2.CHEAPEST, "best": gateway_pb2.BEST}
 _FLAGS = {True: True, False: False}
-_KNOWN = ("min_accuracy", "latency_slo_ms", "modalities", "policy", "priority", "timeout", "effort", "late_ok")
+_KNOWN = (
+    *("min_accuracy", "latency_slo_ms", "modalities", "policy", "priority", "timeout", "effort", "late_ok"),
+    "max_accuracy_loss",
+)
 # The protocol's own, which say how tensors are written or ask for what every answer is.
 _IGNORED = {"binary_data", "binary_data_size", "binary_data_output", "triton_enable_empty_final_response"}
 # What would change the meaning of a request if it were ignored; what is false, zero or empty asks for nothing.
@@ -107,6 +110,7 @@ def elements_of(request: InferRequest) -> int:
 def _job(parameters: Parameters, package: ModelPackage, payloads: Payloads, own_policy: str) -> CheckedJob:
     readers: Mapping[str, Callable[[str, Parameter], Any]] = {
         "min_accuracy": _number,
+        "max_accuracy_loss": _number,
         "latency_slo_ms": _number,
         "modalities": _names,
         "priority": lambda name, value: checked_priority(_whole(name, value)),

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gateway.inference.words import InferRequest, InferResponse, OutputTensor, Parameter
-from gateway.jobs.answers import Answer, labels_of
+from gateway.jobs.answers import Answer, labels_of, words_of
 from mosel.errors import InvalidRequest
 from mosel.packages.model_package import ModelPackage
 
@@ -62,6 +62,7 @@ def respond(request: InferRequest, answer: Answer) -> InferResponse:
             "compute_ms": answer.compute_ms,
             "deadline_slack_ms": answer.deadline_slack_ms,
             **({"modalities_unavailable": away} if away else {}),
+            **words_of(answer.assurance),
         },
         outputs=[
             _output(name, request.output_parameters.get(name, {}).get(_CLASSIFICATION), answer)

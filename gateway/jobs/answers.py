@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ class Answer:
         compute_ms: milliseconds from then on.
         deadline_slack_ms: milliseconds that were left; negative if it is late.
         unavailable_modalities: those that would have been run, had their encoders been there; sorted.
+        assurance: what the accuracy stands on; None: the selector does not say.
     """
 
     job: CheckedJob
@@ -41,6 +43,7 @@ class Answer:
     compute_ms: float
     deadline_slack_ms: float
     unavailable_modalities: Sequence[str]
+    assurance: gateway_pb2.Assurance | None = None
 
 
 def answer_from(job: CheckedJob, groups: Groups, result: selector_pb2.JobResult, slack_ms: float) -> Answer:
@@ -74,6 +77,7 @@ def answer_from(job: CheckedJob, groups: Groups, result: selector_pb2.JobResult,
         compute_ms=result.compute_us / 1000,
         deadline_slack_ms=slack_ms,
         unavailable_modalities=tuple(result.unavailable_modalities),
+        assurance=assurance_of(result),
     )
 
 
@@ -90,6 +94,7 @@ def predict_reply(answer: Answer) -> gateway_pb2.PredictReply:
         compute_ms=answer.compute_ms,
         deadline_slack_ms=answer.deadline_slack_ms,
         unavailable_modalities=answer.unavailable_modalities,
+        assurance=answer.assurance,
     )
 
 
@@ -120,8 +125,29 @@ def summary_event(job: Job) -> gateway_pb2.JobEvent:
         deadline_slack_ms=job.slack_ms,
         strategy=job.sets,
         unavailable_modalities=result.unavailable_modalities,
+        assurance=assurance_of(result),
     )
     return gateway_pb2.JobEvent(summary=summary)
+
+
+def assurance_of(result: selector_pb2.JobResult) -> gateway_pb2.Assurance | None:
+    """What the accuracy of an answer stands on; None: the selector does not say."""
+    return result.assurance if result.HasField("assurance") else None
+
+
+def words_of(assurance: gateway_pb2.Assurance | None) -> dict[str, str | float]:
+    """The same by the names of its fields, without what has nothing to say."""
+    if assurance is None:
+        return {}
+    said: dict[str, str | float] = {"guarantee": gateway_pb2.Guarantee.Name(assurance.guarantee).lower()}
+    bounds: tuple[Literal["guaranteed_accuracy", "guaranteed_loss"], ...] = "guaranteed_accuracy", "guaranteed_loss"
+    for bound in bounds:
+        if assurance.HasField(bound):
+            said |= {bound: getattr(assurance, bound), "confidence": assurance.confidence}
+    said["saved"] = assurance.saved
+    if assurance.floor_source:
+        said["floor_source"] = gateway_pb2.FloorSource.Name(assurance.floor_source).lower()
+    return said | ({"note": assurance.note} if assurance.note else {})
 
 
 def sets_of(job: CheckedJob, groups: Groups) -> Counter[str]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,9 @@ class CheckedJob:
         exact: the caller named the modalities and gave no floor: all of them are run.
         late_ok: a late answer is wanted, too.
         priority: 1 to 9, or 0: the selector's default.
+        max_accuracy_loss: the other kind of floor: the most accuracy that may be lost against running everything that
+            was sent, 0..1, or None.
+        floor_source: whose floor it is, once that is known (`gateway.jobs.floors`).
     """
 
     package: ModelPackage
@@ -64,6 +68,8 @@ class CheckedJob:
     effort: gateway_pb2.Effort.ValueType
     late_ok: bool
     priority: int = 0
+    max_accuracy_loss: float | None = None
+    floor_source: gateway_pb2.FloorSource.ValueType = gateway_pb2.FLOOR_SOURCE_UNSPECIFIED
 
     def payload_bytes(self) -> dict[str, int]:
         """Bytes of each payload."""
@@ -110,7 +116,7 @@ def check_fields(field: str, fields: JobFields, package: ModelPackage, payloads:
         if name not in payloads:
             raise InvalidRequest(f"modalities has '{name}'; expected some of the {field}: {', '.join(payloads)}")
     modalities = tuple(sorted(set(fields.modalities) or payloads))
-    exact = bool(fields.modalities) and not fields.HasField("min_accuracy")
+    exact = bool(fields.modalities) and not (fields.HasField("min_accuracy") or fields.HasField("max_accuracy_loss"))
     return _job(fields, package, size_of(payloads), modalities, exact)
 
 
@@ -200,16 +206,23 @@ def _job(
     modalities: tuple[str, ...],
     exact: bool,
 ) -> CheckedJob:
-    floor = request.min_accuracy if request.HasField("min_accuracy") else None
-    if floor is not None and not 0 <= floor <= 1:
-        raise InvalidRequest(f"min_accuracy is {floor}; expected a number from 0 to 1")
+    floor, loss = _fraction(request, "min_accuracy"), _fraction(request, "max_accuracy_loss")
+    if floor is not None and loss is not None:
+        raise InvalidRequest("min_accuracy and max_accuracy_loss; expected one of them")
     slo = request.latency_slo_ms if request.HasField("latency_slo_ms") else None
     if slo is not None and not (slo > 0 and math.isfinite(slo)):
         raise InvalidRequest(f"latency_slo_ms is {slo}; expected a positive number of milliseconds")
     if request.effort not in gateway_pb2.Effort.values():
         raise InvalidRequest(f"effort is {request.effort}; expected CHEAPEST, BEST or none")
     priority = checked_priority(request.priority)
-    return CheckedJob(package, size, modalities, floor, slo, exact, request.effort, request.late_ok, priority)
+    return CheckedJob(package, size, modalities, floor, slo, exact, request.effort, request.late_ok, priority, loss)
+
+
+def _fraction(request: JobFields, field: Literal["min_accuracy", "max_accuracy_loss"]) -> float | None:
+    value: float | None = getattr(request, field) if request.HasField(field) else None
+    if value is not None and not 0 <= value <= 1:
+        raise InvalidRequest(f"{field} is {value}; expected a number from 0 to 1")
+    return value
 
 
 def _payload(sent: SentPayload, spec: ModalitySpec, max_items: int) -> NDArray[np.generic]:

@@ -16,6 +16,8 @@ def describe(job: Job) -> selector_pb2.JobDescription:
         size=checked.size,
         modalities=checked.modalities,
         min_accuracy=checked.min_accuracy,
+        max_accuracy_loss=checked.max_accuracy_loss,
+        floor_source=checked.floor_source,
         exact=checked.exact,
         effort=checked.effort,
         late_ok=checked.late_ok,

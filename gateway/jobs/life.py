@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from gateway.jobs.answers import Answer, answer_from
 from gateway.jobs.checks import CheckedJob, Payloads
 from gateway.jobs.description import describe
+from gateway.jobs.floors import Floors
 from gateway.jobs.job import Job
 from gateway.jobs.refusals import Refusals
 from gateway.jobs.registry import JobRegistry
@@ -33,6 +34,7 @@ class Jobs:
         observer: follows requests.
         registry: the jobs under way.
         served: the packages that jobs are checked against.
+        floors: what the operator says of accuracy.
         refusals: what the selector refused a moment ago.
         arriving: what jobs take whose items are still arriving.
         store: where payloads are.
@@ -44,6 +46,7 @@ class Jobs:
     observer: RequestObserver
     registry: JobRegistry
     served: ServedPackages
+    floors: Floors
     refusals: Refusals
     arriving: ArrivingBytes
     store: PayloadStore
@@ -72,6 +75,10 @@ class Jobs:
         self.counters["requests"] += 1
         with contextlib.suppress(MoselError), self.observer.following(Job(self.registry.new_id())):
             raise error
+
+    def sound(self, job: Job, checked: CheckedJob) -> None:
+        """A job is checked; whose floor counts is decided here, whatever protocol it came by."""
+        job.sound_as(self.floors.resolve(checked, job.owner), self.settings.default_deadline_ms / 1000)
 
     def check_room(self) -> None:
         """Raises Overloaded or ServiceUnavailable if no job can be admitted now."""
@@ -126,9 +133,9 @@ class JobLife:
             DeadlineExceeded: it is over already.
             Overloaded: the selector would refuse it.
         """
-        self.job.sound_as(checked, self._jobs.settings.default_deadline_ms / 1000)
+        self._jobs.sound(self.job, checked)
         self.job.ends.check("the request was checked")
-        self._jobs.refusals.check(checked, self.job.deadline)
+        self._jobs.refusals.check(self.job.sound, self.job.deadline)
         self.job.description = describe(self.job)
 
     async def receive(self, read: Read) -> None:

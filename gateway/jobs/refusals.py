@@ -40,6 +40,8 @@ class _Refusal:
             and job.exact == mine.exact
             and job.priority == mine.priority
             and _is_at_least(job.min_accuracy, mine.min_accuracy)
+            # Whoever may lose less asks for more.
+            and _is_at_least(mine.max_accuracy_loss, job.max_accuracy_loss)
         )
 
 
@@ -76,7 +78,7 @@ class Refusals:
 
 
 def _is_at_least(floor: float | None, other: float | None) -> bool:
-    """Whether a floor asks for no less than another; without one, the model's default counts, whatever that is."""
+    """Whether a floor is no lower than another of its kind; one that is not there compares with its like alone."""
     if floor is None or other is None:
         return floor is other
     return floor >= other

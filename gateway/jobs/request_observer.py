@@ -8,10 +8,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from gateway.inferences import Inferences
+from gateway.jobs.answers import assurance_of, words_of
 from gateway.jobs.job import Job
 from mosel.errors import Cancelled, DeadlineExceeded, JobCancelled, MoselError
 from mosel.observability.logs import about_jobs
-from mosel.observability.metrics import Metrics, reason_of, refusals
+from mosel.observability.metrics import Labels, Metrics, reason_of, refusals
 from mosel.observability.tracing import OFF, Attributes, Tracing
 from mosel.packages.model_package import ModelPackage
 from mosel.runtime.incoming import incoming
@@ -52,6 +53,11 @@ class RequestObserver:
         self._requests = metrics.counts("mosel_requests_total", text, "model", "status")
         text = "Jobs that were not answered by their deadline: late, or never."
         self._missed = metrics.counts("mosel_missed_total", text, "model", "how")
+        text = "Items answered, by what their accuracy stands on."
+        self._answered = metrics.counts("mosel_answered_items_total", text, "model", "guarantee")
+        self._saved: defaultdict[Labels, float] = defaultdict(float)
+        text = "Compute saved, in items for which everything that was sent would have been run."
+        metrics.counter("mosel_saved_items_total", text, ("model",), lambda: self._saved)
         for name in packages:
             self._missed[name, "late"] = self._missed[name, "expired"] = 0
 
@@ -87,6 +93,9 @@ class RequestObserver:
         self._duration_s.observe(seconds, model, job.modality_set)
         if job.slack_ms < 0:
             self._missed[model, "late"] += 1
+        if (assurance := assurance_of(job.result)) is not None:
+            self._answered[model, str(words_of(assurance)["guarantee"])] += job.size
+            self._saved[model,] += job.size * assurance.saved
         times_ns = (seconds * 1e9, (job.sent - job.came) * 1e9)
         steps_ns = (job.result.queue_us * 1e3, job.result.compute_us * 1e3)
         self.served[model].answered(sum(job.sets.values()), *map(round, times_ns + steps_ns))
@@ -129,6 +138,7 @@ def _line(job: Job, status: str, seconds: float, error: BaseException | None) ->
         line["modality_sets"] = job.sets
         line["queue_ms"], line["compute_ms"] = job.result.queue_us / 1000, job.result.compute_us / 1000
         line["slack_ms"] = round(job.slack_ms, 3)
+        line |= words_of(assurance_of(job.result))
     else:
         line["reason"] = str(error)[:_SHOWN_REASON] if isinstance(error, MoselError) else type(error).__name__
     return line

@@ -13,6 +13,9 @@ def token(
     burst: Annotated[int | None, typer.Option(help="Requests at once. [default: those of a second]")] = None,
     max_concurrent: Annotated[int | None, typer.Option(help="Requests under way at the same time.")] = None,
     payload_bytes_per_s: Annotated[float | None, typer.Option(help="Bytes of requests a second, on average.")] = None,
+    max_accuracy_loss: Annotated[
+        float | None, typer.Option(help="The floor of requests that state none: at most so much worse than everything.")
+    ] = None,
     file: Annotated[
         Path | None, typer.Option(help="Tokens file to add the tenant to; made if it is not there.")
     ] = None,
@@ -28,6 +31,7 @@ def token(
         "burst": burst,
         "max_concurrent": max_concurrent,
         "payload_bytes_per_s": payload_bytes_per_s,
+        "max_accuracy_loss": max_accuracy_loss,
     }
     entry = tenant_entry(name, tenant)
     # Standard output has the token and nothing else, so that a script can keep it.

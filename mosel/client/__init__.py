@@ -16,12 +16,14 @@ from mosel.client.answers import (
     StrategyInfo,
 )
 from mosel.client.arrays import SupportsDlpack
+from mosel.client.assurance import Assurance, Weakness
 from mosel.client.client import AsyncClient, Client
 from mosel.client.demands import Demand, Payloads
 from mosel.client.retry import Retry
 from mosel.tls import Tls
 
 __all__ = [
+    "Assurance",
     "AsyncClient",
     "Client",
     "Demand",
@@ -42,4 +44,5 @@ __all__ = [
     "StrategyInfo",
     "SupportsDlpack",
     "Tls",
+    "Weakness",
 ]

@@ -5,8 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mosel.client.assurance import Assurance, Weakness, assurance_from, weakness_from
 from mosel.tensors import dtype_name, from_proto
 from mosel.v1 import gateway_pb2, service_pb2, tensor_pb2
+
+# Of a server that says nothing of it.
+_UNKNOWN = Assurance()
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Prediction:
         compute_ms: milliseconds from then on.
         deadline_slack_ms: milliseconds that were left; below 0 the answer is late.
         unavailable_modalities: those that would have been run, had their encoders not been away; mostly none.
+        assurance: what the accuracy stands on, and what was saved.
     """
 
     job_id: str
@@ -34,6 +39,7 @@ class Prediction:
     compute_ms: float
     deadline_slack_ms: float
     unavailable_modalities: tuple[str, ...] = ()
+    assurance: Assurance = _UNKNOWN
 
     @property
     def deadline_met(self) -> bool:
@@ -81,6 +87,7 @@ class JobSummary:
     deadline_slack_ms: float
     strategy: dict[str, int]
     unavailable_modalities: tuple[str, ...] = ()
+    assurance: Assurance = _UNKNOWN
 
     @property
     def deadline_met(self) -> bool:
@@ -116,11 +123,13 @@ class PlanInfo:
         frontier: strategies that no other beats in both accuracy and compute time, cheapest first.
         chosen: the one that the job would get; None if it would be refused.
         refusal: why it would be refused; empty if it would not.
+        assurance: what an answer by `chosen` would stand on; None if it would be refused.
     """
 
     frontier: tuple[StrategyInfo, ...]
     chosen: StrategyInfo | None
     refusal: str
+    assurance: Assurance | None = None
 
 
 @dataclass(frozen=True)
@@ -156,11 +165,24 @@ class ModalityInfo:
 
 @dataclass(frozen=True)
 class SetInfo:
-    """Measured accuracy, 0..1, predicted milliseconds for one item, and whether the set can be run now."""
+    """What is known of one modality set.
+
+    Attributes:
+        accuracy: measured, 0..1; what is expected.
+        latency_ms: predicted milliseconds for one item.
+        available: whether it can be run now.
+        guaranteed_accuracy: if every item ran it, they would be right at least so often, 0..1; None: nobody knows.
+        guaranteed_loss: and wrong at most so much more often than if everything were run, 0..1; None: nobody knows.
+        worst_label, worst_group: what it does worst on; None: there are no labelled calibration rows, or too few.
+    """
 
     accuracy: float
     latency_ms: float
     available: bool
+    guaranteed_accuracy: float | None = None
+    guaranteed_loss: float | None = None
+    worst_label: Weakness | None = None
+    worst_group: Weakness | None = None
 
 
 @dataclass(frozen=True)
@@ -220,6 +242,7 @@ def prediction_from(reply: gateway_pb2.PredictReply) -> Prediction:
         compute_ms=reply.compute_ms,
         deadline_slack_ms=reply.deadline_slack_ms,
         unavailable_modalities=tuple(reply.unavailable_modalities),
+        assurance=assurance_from(reply.assurance),
     )
 
 
@@ -244,13 +267,15 @@ def event_from(event: gateway_pb2.JobEvent) -> JobEvent:
         deadline_slack_ms=summary.deadline_slack_ms,
         strategy=dict(summary.strategy),
         unavailable_modalities=tuple(summary.unavailable_modalities),
+        assurance=assurance_from(summary.assurance),
     )
 
 
 def plan_from(reply: gateway_pb2.PlanReply) -> PlanInfo:
     """The plan behind a reply."""
     chosen = _strategy(reply.chosen) if reply.HasField("chosen") else None
-    return PlanInfo(tuple(map(_strategy, reply.frontier)), chosen, reply.refusal)
+    assurance = assurance_from(reply.assurance) if reply.HasField("assurance") else None
+    return PlanInfo(tuple(map(_strategy, reply.frontier)), chosen, reply.refusal, assurance)
 
 
 def job_from(status: gateway_pb2.JobStatus) -> JobInfo:
@@ -279,7 +304,7 @@ def model_from(model: gateway_pb2.Model) -> ModelInfo:
         description=model.description,
         ready=model.ready,
         modalities={m.name: ModalityInfo(dtype_name(m.dtype), tuple(m.shape)) for m in model.modalities},
-        sets={s.modality_set: SetInfo(s.accuracy, s.latency_ms, s.available) for s in model.sets},
+        sets={known.modality_set: _set(known) for known in model.sets},
         labels=tuple(model.labels),
         revision=model.revision,
         reason=model.reason,
@@ -301,6 +326,18 @@ def services_from(reply: service_pb2.StatusReply) -> list[ServiceInfo]:
         )
         for s in reply.services
     ]
+
+
+def _set(known: gateway_pb2.SetProfile) -> SetInfo:
+    return SetInfo(
+        accuracy=known.accuracy,
+        latency_ms=known.latency_ms,
+        available=known.available,
+        guaranteed_accuracy=known.guaranteed_accuracy if known.HasField("guaranteed_accuracy") else None,
+        guaranteed_loss=known.guaranteed_loss if known.HasField("guaranteed_loss") else None,
+        worst_label=weakness_from(known.worst_label) if known.HasField("worst_label") else None,
+        worst_group=weakness_from(known.worst_group) if known.HasField("worst_group") else None,
+    )
 
 
 def _edge(edge: service_pb2.EdgeStatus) -> EdgeInfo:

@@ -32,7 +32,9 @@ class Demand(TypedDict, total=False):
     """What a job may demand; None demands nothing.
 
     Attributes:
-        min_accuracy: the least expected accuracy, 0..1; without it all that was sent is used if time allows.
+        min_accuracy: the least accuracy, 0..1; without any floor all that was sent is used if time allows, unless the
+            operator of the server states one.
+        max_accuracy_loss: instead of it, the most accuracy that may be lost against running everything, 0..1.
         latency_slo_ms: when the answer is no longer wanted, in milliseconds from now.
         modalities: only these may be run; without a floor exactly these are run.
         effort: what happens to time that a floor leaves unused: `cheapest` (with a floor, the default) saves it,
@@ -42,6 +44,7 @@ class Demand(TypedDict, total=False):
     """
 
     min_accuracy: float | None
+    max_accuracy_loss: float | None
     latency_slo_ms: float | None
     modalities: Iterable[str] | None
     effort: Literal["cheapest", "best"] | None
@@ -53,7 +56,7 @@ def checked_demand(demand: Mapping[str, object]) -> Demand:
     """What is demanded, without what is None, each value as its type says; a demand comes from callers as it likes.
 
     Raises:
-        InvalidRequest: a name is unknown, or a value is of the wrong kind or out of range.
+        InvalidRequest: a name is unknown, a value is of the wrong kind or out of range, or there are two floors.
     """
     for name, value in demand.items():
         if name not in _CHECKS:
@@ -61,8 +64,11 @@ def checked_demand(demand: Mapping[str, object]) -> Demand:
             hint = f"; did you mean {near[0]}?" if near else ""
             expected = f"some of {', '.join(_CHECKS)}{hint}"
             raise InvalidRequest(f"{name} is {shown(value)}, and no demand has that name; expected {expected}")
+    checked = {name: _CHECKS[name](value) for name, value in demand.items() if value is not None}
+    if "min_accuracy" in checked and "max_accuracy_loss" in checked:
+        raise InvalidRequest("min_accuracy and max_accuracy_loss; expected one of them")
     # Each of the checks gives what its field is.
-    return cast(Demand, {name: _CHECKS[name](value) for name, value in demand.items() if value is not None})
+    return cast(Demand, checked)
 
 
 def predict_request(
@@ -232,9 +238,14 @@ def _effort(value: object) -> str:
     return effort
 
 
+def _fraction(field: str, value: object) -> float:
+    return number(field, value, "a number from 0 to 1", lambda found: 0 <= found <= 1)
+
+
 # How each demand is checked; what comes out is what the field takes.
 _CHECKS: dict[str, Callable[[object], object]] = {
-    "min_accuracy": lambda value: number("min_accuracy", value, "a number from 0 to 1", lambda floor: 0 <= floor <= 1),
+    "min_accuracy": lambda value: _fraction("min_accuracy", value),
+    "max_accuracy_loss": lambda value: _fraction("max_accuracy_loss", value),
     "latency_slo_ms": lambda value: number(
         "latency_slo_ms", value, "a positive number of milliseconds", lambda slo_ms: 0 < slo_ms < math.inf
     ),

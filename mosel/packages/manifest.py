@@ -124,6 +124,7 @@ class Manifest(_Table):
     weights: Text | None = None
     accuracy: Text = "accuracy.json"
     default_min_accuracy: Fraction | None = None
+    max_accuracy_loss: Fraction | None = None
     samples: Samples | None = None
     train: Train | None = None
     random_weights: Flag = False

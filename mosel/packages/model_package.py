@@ -67,6 +67,7 @@ class ModelPackage:
     weights: Path
     accuracy_file: Path
     default_min_accuracy: float | None
+    max_accuracy_loss: float | None
     samples: str | None
     sources: str | None
     train: str | None
@@ -166,6 +167,7 @@ def load_package(folder: Path, weights: Path | None = None) -> ModelPackage:
         weights=weights,
         accuracy_file=accuracy_file,
         default_min_accuracy=manifest.default_min_accuracy,
+        max_accuracy_loss=manifest.max_accuracy_loss,
         samples=samples.module if samples else None,
         sources=samples.sources or None if samples else None,
         train=train.module if train else None,

@@ -1,5 +1,6 @@
 """Settings."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,12 @@ def test_an_unknown_environment_variable_is_named(monkeypatch: pytest.MonkeyPatc
     [
         ({"gateway": {"grpc_port": 65536}}, r"'gateway\.grpc_port' holds 65536"),
         ({"gateway": {"grpc_port": "http"}}, r"'gateway\.grpc_port' holds 'http'"),
+        (
+            {"gateway": {"max_accuracy_loss": 2}},
+            r"'gateway\.max_accuracy_loss' holds 2; expected less than or equal to 1",
+        ),
+        ({"gateway": {"max_accuracy_loss": math.nan}}, r"'gateway\.max_accuracy_loss' holds nan"),
+        ({"gateway": {"max_accuracy_loss": "low"}}, r"'gateway\.max_accuracy_loss' holds 'low'"),
         ({"device": "tpu"}, "'device' holds 'tpu'.*'auto', 'cpu' or 'cuda'"),
         ({"selector": {"max_queued_items": 0}}, r"'selector\.max_queued_items' holds 0"),
         ({"selector": {"profile_batch_sizes": []}}, r"'selector\.profile_batch_sizes' holds"),
@@ -183,6 +190,7 @@ one_each = st.lists(text, min_size=1, max_size=3, unique=True)
     tokens_file=st.none() | st.just("/tmp/tokens"),
     insecure=st.booleans(),
     certificates=st.none() | st.just("/tmp/c"),
+    loss=st.none() | st.floats(0, 1),
 )
 def test_a_child_process_gets_the_same_settings_from_its_environment(
     models: list[str],
@@ -196,12 +204,19 @@ def test_a_child_process_gets_the_same_settings_from_its_environment(
     tokens_file: str | None,
     insecure: bool,
     certificates: str | None,
+    loss: float | None,
 ) -> None:
     settings = load_settings(
         models=models,
         run_dir=run_dir,
         parent_pid=parent_pid,
-        gateway={"host": host, "grpc_port": 0, "tokens_file": tokens_file, "insecure": insecure},
+        gateway={
+            "host": host,
+            "grpc_port": 0,
+            "tokens_file": tokens_file,
+            "insecure": insecure,
+            "max_accuracy_loss": loss,
+        },
         tls={"certificate": certificates, "key": certificates},
         internal_tls={"certificate": certificates, "key": certificates, "ca": certificates},
         encoders={"addresses": addresses, "torch_threads": threads},

@@ -32,6 +32,7 @@ def test_everything_that_a_tenant_may_have(tmp_path: Path) -> None:
         burst = 7
         max_concurrent = 3
         payload_bytes_per_s = 1e6
+        max_accuracy_loss = 0.02
 
         [bob_2-x]
         token_sha256 = "{hash_of("third")}"
@@ -44,6 +45,7 @@ def test_everything_that_a_tenant_may_have(tmp_path: Path) -> None:
         burst=7,
         max_concurrent=3,
         payload_bytes_per_s=1e6,
+        max_accuracy_loss=0.02,
     )
     assert tenants["bob_2-x"] == Tenant(token_sha256=(hash_of("third"),))
     assert [tenant.most_at_once for tenant in tenants.values()] == [7, 1]
@@ -64,6 +66,14 @@ def test_everything_that_a_tenant_may_have(tmp_path: Path) -> None:
         (f'[alice]\ntoken_sha256 = "{HASH}"\ntoken = "a"', "alice.token: Extra inputs are not permitted"),
         (f'[alice]\ntoken_sha256 = "{HASH}"\nburst = 0', "alice.burst: Input should be greater than or equal to 1"),
         (f'[alice]\ntoken_sha256 = "{HASH}"\nrequests_per_s = inf', "alice.requests_per_s: Input should be a finite"),
+        (
+            f'[alice]\ntoken_sha256 = "{HASH}"\nmax_accuracy_loss = 2',
+            "alice.max_accuracy_loss: Input should be less than",
+        ),
+        (
+            f'[alice]\ntoken_sha256 = "{HASH}"\nmax_accuracy_loss = nan',
+            "alice.max_accuracy_loss: Input should be a finite",
+        ),
         (f'["al ice"]\ntoken_sha256 = "{HASH}"', "al ice.[key]: String should match pattern"),
         (f'["a\\nb"]\ntoken_sha256 = "{HASH}"', "a\nb.[key]: String should match pattern"),
         (
@@ -125,7 +135,7 @@ def test_the_command_makes_a_token_and_adds_its_hash_to_the_file(run_mosel: Run,
     path = tmp_path / "tokens.toml"
     alice = run_mosel("token", "alice", "--admin", "--file", str(path))
     limits = ("--requests-per-s", "5", "--burst", "9", "--max-concurrent", "2", "--payload-bytes-per-s", "1000")
-    bob = run_mosel("token", "bob", *limits, "--file", str(path))
+    bob = run_mosel("token", "bob", *limits, "--max-accuracy-loss", "0.02", "--file", str(path))
     assert path.stat().st_mode & 0o777 == 0o600
     tenants = read_tenants(path)
     assert find_tenant(tenants, alice.stdout.strip()) == "alice"
@@ -137,6 +147,7 @@ def test_the_command_makes_a_token_and_adds_its_hash_to_the_file(run_mosel: Run,
         burst=9,
         max_concurrent=2,
         payload_bytes_per_s=1000,
+        max_accuracy_loss=0.02,
     )
     for made in (alice, bob):
         assert made.stdout.strip() not in path.read_text() + made.stderr

@@ -79,6 +79,13 @@ def test_the_policy_all_runs_exactly_what_was_sent(checked: Check, draw: Draw, f
     assert (job.exact, job.modalities, job.min_accuracy) == (True, ("photo", "scent"), floor.get("min_accuracy"))
 
 
+@pytest.mark.parametrize("loss", [0.02, "0.02", 1, 0])
+def test_a_loss_is_a_floor_with_which_modalities_may_be_left_out(checked: Check, draw: Draw, loss: float | str) -> None:
+    parameters = {"max_accuracy_loss": loss, "modalities": "scent,photo"}
+    job, _ = checked(*inputs_of(draw(1)), parameters=parameters)
+    assert (job.max_accuracy_loss, job.min_accuracy, job.exact) == (float(loss), None, False)
+
+
 def test_what_the_protocol_allows_and_means_nothing_here_is_ignored(checked: Check, draw: Draw) -> None:
     harmless = {
         "sequence_id": 0,
@@ -102,6 +109,13 @@ BAD_PARAMETERS: dict[str, tuple[dict[str, Any], str]] = {
     "floor of words": ({"min_accuracy": "high"}, "min_accuracy is 'high'; expected a number"),
     "true floor": ({"min_accuracy": True}, "min_accuracy is True; expected a number"),
     "huge floor": ({"min_accuracy": 10**400}, "min_accuracy is 1000"),
+    "loss above one": ({"max_accuracy_loss": 2}, "max_accuracy_loss is 2.0; expected a number from 0 to 1"),
+    "loss of words": ({"max_accuracy_loss": "little"}, "max_accuracy_loss is 'little'; expected a number"),
+    "true loss": ({"max_accuracy_loss": True}, "max_accuracy_loss is True; expected a number"),
+    "two floors": (
+        {"max_accuracy_loss": 0, "min_accuracy": 0},
+        "min_accuracy and max_accuracy_loss; expected one of them",
+    ),
     "negative deadline": ({"latency_slo_ms": -5}, "latency_slo_ms is -5.0; expected a positive number of milliseconds"),
     "endless deadline": ({"latency_slo_ms": "inf"}, "latency_slo_ms is inf; expected a positive number"),
     "modality that was not sent": (

@@ -109,6 +109,12 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], type[MoselError], str]] = {
     "many items": ({"size": 4}, PayloadTooLarge, "size is 4; expected at most 3 in one job"),
     "modality": ({"modalities": ["taste"]}, InvalidRequest, "modalities has 'taste'; expected some of photo, scent"),
     "floor": ({"min_accuracy": 1.5}, InvalidRequest, "min_accuracy is 1.5; expected a number from 0 to 1"),
+    "loss": ({"max_accuracy_loss": float("nan")}, InvalidRequest, "max_accuracy_loss is nan; expected a number from 0"),
+    "two floors": (
+        {"min_accuracy": 0.5, "max_accuracy_loss": 0.0},
+        InvalidRequest,
+        "min_accuracy and max_accuracy_loss; expected one of them",
+    ),
     "deadline": ({"latency_slo_ms": -1.0}, InvalidRequest, "latency_slo_ms is -1.0; expected a positive number"),
     "effort": ({"effort": 9}, InvalidRequest, "effort is 9; expected CHEAPEST, BEST or none"),
 }

@@ -138,3 +138,20 @@ def test_a_floor_of_zero_is_a_floor(job: CheckedJob) -> None:
         with pytest.raises(Overloaded):
             refusals.check(replace(job, min_accuracy=floor), Deadline.after(1.0))
     refusals.check(replace(job, min_accuracy=None), Deadline.after(1.0))
+
+
+def test_floors_of_one_kind_say_nothing_of_the_other(job: CheckedJob) -> None:
+    losing = replace(job, min_accuracy=None, max_accuracy_loss=0.02)
+    plain = replace(job, min_accuracy=None)
+    for mine, others in ((losing, (job, plain)), (job, (losing, plain)), (plain, (losing, job))):
+        for other in others:
+            refused(mine).check(other, Deadline.after(1.0))
+
+
+def test_who_may_lose_less_asks_for_more(job: CheckedJob) -> None:
+    losing = replace(job, min_accuracy=None, max_accuracy_loss=0.02)
+    refusals = refused(losing)
+    for loss in (0.0, 0.01, 0.02):
+        with pytest.raises(Overloaded):
+            refusals.check(replace(losing, max_accuracy_loss=loss), Deadline.after(1.0))
+    refusals.check(replace(losing, max_accuracy_loss=0.03), Deadline.after(1.0))

@@ -38,7 +38,7 @@ METHODS = pytest.mark.parametrize(
     ids=["predict", "plan", "submit_job"],
 )
 
-NAMES = "min_accuracy, latency_slo_ms, modalities, effort, late_ok, priority"
+NAMES = "min_accuracy, max_accuracy_loss, latency_slo_ms, modalities, effort, late_ok, priority"
 WRONG = [
     ({"min_acuracy": 0.99}, f"min_acuracy is 0.99 (float), and no demand has that name; expected some of {NAMES}; "),
     ({"timeout": 3}, f"timeout is 3 (int), and no demand has that name; expected some of {NAMES}; did you mean timeo"),
@@ -50,6 +50,9 @@ WRONG = [
     ({"min_accuracy": [0.5]}, "min_accuracy is [0.5] (list); expected a number from 0 to 1"),
     ({"min_accuracy": math.nan}, "min_accuracy is nan; expected a number from 0 to 1"),
     ({"min_accuracy": 1.5}, "min_accuracy is 1.5; expected a number from 0 to 1"),
+    ({"max_accuracy_loss": "0.5"}, "max_accuracy_loss is '0.5' (str); expected a number from 0 to 1"),
+    ({"max_accuracy_loss": math.nan}, "max_accuracy_loss is nan; expected a number from 0 to 1"),
+    ({"max_accuracy_loss": 0.1, "min_accuracy": 0.5}, "min_accuracy and max_accuracy_loss; expected one of them"),
     ({"min_accuracy": 10**400}, "min_accuracy is inf; expected a number from 0 to 1"),
     ({"latency_slo_ms": -1}, "latency_slo_ms is -1; expected a positive number of milliseconds"),
     ({"latency_slo_ms": 0}, "latency_slo_ms is 0; expected a positive number of milliseconds"),

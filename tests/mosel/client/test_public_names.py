@@ -11,6 +11,7 @@ import mosel
 from mosel import AsyncClient, Client
 
 CLASSES = [
+    "Assurance",
     "AsyncClient",
     "Client",
     "Demand",
@@ -29,6 +30,7 @@ CLASSES = [
     "StrategyInfo",
     "SupportsDlpack",
     "Tls",
+    "Weakness",
 ]
 ALIASES = ["JobEvent", "Payloads"]
 
@@ -60,7 +62,7 @@ def test_the_names_are_these() -> None:
 
 def test_the_walk_finds_what_is_nested() -> None:
     found = {kind.__name__ for kind in classes_in(typing.get_type_hints(Client.models)["return"])}
-    assert found == {"ModelInfo", "ModalityInfo", "SetInfo"}
+    assert found == {"ModelInfo", "ModalityInfo", "SetInfo", "Weakness"}
     found = {kind.__name__ for hint in typing.get_type_hints(Client.submit_job).values() for kind in classes_in(hint)}
     assert found == {"SupportsDlpack", "Demand", "JobAccepted", "ItemResults", "JobSummary"}
 

@@ -43,6 +43,7 @@ def package(tmp_path: Path) -> ModelPackage:
         weights=tmp_path / "weights.safetensors",
         accuracy_file=tmp_path / "accuracy.json",
         default_min_accuracy=None,
+        max_accuracy_loss=None,
         samples=None,
         sources=None,
         train=None,

@@ -98,6 +98,13 @@ def test_everything_that_model_toml_says_is_read(folder: Path) -> None:
     assert (package.folder, package.weights) == (folder.resolve(), folder / "weights.safetensors")
 
 
+def test_the_operator_s_floor_for_the_model(folder: Path) -> None:
+    assert load_package(folder).max_accuracy_loss is None
+    change(folder, "default_min_accuracy = 0.5", "max_accuracy_loss = 0.02")
+    package = load_package(folder)
+    assert (package.max_accuracy_loss, package.default_min_accuracy) == (0.02, None)
+
+
 def test_what_may_be_left_out_has_a_default(folder: Path) -> None:
     for line in (
         'description = "smells and photos"\n',
@@ -130,6 +137,8 @@ PHOTO = '[modalities.photo]\ndtype = "FP32"\nshape = [8, 8]'
         ('name = "drinks"', 'name = "hot drinks"', "'name' holds 'hot drinks'", "letters, digits and _"),
         ("default_min_accuracy = 0.5", "default_min_accuracy = 50", "'default_min_accuracy' holds 50", "0 to 1"),
         ("default_min_accuracy = 0.5", "default_min_accuracy = nan", "'default_min_accuracy' holds nan", "0 to 1"),
+        ("default_min_accuracy = 0.5", "max_accuracy_loss = 2", "'max_accuracy_loss' holds 2", "0 to 1"),
+        ("default_min_accuracy = 0.5", "max_accuracy_loss = nan", "'max_accuracy_loss' holds nan", "0 to 1"),
         ("default_min_accuracy = 0.5", "default_min_accuracy = true", "holds True", "a number from 0 to 1"),
         ('version = "1"', 'version = "1"\nversoin = "1"', "'versoin' is unknown", "one of: accuracy, default"),
         ("shape = [2]", "shape = [0]", r"'output\.shape' holds \[0\]", "positive integers"),
