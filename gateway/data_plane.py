@@ -16,6 +16,7 @@ from gateway.jobs.store import PayloadStore
 from gateway.jobs.upload import ArrivingBytes
 from gateway.selector_link import SelectorLink
 from gateway.served_packages import ServedPackages
+from gateway.weaknesses import Weaknesses
 from mosel.config import Settings
 from mosel.observability.metrics import Metrics
 from mosel.observability.tracing import OFF, Tracing
@@ -44,6 +45,7 @@ class DataPlane:
         metrics: of this process.
         observer: follows requests.
         registry: the jobs under way.
+        weaknesses: what models do worst on.
         jobs: begins the life of each.
     """
 
@@ -64,6 +66,7 @@ class DataPlane:
         self.counters: Counter[str] = Counter()
         self.guard: Guard | None = None
         self._store, self._refusals = store, Refusals()
+        self.weaknesses = Weaknesses()
         self.metrics = Metrics("gateway")
         self.observer = RequestObserver(self.metrics, self.packages, limits.access_log, tracing)
         self.registry = JobRegistry(limits.max_jobs_in_flight)

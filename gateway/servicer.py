@@ -81,12 +81,12 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
 
     @answers_with_status
     async def ListModels(self, request: gateway_pb2.ListModelsRequest, context: Context) -> gateway_pb2.ListModelsReply:
-        return gateway_pb2.ListModelsReply(models=map(self._model, self._data_plane.packages))
+        return gateway_pb2.ListModelsReply(models=[await self._model(name) for name in list(self._data_plane.packages)])
 
     @answers_with_status
     async def LoadModel(self, request: gateway_pb2.LoadModelRequest, context: Context) -> gateway_pb2.Model:
         await self._data_plane.load(request.model)
-        return self._model(request.model)
+        return await self._model(request.model)
 
     @answers_with_status
     async def UnloadModel(
@@ -99,8 +99,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     async def Status(self, request: service_pb2.StatusRequest, context: Context) -> service_pb2.StatusReply:
         return service_pb2.StatusReply(services=await self._data_plane.statuses())
 
-    def _model(self, name: str) -> gateway_pb2.Model:
-        package, state = self._data_plane.packages[name], self._data_plane.state_of(name)
+    async def _model(self, name: str) -> gateway_pb2.Model:
+        package = self._data_plane.packages[name]
+        weaknesses = await self._data_plane.weaknesses.of(package)
+        state = self._data_plane.state_of(name)
         model = gateway_pb2.Model(
             name=name,
             version=package.version,
@@ -114,6 +116,9 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         )
         for modality, spec in package.modalities.items():
             model.modalities.add(name=modality, dtype=dtype_value(spec.dtype), shape=spec.shape)
+        for known in model.sets:
+            if (weakest := weaknesses.get(known.modality_set)) is not None:
+                known.MergeFrom(gateway_pb2.SetProfile(worst_label=weakest.label, worst_group=weakest.group))
         return model
 
 

@@ -1,6 +1,15 @@
 """`mosel models`: what is served."""
 
+from typing import TYPE_CHECKING
+
 from mosel.cli.options import DEFAULT_ADDRESS, Address, Ca, Certificate, Key, Token, connect
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.table import Table
+
+    from mosel.client import ModelInfo, Weakness
 
 
 def models(
@@ -10,9 +19,8 @@ def models(
     certificate: Certificate = None,
     key: Key = None,
 ) -> None:
-    """Show the models of a running system, with accuracy and latency of every modality set."""
+    """Show the models of a running system: what is expected and guaranteed of every modality set, and how fast it is."""
     from rich.console import Console
-    from rich.table import Table
 
     with connect(address, token, ca, certificate, key) as client:
         served = client.models()
@@ -22,7 +30,37 @@ def models(
         state = ("ready" if model.ready else "not ready") + (f": {model.reason}" if model.reason else "")
         console.print(f"{model.name} {model.version} ({state}): {model.description}")
         console.print(f"  inputs per item: {inputs}", markup=False)
-        table = Table("modality set", "accuracy", "ms for one item", "available")
-        for name, info in sorted(model.sets.items(), key=lambda entry: entry[1].accuracy):
-            table.add_row(name, f"{info.accuracy:.4f}", f"{info.latency_ms:.2f}", "yes" if info.available else "no")
-        console.print(table)
+        console.print(_table(model))
+
+
+def _table(model: "ModelInfo") -> "Table":
+    """The modality sets; what only calibration rows tell is left out where there are none."""
+    from rich.table import Table
+
+    from mosel.client.assurance import rounded_down, rounded_up
+
+    sets = dict(sorted(model.sets.items(), key=lambda entry: entry[1].accuracy))
+    known = sets.values()
+    columns = {
+        "modality set": list(sets),
+        "expected": [f"{info.accuracy:.4f}" for info in known],
+        "at least": [_bound(info.guaranteed_accuracy, rounded_down) for info in known],
+        "worse by at most": [_bound(info.guaranteed_loss, rounded_up) for info in known],
+        "worst label": [_weakness(info.worst_label) for info in known],
+        "worst group": [_weakness(info.worst_group) for info in known],
+        "ms for one item": [f"{info.latency_ms:.2f}" for info in known],
+        "available": ["yes" if info.available else "no" for info in known],
+    }
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    table = Table(*shown)
+    for row in zip(*shown.values(), strict=True):
+        table.add_row(*row)
+    return table
+
+
+def _bound(value: float | None, rounded: "Callable[[float], str]") -> str:
+    return "" if value is None else rounded(value)
+
+
+def _weakness(weakness: "Weakness | None") -> str:
+    return "" if weakness is None else f"{weakness.name}: {weakness.accuracy:.2f}"

@@ -29,6 +29,10 @@ Ca = Annotated[
 ]
 Certificate = Annotated[Path | None, typer.Option(help="Mutual TLS: your certificate (PEM).")]
 Key = Annotated[Path | None, typer.Option(help="Mutual TLS: its private key (PEM).")]
+MinAccuracy = Annotated[float | None, typer.Option(help="Accuracy floor: at least so much, 0..1.")]
+MaxAccuracyLoss = Annotated[
+    float | None, typer.Option(help="Instead of it: at most so much worse than everything, 0..1.")
+]
 DataFolder = Annotated[Path | None, typer.Option("--data", help="Folder with samples; default: MOSEL_DATA.")]
 
 

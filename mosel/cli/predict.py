@@ -1,21 +1,36 @@
 """`mosel predict`: one job from files."""
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mosel.cli.options import DEFAULT_ADDRESS, Address, Ca, Certificate, Key, Token, connect
+from mosel.cli.options import (
+    DEFAULT_ADDRESS,
+    Address,
+    Ca,
+    Certificate,
+    Key,
+    MaxAccuracyLoss,
+    MinAccuracy,
+    Token,
+    connect,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from mosel.client import Prediction
+
 
 def predict(
     model: Annotated[str, typer.Argument(help="The model's name.")],
     payload: Annotated[list[str], typer.Argument(help="modality=FILE.npy, an array with the items first; repeatable.")],
-    min_accuracy: Annotated[float | None, typer.Option(help="Least expected accuracy, 0..1.")] = None,
+    min_accuracy: MinAccuracy = None,
+    max_accuracy_loss: MaxAccuracyLoss = None,
     latency_slo_ms: Annotated[float | None, typer.Option(help="Deadline in milliseconds.")] = None,
     modality: Annotated[list[str] | None, typer.Option(help="Run only this modality (repeatable).")] = None,
     effort: Annotated[
@@ -28,7 +43,7 @@ def predict(
     certificate: Certificate = None,
     key: Key = None,
 ) -> None:
-    """Predict the items of one job and print label, modality set and expected accuracy."""
+    """Predict the items of one job and print labels, modality sets, and what is guaranteed or expected of them."""
     from rich.console import Console
     from rich.table import Table
 
@@ -44,6 +59,7 @@ def predict(
             model,
             payloads,
             min_accuracy=min_accuracy,
+            max_accuracy_loss=max_accuracy_loss,
             latency_slo_ms=latency_slo_ms,
             modalities=modality,
             effort=effort,
@@ -55,12 +71,31 @@ def predict(
         table.add_row(str(index), label, modality_set)
     console = Console()
     console.print(table)
+    console.print(_sentence(prediction), markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"expected accuracy {prediction.expected_accuracy:.4f}, queue {prediction.queue_ms:.2f} ms, "
         f"compute {prediction.compute_ms:.2f} ms, slack {prediction.deadline_slack_ms:.0f} ms, job {prediction.job_id}"
     )
     if prediction.unavailable_modalities:
         console.print(f"without {', '.join(prediction.unavailable_modalities)}, whose encoders are away")
+
+
+def _sentence(prediction: "Prediction") -> str:
+    """What the answer stands on: `guaranteed at least 0.951 (95 %); ran pen and image; saved 68 %`."""
+    assurance = prediction.assurance
+    parts = [str(assurance), f"ran {_ran(Counter(prediction.modality_sets))}", f"saved {100 * assurance.saved:.0f} %"]
+    if assurance.floor_source not in (None, "caller"):
+        parts.append(f"floor of the {assurance.floor_source}")
+    if assurance.note:
+        parts.append(assurance.note)
+    return "; ".join(parts)
+
+
+def _ran(sets: Mapping[str, int]) -> str:
+    names = {name: " and ".join(", ".join(name.split("+")).rsplit(", ", 1)) for name in sets}
+    if len(sets) == 1:
+        return next(iter(names.values()))
+    return ", ".join(f"{names[name]} for {count} items" for name, count in sets.items())
 
 
 def _split(argument: str) -> tuple[str, str]:

@@ -37,9 +37,10 @@ class Assurance:
 
     def __str__(self) -> str:
         if self.guaranteed_accuracy is not None:
-            return f"guaranteed {at_least(self.guaranteed_accuracy)} ({100 * self.confidence:g} %)"
+            return f"guaranteed at least {rounded_down(self.guaranteed_accuracy)} ({100 * self.confidence:g} %)"
         if self.guaranteed_loss is not None:
-            return f"guaranteed {at_most(self.guaranteed_loss)} worse than everything ({100 * self.confidence:g} %)"
+            loss = rounded_up(self.guaranteed_loss)
+            return f"guaranteed at most {loss} worse than everything ({100 * self.confidence:g} %)"
         return "expected, not guaranteed"
 
 
@@ -52,15 +53,15 @@ class Weakness:
     samples: int
 
 
-def at_least(accuracy: float) -> str:
-    """A lower bound in words, rounded to what it still guarantees."""
+def rounded_down(bound: float) -> str:
+    """A lower bound as text, which is never more than it."""
     # A little more, for bounds that are such numbers themselves.
-    return f"at least {math.floor(accuracy * 10**_DIGITS + 1e-6) / 10**_DIGITS:.{_DIGITS}f}"
+    return f"{math.floor(bound * 10**_DIGITS + 1e-6) / 10**_DIGITS:.{_DIGITS}f}"
 
 
-def at_most(loss: float) -> str:
-    """Likewise an upper bound."""
-    return f"at most {math.ceil(loss * 10**_DIGITS - 1e-6) / 10**_DIGITS:.{_DIGITS}f}"
+def rounded_up(bound: float) -> str:
+    """An upper bound as text, which is never less than it."""
+    return f"{math.ceil(bound * 10**_DIGITS - 1e-6) / 10**_DIGITS:.{_DIGITS}f}"
 
 
 def assurance_from(message: gateway_pb2.Assurance) -> Assurance:

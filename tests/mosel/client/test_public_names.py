@@ -64,7 +64,7 @@ def test_the_walk_finds_what_is_nested() -> None:
     found = {kind.__name__ for kind in classes_in(typing.get_type_hints(Client.models)["return"])}
     assert found == {"ModelInfo", "ModalityInfo", "SetInfo", "Weakness"}
     found = {kind.__name__ for hint in typing.get_type_hints(Client.submit_job).values() for kind in classes_in(hint)}
-    assert found == {"SupportsDlpack", "Demand", "JobAccepted", "ItemResults", "JobSummary"}
+    assert found == {"SupportsDlpack", "Demand", "JobAccepted", "ItemResults", "JobSummary", "Assurance"}
 
 
 @pytest.mark.parametrize("client", [Client, AsyncClient])
