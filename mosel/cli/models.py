@@ -19,7 +19,7 @@ def models(
     certificate: Certificate = None,
     key: Key = None,
 ) -> None:
-    """Show the models of a running system: what is expected and guaranteed of every modality set, and how fast it is."""
+    """Show the models of a running system: what each modality set is expected and guaranteed to reach, and how fast."""
     from rich.console import Console
 
     with connect(address, token, ca, certificate, key) as client:

@@ -1,6 +1,8 @@
 """tritonclient as its users install it, in an environment of its own, against running services."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +13,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from mosel.config import Settings
 from mosel.launcher import Launcher
-from mosel.packages.model_package import ModelPackage
+from mosel.packages.calibration import UNLABELLED, Calibration, save_calibration
+from mosel.packages.model_package import ModelPackage, load_package
 
 ROOT = Path(__file__).parents[2]
 CALLS = Path(__file__).parent / "triton"
@@ -116,3 +120,43 @@ def test_names_numbers_and_types_are_tritonclient_s(run: Script) -> None:
 @pytest.mark.parametrize("first", ["theirs", "ours"])
 def test_the_messages_of_both_live_in_one_process(run: Script, first: str) -> None:
     run("coexistence.py", first)
+
+
+@pytest.fixture
+def models_with_a_floor(models_dir: Path, tmp_path: Path) -> Path:
+    """`fruit`, whose operator says in model.toml how much may be lost, and whose sets agreed when they were compared."""
+    folder = tmp_path / "models" / "fruit"
+    shutil.copytree(models_dir / "fruit", folder)
+    manifest = folder / "model.toml"
+    manifest.write_text(f"max_accuracy_loss = 0.02\n{manifest.read_text()}")
+    package, rows = load_package(folder), 2000
+    sets = [frozenset({"photo"}), frozenset({"scent"}), frozenset({"photo", "scent"})]
+    calibration = Calibration(
+        content_hash=package.content_hash,
+        sets=sets,
+        answers=np.tile(np.arange(rows, dtype=np.int32)[:, np.newaxis] % 3, len(sets)),
+        confidence=np.full((rows, len(sets)), 0.9, np.float32),
+        labels=np.full(rows, UNLABELLED, np.int32),
+        groups=np.arange(rows, dtype=np.int32)[:, np.newaxis],
+        group_names=["item"],
+        certify=np.arange(rows) % 4 != 0,
+    )
+    save_calibration(folder / "calibration.npz", calibration)
+    return folder.parent
+
+
+def test_a_floor_of_the_operator_saves_compute_for_a_client_that_knows_nothing_of_it(
+    models_with_a_floor: Path,
+    settings_with: Callable[..., Settings],
+    run: Script,
+    tmp_path: Path,
+    payloads: Payloads,
+) -> None:
+    with Launcher(settings_with(models_dir=models_with_a_floor)) as launcher:
+        launcher.wait_ready(120)
+        run("floor_calls.py", launcher.address, launcher.http_address, tmp_path)
+    for said in json.loads((tmp_path / "floors.json").read_text()).values():
+        assert said["modalities_used"] == "scent"
+        assert (said["guarantee"], said["floor_source"], said["confidence"]) == ("calibrated", "model", 0.95)
+        assert 0 <= said["guaranteed_loss"] <= 0.02
+        assert 0.2 < said["saved"] < 1
