@@ -1,26 +1,32 @@
 """`mosel plan`: what a job would get, from the profile alone."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mosel.cli.options import Device, ModelsFolder
+from mosel.cli.options import Device, MaxAccuracyLoss, MinAccuracy, ModelsFolder
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from gateway.jobs.checks import CheckedJob
     from mosel.client import Demand
     from mosel.config import Settings
     from mosel.packages.model_package import ModelPackage
     from mosel.profiles.files import Profile
+    from selector.core.frontier import Strategy
     from selector.core.jobs import Plan
+    from selector.core.profile import ModelProfile
 
 
 def plan(
     model: Annotated[str, typer.Argument(help="Name of the model, such as har.")],
     size: Annotated[int, typer.Option(min=1, help="Items of the job.")] = 1,
-    min_accuracy: Annotated[float | None, typer.Option(help="Accuracy floor, 0..1.")] = None,
+    min_accuracy: MinAccuracy = None,
+    max_accuracy_loss: MaxAccuracyLoss = None,
     latency_slo_ms: Annotated[float | None, typer.Option(help="Deadline in milliseconds from now.")] = None,
     effort: Annotated[str | None, typer.Option(help="cheapest or best. [default: cheapest with a floor]")] = None,
     rows: Annotated[int, typer.Option(min=2, help="Rows of the frontier to print at most.")] = 24,
@@ -30,49 +36,79 @@ def plan(
 ) -> None:
     """Print the frontier of a job on an idle system, and mark what the job would get. Starts nothing."""
     from mosel.cli.options import settings_from
+    from mosel.cli.predict import sentence
     from mosel.cli.starting import console
+    from mosel.client.assurance import assurance_from
     from mosel.client.demands import checked_demand
     from mosel.packages.model_package import find_packages
     from mosel.profiles.files import needed_profile
+    from selector.conversions import assurance_message
 
-    demand = checked_demand({"min_accuracy": min_accuracy, "latency_slo_ms": latency_slo_ms, "effort": effort})
+    floors = {"min_accuracy": min_accuracy, "max_accuracy_loss": max_accuracy_loss}
+    demand = checked_demand(floors | {"latency_slo_ms": latency_slo_ms, "effort": effort})
     settings = settings_from(models, [model], device)
     package = find_packages(settings.models_dir, (model,))[model]
     measured = needed_profile(package, settings, profile)
-    planned = _plan(package, measured, settings, size, demand)
+    known, asked = _known(package, measured, settings), _asked(package, settings, size, demand)
+    planned = _plan(known, measured, settings, asked)
     kind = "quick profile" if measured.quick else "profile"
     console.print(
         f"{model}, {size} items; {kind} of {measured.measured_on} on {measured.hardware.device}", highlight=False
     )
-    console.print(_table(planned, rows))
+    console.print(_table(planned, rows, known, asked))
+    if planned.assurance is not None:
+        stands_on = assurance_from(assurance_message(planned.assurance, planned.saved, asked.floor_source))
+        saves = f"would save {100 * stands_on.saved:.0f} %"
+        console.print(sentence(stands_on, saves), soft_wrap=True, highlight=False, markup=False)
     if planned.refusal:
         console.print(f"refused: {planned.refusal}", soft_wrap=True, highlight=False)
         raise typer.Exit(1)
 
 
-def _plan(package: "ModelPackage", measured: "Profile", settings: "Settings", size: int, demand: "Demand") -> "Plan":
+def _known(package: "ModelPackage", measured: "Profile", settings: "Settings") -> "ModelProfile":
+    """What is known of the model, with what its calibration rows guarantee."""
+    from selector.conversions import certificates, model_profile
+
+    profile = model_profile(measured, package.default_min_accuracy)
+    return replace(profile, certificates=certificates(package.calibration, settings.selector.floor_confidence))
+
+
+def _asked(package: "ModelPackage", settings: "Settings", size: int, demand: "Demand") -> "CheckedJob":
+    """The job with the floor that counts, as a gateway would take it from this user."""
+    from gateway.jobs.checks import check_spec
+    from gateway.jobs.floors import Floors
+    from mosel.client.demands import spec_of
+
+    checked = check_spec(spec_of(package.name, size, demand), {package.name: package}, size)
+    return Floors(settings.gateway.max_accuracy_loss, lambda _: None).resolve(checked, None)
+
+
+def _plan(known: "ModelProfile", measured: "Profile", settings: "Settings", asked: "CheckedJob") -> "Plan":
     from mosel.modality import FUSION
-    from selector.conversions import model_profile
+    from mosel.v1 import gateway_pb2
     from selector.core.jobs import Effort, Job
     from selector.core.scheduler import Scheduler
 
-    known = model_profile(measured, package.default_min_accuracy)
-    scheduler = Scheduler({package.name: known}, tokens=measured.concurrency, max_queued_items=size)
-    for lane in (*package.modalities, FUSION):
+    model, refuse = asked.package.name, settings.selector.when_not_guaranteed == "refuse"
+    scheduler = Scheduler(
+        {model: known}, tokens=measured.concurrency, max_queued_items=asked.size, refuse_unguaranteed=refuse
+    )
+    for lane in (*asked.modalities, FUSION):
         scheduler.lane(lane, True, measured.hardware.device)
     job = Job(
         id=b"",
-        model=package.name,
-        size=size,
-        modalities=frozenset(package.modalities),
-        min_accuracy=demand.get("min_accuracy"),
-        deadline=(demand.get("latency_slo_ms") or settings.gateway.default_deadline_ms) / 1000,
-        effort=Effort(effort) if (effort := demand.get("effort")) else None,
+        model=model,
+        size=asked.size,
+        modalities=frozenset(asked.modalities),
+        min_accuracy=asked.min_accuracy,
+        max_accuracy_loss=asked.max_accuracy_loss,
+        deadline=(asked.latency_slo_ms or settings.gateway.default_deadline_ms) / 1000,
+        effort=Effort(gateway_pb2.Effort.Name(asked.effort).lower()) if asked.effort else None,
     )
     return scheduler.plan(job, 0.0)
 
 
-def _table(planned: "Plan", rows: int) -> "Table":
+def _table(planned: "Plan", rows: int, known: "ModelProfile", asked: "CheckedJob") -> "Table":
     from rich.table import Table
 
     from selector.core.frontier import format_strategy, thin
@@ -82,11 +118,31 @@ def _table(planned: "Plan", rows: int) -> "Table":
     if planned.chosen is not None:
         predicted.setdefault(planned.chosen, planned.latency_ms)
         strategies.add(planned.chosen)
-    table = Table("", "items by modality set", "accuracy", "compute ms", "predicted ms")
+    title, bound = _bound(known, asked)
+    table = Table("", "items by modality set", "expected", title, "compute ms", "predicted ms")
     for strategy in sorted(strategies, key=lambda strategy: strategy.cost_ms):
         mark = "->" if strategy == planned.chosen else ""
-        figures = f"{strategy.accuracy:.4f}", f"{strategy.cost_ms:.2f}", f"{predicted[strategy]:.2f}"
-        table.add_row(mark, format_strategy(strategy), *figures)
+        accuracies = f"{strategy.accuracy:.4f}", bound(strategy)
+        times = f"{strategy.cost_ms:.2f}", f"{predicted[strategy]:.2f}"
+        table.add_row(mark, format_strategy(strategy), *accuracies, *times)
     if len(strategies) < len(predicted):
         table.caption = f"{len(strategies)} of {len(predicted)} strategies; --rows {len(predicted)} prints all"
     return table
+
+
+def _bound(known: "ModelProfile", asked: "CheckedJob") -> "tuple[str, Callable[[Strategy], str]]":
+    """What is guaranteed of a strategy, as a title and a cell, which is empty without calibration rows."""
+    from mosel.client.assurance import rounded_down, rounded_up
+    from selector.core.floors import mean_score
+
+    of_loss, sent = asked.max_accuracy_loss is not None, frozenset(asked.modalities)
+    ladder = known.loss_ladder(sent) if of_loss else known.accuracy_ladder(sent)
+
+    def cell(strategy: "Strategy") -> str:
+        counts = dict(strategy.counts)
+        if ladder is None or not counts.keys() <= ladder.scores.keys():
+            return ""
+        bound = ladder.guaranteed(mean_score(ladder.scores, counts))
+        return rounded_up(1 - bound) if of_loss else rounded_down(bound)
+
+    return ("worse by at most" if of_loss else "at least"), cell

@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from mosel.client import Prediction
+    from mosel.client import Assurance, Prediction
+
+
+def sentence(assurance: "Assurance", *happened: str) -> str:
+    """What an answer stands on, what happened, and whose floor counted unless it was the caller's."""
+    floor = "" if assurance.floor_source in (None, "caller") else f"floor of the {assurance.floor_source}"
+    return "; ".join(filter(None, (str(assurance), *happened, floor, assurance.note)))
 
 
 def predict(
@@ -83,19 +89,15 @@ def predict(
 def _sentence(prediction: "Prediction") -> str:
     """What the answer stands on: `guaranteed at least 0.951 (95 %); ran pen and image; saved 68 %`."""
     assurance = prediction.assurance
-    parts = [str(assurance), f"ran {_ran(Counter(prediction.modality_sets))}", f"saved {100 * assurance.saved:.0f} %"]
-    if assurance.floor_source not in (None, "caller"):
-        parts.append(f"floor of the {assurance.floor_source}")
-    if assurance.note:
-        parts.append(assurance.note)
-    return "; ".join(parts)
+    ran = f"ran {_ran(Counter(prediction.modality_sets))}"
+    return sentence(assurance, ran, f"saved {100 * assurance.saved:.0f} %")
 
 
 def _ran(sets: Mapping[str, int]) -> str:
     names = {name: " and ".join(", ".join(name.split("+")).rsplit(", ", 1)) for name in sets}
     if len(sets) == 1:
         return next(iter(names.values()))
-    return ", ".join(f"{names[name]} for {count} items" for name, count in sets.items())
+    return ", ".join(f"{names[name]} for {count}" for name, count in sets.items())
 
 
 def _split(argument: str) -> tuple[str, str]:

@@ -36,11 +36,12 @@ class Assurance:
     note: str = ""
 
     def __str__(self) -> str:
+        guaranteed = "the floor is not guaranteed, only" if self.guarantee == "none" else "guaranteed"
         if self.guaranteed_accuracy is not None:
-            return f"guaranteed at least {rounded_down(self.guaranteed_accuracy)} ({100 * self.confidence:g} %)"
+            return f"{guaranteed} at least {rounded_down(self.guaranteed_accuracy)} ({100 * self.confidence:g} %)"
         if self.guaranteed_loss is not None:
             loss = rounded_up(self.guaranteed_loss)
-            return f"guaranteed at most {loss} worse than everything ({100 * self.confidence:g} %)"
+            return f"{guaranteed} at most {loss} worse than everything ({100 * self.confidence:g} %)"
         return "expected, not guaranteed"
 
 

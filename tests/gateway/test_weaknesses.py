@@ -1,11 +1,19 @@
 """What modality sets do worst on."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
+import pytest
 
 from gateway.weaknesses import find_weaknesses
-from mosel.packages.calibration import UNLABELLED, Calibration
+from mosel import SetInfo, Weakness
+from mosel.packages.calibration import UNLABELLED, Calibration, save_calibration
+from mosel.packages.model_package import ModelPackage, load_package
+from mosel.v1 import gateway_pb2, selector_pb2
+from tests.gateway.scripted import Gateway
 
-FEW, ENOUGH = 19, 20
+FEW, ENOUGH, ROWS = 19, 20, 60
 
 
 def calibration_of(labels: list[int], people: list[int], *answers: list[int]) -> Calibration:
@@ -51,3 +59,43 @@ def test_rows_without_a_label_say_nothing() -> None:
     labels = [UNLABELLED] * 50 + [1] * FEW
     (found,) = find_weaknesses(calibration_of(labels, labels, labels), []).values()
     assert (found.label, found.group) == (None, None)
+
+
+@pytest.fixture
+def calibrated(models_dir: Path, tmp_path: Path) -> ModelPackage:
+    """`fruit`, whose scents say nothing of person 0."""
+    folder = shutil.copytree(models_dir / "fruit", tmp_path / "fruit")
+    rows, sets = ROWS, [frozenset({"photo"}), frozenset({"scent"}), frozenset({"photo", "scent"})]
+    people = np.arange(rows, dtype=np.int32)[:, np.newaxis] % 2
+    calibration = Calibration(
+        content_hash=load_package(folder).content_hash,
+        sets=sets,
+        answers=np.hstack([np.zeros((rows, 1)), 1 - people, np.zeros((rows, 1))]).astype(np.int32),
+        confidence=np.ones((rows, 3), np.float32),
+        labels=np.zeros(rows, np.int32),
+        groups=people,
+        group_names=["person"],
+        certify=np.ones(rows, np.bool_),
+    )
+    save_calibration(folder / "calibration.npz", calibration)
+    return load_package(folder)
+
+
+async def test_models_are_listed_with_what_is_guaranteed_and_what_they_do_worst_on(
+    gateway: Gateway, calibrated: ModelPackage
+) -> None:
+    gateway.data_plane.served.packages["fruit"] = calibrated
+    profile = gateway_pb2.SetProfile(
+        modality_set="scent", accuracy=0.75, available=True, guaranteed_accuracy=0.7, guaranteed_loss=0.25
+    )
+    state = selector_pb2.ModelState(model="fruit", ready=True, revision=calibrated.revision, sets=[profile])
+    gateway.data_plane.link.models = {"fruit": state}
+    for _ in range(2):
+        (model,) = await gateway.client.models()
+        label, person = (
+            Weakness(f"label {calibrated.output.labels[0]}", 0.5, ROWS),
+            Weakness("person 0", 0.0, ROWS // 2),
+        )
+        assert model.sets == {"scent": SetInfo(0.75, 0.0, True, 0.7, 0.25, label, person)}
+    # What the selector said stays as it was.
+    assert not state.sets[0].HasField("worst_label")

@@ -124,7 +124,7 @@ def test_the_messages_of_both_live_in_one_process(run: Script, first: str) -> No
 
 @pytest.fixture
 def models_with_a_floor(models_dir: Path, tmp_path: Path) -> Path:
-    """`fruit`, whose operator says in model.toml how much may be lost, and whose sets agreed when they were compared."""
+    """`fruit`, with a floor of its operator in model.toml, and sets that agreed on all calibration rows."""
     folder = tmp_path / "models" / "fruit"
     shutil.copytree(models_dir / "fruit", folder)
     manifest = folder / "model.toml"

@@ -224,3 +224,29 @@ async def test_the_page_of_all_services(gateway: Gateway) -> None:
         assert up == {"gateway": 1, "selector": 1, "fusion": 0}
         assert found[key("mosel_jobs_in_flight", **HERE)] == 0
         assert found[key("scripted")] == 3
+
+
+async def test_what_answers_stand_on_and_what_they_saved(
+    gateway: Gateway, draw: Draw, caplog: pytest.LogCaptureFixture
+) -> None:
+    loss = gateway_pb2.Assurance(guarantee=gateway_pb2.CALIBRATED, guaranteed_loss=0.25, confidence=0.95, saved=0.5)
+    loss.floor_source = gateway_pb2.MODEL
+    estimate = gateway_pb2.Assurance(guarantee=gateway_pb2.ESTIMATE, saved=0.25)
+    for assurance in (loss, loss, estimate, None):
+        call = asyncio.create_task(gateway.client.predict("fruit", draw(3)))
+        description = await gateway.job_at_selector()
+        output = to_proto(np.zeros((3, 3), np.float32))
+        groups = [selector_pb2.ItemGroup(modality_set="scent", items=range(3), output=output)]
+        result = selector_pb2.JobResult(job_id=description.job_id, groups=groups, assurance=assurance)
+        gateway.selector.say(result=result)
+        await call
+    found = await page(gateway)
+    assert found[key("mosel_answered_items_total", model="fruit", guarantee="calibrated", **HERE)] == 6
+    assert found[key("mosel_answered_items_total", model="fruit", guarantee="estimate", **HERE)] == 3
+    assert found[key("mosel_saved_items_total", model="fruit", **HERE)] == 3 * (0.5 + 0.5 + 0.25)
+    first, _, third, last = lines(caplog)
+    assert (first["guarantee"], first["guaranteed_loss"], first["confidence"]) == ("calibrated", 0.25, 0.95)
+    assert (first["saved"], first["floor_source"]) == (0.5, "model")
+    assert third["guarantee"] == "estimate"
+    assert third.keys().isdisjoint({"guaranteed_loss", "confidence", "floor_source"})
+    assert "guarantee" not in last

@@ -25,6 +25,11 @@ def test_what_is_not_guaranteed_says_so() -> None:
     assert str(Assurance()) == str(Assurance("none", note="0.93 can be")) == "expected, not guaranteed"
 
 
+def test_a_bound_that_is_not_what_was_asked_for_says_so() -> None:
+    missed = Assurance("none", guaranteed_accuracy=0.905, confidence=0.95, note="0.905 can be guaranteed")
+    assert str(missed) == "the floor is not guaranteed, only at least 0.905 (95 %)"
+
+
 @pytest.mark.parametrize("guarantee", [name.lower() for name in gateway_pb2.Guarantee.keys()][1:])  # noqa: SIM118
 @pytest.mark.parametrize("source", [name.lower() for name in gateway_pb2.FloorSource.keys()][1:])  # noqa: SIM118
 def test_every_word_of_the_protocol_comes_through(guarantee: str, source: str) -> None:
