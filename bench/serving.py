@@ -96,6 +96,7 @@ async def _outcome(client: AsyncClient, jobs: Jobs, number: int, arrival: Arriva
             jobs.model,
             jobs.items.payloads_of(rows),
             min_accuracy=arrival.min_accuracy,
+            max_accuracy_loss=arrival.max_accuracy_loss,
             latency_slo_ms=arrival.deadline_ms if math.isfinite(arrival.deadline_ms) else None,
             effort=jobs.effort,
             late_ok=jobs.late_ok,

@@ -37,12 +37,14 @@ class Arrival:
         size: items.
         deadline_ms: milliseconds from then on; infinite without one.
         min_accuracy: its floor, 0..1, or None.
+        max_accuracy_loss: the other kind of floor, or None.
     """
 
     at_s: float
     size: int
     deadline_ms: float
     min_accuracy: float | None
+    max_accuracy_loss: float | None = None
 
 
 @dataclass(frozen=True)

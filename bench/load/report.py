@@ -134,6 +134,7 @@ def _tags(about: About) -> dict[str, str]:
         "arrivals": "Poisson" if plan.trace is None else plan.trace.name,
         "items": f"{plan.items} per job: {about.items}",
         "min_accuracy": "none" if plan.min_accuracy is None else f"{plan.min_accuracy:g}",
+        "max_accuracy_loss": "none" if plan.max_accuracy_loss is None else f"{plan.max_accuracy_loss:g}",
         "latency_slo_ms": "none" if math.isinf(plan.latency_slo_ms) else f"{plan.latency_slo_ms:g}",
         "seed": str(plan.seed),
     }

@@ -60,6 +60,8 @@ def load(
 def table(plan: Plan, steps: Sequence[Step]) -> Table:
     """One line per step. Times are of answers, from the scheduled time of each job."""
     floor = "no floor" if plan.min_accuracy is None else f"floor {plan.min_accuracy:g}"
+    if plan.max_accuracy_loss is not None:
+        floor = f"at most {plan.max_accuracy_loss:g} worse than everything"
     slo = "no SLO" if math.isinf(plan.latency_slo_ms) else f"SLO {plan.latency_slo_ms:g} ms"
     title = f"open loop, {plan.items} items a job, {floor}, {slo}, {plan.seconds:g} s a step"
     shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)

@@ -22,6 +22,7 @@ class Plan:
         warm_up_s: seconds at the first rate before the first step, which count nowhere.
         items: of each job.
         min_accuracy: the floor, 0..1, or None.
+        max_accuracy_loss: the other kind of floor, or None.
         latency_slo_ms: the deadline in milliseconds; infinite without one.
         trace: requests per second that arrivals follow, scaled to each rate; None: Poisson.
         seed: of all chance.
@@ -32,6 +33,7 @@ class Plan:
     warm_up_s: float = 2.0
     items: int = 1
     min_accuracy: float | None = None
+    max_accuracy_loss: float | None = None
     latency_slo_ms: float = float("inf")
     trace: Path | None = None
     seed: int = 0
@@ -46,7 +48,8 @@ class Plan:
             times = poisson(rate, seconds, seed)
         else:
             times = from_trace(read_trace(self.trace), rate, seconds, seed)
-        return (Arrival(at_s, self.items, self.latency_slo_ms, self.min_accuracy) for at_s in times)
+        demand = self.latency_slo_ms, self.min_accuracy, self.max_accuracy_loss
+        return (Arrival(at_s, self.items, *demand) for at_s in times)
 
 
 @dataclass(frozen=True)

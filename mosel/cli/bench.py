@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from mosel.cli.options import Ca, Certificate, DataFolder, Device, Key, ModelsFolder, Token
+from mosel.cli.options import (
+    Ca,
+    Certificate,
+    DataFolder,
+    Device,
+    Key,
+    MaxAccuracyLoss,
+    MinAccuracy,
+    ModelsFolder,
+    Token,
+)
 
 if TYPE_CHECKING:
     from mosel.config import Settings
@@ -29,7 +39,8 @@ def load_command(
     seconds: Annotated[float, typer.Option(min=1, help="Length of a step.")] = 10,
     warm_up_s: Annotated[float, typer.Option(min=0, help="At the first rate, before the first step.")] = 2,
     items: Annotated[int, typer.Option(min=1, help="Items of each job.")] = 1,
-    min_accuracy: Annotated[float | None, typer.Option(help="Accuracy floor. [default: none]")] = None,
+    min_accuracy: MinAccuracy = None,
+    max_accuracy_loss: MaxAccuracyLoss = None,
     latency_slo_ms: Annotated[float | None, typer.Option(help="Deadline of each job. [default: none]")] = None,
     trace: Annotated[Path | None, typer.Option(help="CSV file second,requests. [default: Poisson arrivals]")] = None,
     seed: Annotated[int, typer.Option(help="Of all chance.")] = 0,
@@ -55,13 +66,15 @@ def load_command(
     from mosel.config import FREE_PORTS
     from mosel.errors import ConfigError
 
-    demand = checked_demand({"min_accuracy": min_accuracy, "latency_slo_ms": latency_slo_ms})
+    floors = {"min_accuracy": min_accuracy, "max_accuracy_loss": max_accuracy_loss}
+    demand = checked_demand(floors | {"latency_slo_ms": latency_slo_ms})
     plan = Plan(
         rates=_listed("--rates", rates, float),
         seconds=seconds,
         warm_up_s=warm_up_s,
         items=items,
         min_accuracy=demand.get("min_accuracy"),
+        max_accuracy_loss=demand.get("max_accuracy_loss"),
         latency_slo_ms=demand.get("latency_slo_ms") or math.inf,
         trace=trace,
         seed=seed,

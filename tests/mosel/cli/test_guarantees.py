@@ -25,9 +25,11 @@ def prediction_of(assurance: Assurance, *sets: str) -> Prediction:
         ),
         (
             Assurance("calibrated", guaranteed_loss=0.02, confidence=0.95, saved=0.5, floor_source="model"),
-            ["pen", "image+pen", "pen"],
-            "guaranteed at most 0.020 worse than everything (95 %); ran pen for 2, image and pen for 1; saved 50 %; "
-            "floor of the model",
+            ["pen", "a+pen", "pen"],
+            (
+                "guaranteed at most 0.020 worse than everything (95 %); ran pen for 2, a and pen for 1; "
+                "saved 50 %; floor of the model"
+            ),
         ),
         (
             Assurance("none", guaranteed_accuracy=0.9, confidence=0.95, note="0.9 can be guaranteed"),

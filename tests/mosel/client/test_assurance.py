@@ -3,6 +3,7 @@
 import pytest
 
 from mosel import Assurance
+from mosel.client.answers import plan_from
 from mosel.client.assurance import assurance_from
 from mosel.v1 import gateway_pb2
 
@@ -46,3 +47,9 @@ def test_every_word_of_the_protocol_comes_through(guarantee: str, source: str) -
 
 def test_a_message_that_says_nothing_guarantees_nothing() -> None:
     assert assurance_from(gateway_pb2.Assurance()) == Assurance()
+
+
+def test_a_plan_says_what_its_answer_would_stand_on() -> None:
+    assurance = gateway_pb2.Assurance(guarantee=gateway_pb2.CALIBRATED, guaranteed_loss=0.01, confidence=0.95)
+    assert plan_from(gateway_pb2.PlanReply(assurance=assurance)).assurance == assurance_from(assurance)
+    assert plan_from(gateway_pb2.PlanReply(refusal="no")).assurance is None
