@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -22,7 +23,8 @@ from mosel.client import Client
 from mosel.config import Settings
 from mosel.data.samples import Samples
 from mosel.launcher import Launcher
-from mosel.packages.model_package import ModelPackage
+from mosel.packages.calibration import UNLABELLED, Calibration, save_calibration
+from mosel.packages.model_package import ModelPackage, load_package
 from mosel.profiles.files import Profile, load_profile, profile_file, read_profile, save_profile
 from mosel.profiles.measurement import calls_under_load, end_to_end, measured_accuracy
 from mosel.runtime.channels import channel_options
@@ -189,6 +191,33 @@ def test_plans_that_cannot_be(run_mosel: Run, models_dir: Path, quick: Profile, 
     assert "key 'model' holds 'tree'; expected 'fruit'" in run_mosel(*arguments).stderr
     nothing = run_mosel("plan", "fruit", "--models", str(models_dir), env={"MOSEL_PROFILES_DIR": str(tmp_path / "no")})
     assert "no profile of fruit for this hardware" in nothing.stderr
+
+
+def test_a_plan_says_what_is_guaranteed_and_saved(
+    run_mosel: Run, models_dir: Path, quick: Profile, tmp_path: Path
+) -> None:
+    file, folder, rows = tmp_path / "fruit.json", tmp_path / "models" / "fruit", 2000
+    save_profile(quick, file)
+    shutil.copytree(models_dir / "fruit", folder)
+    sets = [frozenset({"photo"}), frozenset({"scent"}), frozenset({"photo", "scent"})]
+    calibration = Calibration(
+        content_hash=load_package(folder).content_hash,
+        sets=sets,
+        answers=np.tile(np.arange(rows, dtype=np.int32)[:, np.newaxis] % 3, len(sets)),
+        confidence=np.ones((rows, len(sets)), np.float32),
+        labels=np.full(rows, UNLABELLED, np.int32),
+        groups=np.arange(rows, dtype=np.int32)[:, np.newaxis],
+        group_names=["item"],
+        certify=np.arange(rows) % 4 != 0,
+    )
+    save_calibration(folder / "calibration.npz", calibration)
+    arguments = ("plan", "fruit", "--models", str(folder.parent), "--profile", str(file))
+    planned = run_mosel(*arguments, "--max-accuracy-loss", "0.02")
+    assert planned.returncode == 0, planned.stderr
+    assert re.findall(r"-> +│ (.*?) +│", planned.stdout) == ["scent"]
+    assert re.search(r"guaranteed at most 0\.0\d\d worse than everything \(95 %\); would save \d\d %", planned.stdout)
+    of_operator = run_mosel(*arguments, env={"MOSEL_GATEWAY__MAX_ACCURACY_LOSS": "0.02"})
+    assert "floor of the settings" in of_operator.stdout, of_operator.stderr
 
 
 @pytest.mark.parametrize("sizes", ["", "0", "4..1", "one", "1,-2"])
