@@ -117,6 +117,8 @@ class Planner:
     def replan(self, works: Sequence[Work], now: float) -> list[Work]:
         """Reassigns strategies at the head of the queue; returns the jobs dropped as they can no longer be met."""
         works = works[:PLANNED_JOBS]
+        if not any(work.uncommitted for work in works):
+            return []
         queue = [self._as_queued(work) for work in works]
         choices = self._reassigned(queue, self._forecast(now))
         self.apply(works, choices)

@@ -84,8 +84,10 @@ class Scheduler:
         self._check(job)
         work = self._planner.new_work(job, now)
         self._planner.arrived(work, now)
+        exact = self._planner.is_due(now)
         self._planner.apply(self._queue, self._enqueued(work, now))
-        self._stale = True
+        # An exact plan of everyone was just made with it.
+        self._stale = not exact
         self._works[job.id] = work
         self._queued_items += job.size
         heapq.heappush(self._expiry, (job.ends, job.id))
