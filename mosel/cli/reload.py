@@ -21,8 +21,10 @@ def reload(
 ) -> None:
     """Load a model from the services' models folder, or load it anew; jobs under way are not touched."""
     with connect(address, token, ca, certificate, key) as client:
+        before = {known.name: known.revision for known in client.models() if known.ready}
         loaded = client.load_model(model, timeout_s)
-    typer.echo(f"loaded {loaded.name} {loaded.version}, revision {loaded.revision}")
+    done = "nothing changed:" if before.get(loaded.name) == loaded.revision else "loaded"
+    typer.echo(f"{done} {loaded.name} {loaded.version}, revision {loaded.revision}")
 
 
 def unload(

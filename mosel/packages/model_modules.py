@@ -1,6 +1,8 @@
 """The Python modules of model packages, imported by path."""
 
+import os
 import sys
+from glob import glob
 from importlib import import_module as import_by_name
 from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES, ExtensionFileLoader, FileFinder, SourceFileLoader
 from importlib.util import find_spec
@@ -53,6 +55,9 @@ def _parent(name: str, path: list[str]) -> None:
         del sys.modules[stale]
     parent = sys.modules[name] = ModuleType(name)
     parent.__path__ = path
+    loaders = (ExtensionFileLoader, EXTENSION_SUFFIXES), (_AlwaysCompiled, SOURCE_SUFFIXES)
     for folder in path:
-        loaders = (ExtensionFileLoader, EXTENSION_SUFFIXES), (_AlwaysCompiled, SOURCE_SUFFIXES)
-        sys.path_importer_cache[folder] = FileFinder(folder, *loaders)
+        # Those below are packages without __init__.py, too. Unlike that of Path, this follows links.
+        for below in ("", *glob("**/", root_dir=folder, recursive=True)):  # noqa: PTH207
+            searched = os.path.join(folder, below).rstrip("/")  # noqa: PTH118
+            sys.path_importer_cache[searched] = FileFinder(searched, *loaders)

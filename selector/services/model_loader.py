@@ -208,6 +208,8 @@ class ModelLoader:
                 log.info("model loaded", extra={"model": package.id})
                 self.tell_gateways()
                 self._retire_unnamed()
+            else:
+                log.info("nothing changed", extra={"model": package.id})
             return self._state(package.id)
 
     async def _spread(self, package: ModelPackage, before: LoadedModel | None) -> None:

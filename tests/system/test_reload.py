@@ -289,6 +289,9 @@ def test_as_commands(
     revision = load_package(fruit_on_disk.folder).revision
     done = run_mosel("reload", "fruit", "--address", launcher.address)
     assert (done.returncode, done.stdout) == (0, f"loaded fruit 1, revision {revision}\n"), done.stderr
+    done = run_mosel("reload", "fruit", "--address", launcher.address)
+    assert (done.returncode, done.stdout) == (0, f"nothing changed: fruit 1, revision {revision}\n"), done.stderr
+    assert '"nothing changed"' in launcher.children["selector"].log.read_text()
     done = run_mosel("unload", "fruit", "--address", launcher.address)
     assert (done.returncode, done.stdout) == (0, "unloaded fruit\n"), done.stderr
     done = run_mosel("unload", "fruit", "--address", launcher.address)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,20 @@ def test_modules_are_read_again_once_they_are_forgotten(changing: Fruit) -> None
     (changing.folder / "more.py").write_text("MORE = 7\n")
     forget_modules("fruit")
     assert package.load_attribute("more:MORE") == 7
+    assert not list(changing.folder.glob("**/*.pyc"))
+
+
+def test_modules_in_a_folder_below_are_read_again_too(changing: Fruit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    package, parts = load_package(changing.folder), changing.folder / "parts"
+    parts.mkdir()
+    code = (changing.folder / "networks.py").read_text()
+    (changing.folder / "networks.py").write_text(f"from .parts.sizes import SIZE\n{code}")
+    for size in range(1, 4):
+        (parts / "sizes.py").write_text(f"SIZE = {size}\n")
+        os.utime(parts / "sizes.py", (1, 1))
+        forget_modules("fruit")
+        assert package.load_attribute("networks:SIZE") == size
     assert not list(changing.folder.glob("**/*.pyc"))
 
 
