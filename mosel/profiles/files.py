@@ -23,6 +23,8 @@ from mosel.packages.model_package import ModelPackage
 from mosel.validation import explain
 
 _Z95 = 1.959964
+# Of all processors: what else runs on a machine that counts as quiet.
+BUSY_SHARE = 0.1
 _GPUS = Path("/proc/driver/nvidia/gpus")
 
 log = logging.getLogger(__name__)
@@ -111,6 +113,7 @@ class Profile(_Value):
         content_hash: of the package that was measured.
         measured_on: day of the measurement, UTC.
         quick: made by the selector at its first start: no end-to-end times, calls never seen under load.
+        others_share: the share of the machine's processors, 0..1, that others used when a quick one was made.
         concurrency: calls that ran at the same time while networks were timed.
         accuracy_source: where `accuracy` comes from, in words.
         accuracy_measured: it was measured with this profile, through the services; else it is the model package's.
@@ -132,6 +135,7 @@ class Profile(_Value):
     versions: Versions
     measured_on: date
     quick: bool
+    others_share: Fraction = 0.0
     concurrency: PositiveInt
     accuracy_source: str
     accuracy_measured: bool
@@ -152,6 +156,17 @@ class Profile(_Value):
         _same("fusion", self.fusion, self.accuracy)
         _same("calls", self.calls, modalities | {FUSION})
         return self
+
+    @property
+    def busy(self) -> bool:
+        """Whether it was made while others used more of the machine than they may for times to be believed."""
+        return self.others_share > BUSY_SHARE
+
+    @property
+    def spread(self) -> float:
+        """By how much times vary: the largest ratio of p95 to p50 of any network and batch size."""
+        points = [p for of_one in (*self.encoders.values(), *self.fusion.values()) for p in of_one]
+        return max((p.p95_ms / p.p50_ms for p in points if p.p50_ms), default=1.0)
 
 
 def wilson(value: float, samples: int) -> MeasuredAccuracy:
@@ -197,6 +212,7 @@ def quick_profile(
     encoders: Mapping[str, tuple[Point, ...]],
     fusion: Mapping[str, tuple[Point, ...]],
     calls: Mapping[str, CallCost],
+    others_share: float = 0.0,
 ) -> Profile:
     """A profile of what the selector measures by itself; accuracies are the model package's."""
     return Profile(
@@ -207,6 +223,7 @@ def quick_profile(
         versions=this_software(),
         measured_on=datetime.now(UTC).date(),
         quick=True,
+        others_share=round(others_share, 3),
         concurrency=hardware.workers,
         accuracy_source=package_accuracy_source(package),
         accuracy_measured=False,

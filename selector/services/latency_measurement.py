@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from mosel.config import Settings
 from mosel.errors import ConfigError
 from mosel.modality import FUSION, format_set, modality_of, parse_set
+from mosel.observability.processors import busy_share
 from mosel.packages.model_package import ModelPackage
 from mosel.profiles.files import (
+    BUSY_SHARE,
     CallCost,
     Hardware,
     Point,
@@ -43,10 +45,11 @@ class Latencies:
 
     Args:
         settings: the effective settings.
+        others_share: says which share of the processors others use, 0..1; asked while no service computes.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, others_share: Callable[[], Awaitable[float]] = busy_share) -> None:
+        self._settings, self._others_share = settings, others_share
         # What an empty call to each service took, in milliseconds.
         self._ways: dict[str, float] = {}
         self._lock = asyncio.Lock()
@@ -76,6 +79,7 @@ class Latencies:
             for model in models:
                 hardware = await self.look(model, resources)
                 if modality not in model.profile.encoders:
+                    model.others_share = max(model.others_share, await self._others_share())
                     await self._time_the_way(modality, stub)
                     model.encoders[modality] = await self._encoder_points(stub, model.package.id)
                     self._put(model)
@@ -90,6 +94,7 @@ class Latencies:
                 hardware = await self.look(model, resources)
                 missing = sorted(model.profile.accuracy.keys() - model.profile.fusion.keys(), key=format_set)
                 if missing:
+                    model.others_share = max(model.others_share, await self._others_share())
                     await self._time_the_way(FUSION, stub)
                 for modality_set in missing:
                     name = format_set(modality_set)
@@ -101,26 +106,27 @@ class Latencies:
     async def look(self, model: LoadedModel, resources: Mapping[str, str]) -> Hardware | None:
         """The first time, puts the profile that is kept of a model into it; returns what hardware that is of."""
         known = [lane for lane in model.lanes if lane in resources]
-        all_known = {*map(modality_of, known)} == {*map(modality_of, model.lanes)}
-        return await asyncio.to_thread(self._load, model, {resources[lane] for lane in known} if all_known else {""})
-
-    def _load(self, model: LoadedModel, resources: set[str]) -> Hardware | None:
-        if "" in resources or not _all_on_this_machine(self._settings):
+        if {*map(modality_of, known)} != {*map(modality_of, model.lanes)} or not _all_on_this_machine(self._settings):
             return None
-        hardware = this_hardware(self._settings, device_name(resources))
-        if model.looked:
-            return hardware
-        model.looked = True
-        kept = load_profile(model.package, self._settings, hardware.device)
-        if kept is not None and self._is_as_asked_for(kept):
-            known, profile = self._believed(kept, model.package), model.profile
-            profile.encoders.update(known.encoders)
-            profile.fusion.update(known.fusion)
-            if kept.accuracy_measured:
-                profile.accuracy, profile.samples = known.accuracy, known.samples
-            facts = {"model": kept.model, "quick": kept.quick, "measured_on": str(kept.measured_on)}
-            log.info("profile", extra=facts)
+        names = await asyncio.to_thread(device_name, {resources[lane] for lane in known})
+        hardware = await asyncio.to_thread(this_hardware, self._settings, names)
+        if not model.looked:
+            model.looked = True
+            kept = await asyncio.to_thread(load_profile, model.package, self._settings, hardware.device)
+            if kept is not None and kept.busy and await self._others_share() <= BUSY_SHARE:
+                log.info("measuring again what was measured on a busy machine", extra={"model": kept.model})
+            elif kept is not None and self._is_as_asked_for(kept):
+                self._take(model, kept)
         return hardware
+
+    def _take(self, model: LoadedModel, kept: Profile) -> None:
+        """Puts a kept profile into a model."""
+        known, profile = self._believed(kept, model.package), model.profile
+        profile.encoders.update(known.encoders)
+        profile.fusion.update(known.fusion)
+        if kept.accuracy_measured:
+            profile.accuracy, profile.samples = known.accuracy, known.samples
+        _tell(kept, "profile")
 
     def _believed(self, kept: Profile, package: ModelPackage) -> ModelProfile:
         return model_profile(kept, package.default_min_accuracy)
@@ -139,7 +145,11 @@ class Latencies:
         if not complete or hardware is None:
             return
         calls = {name: self._call(name) for name in (*package.modalities, FUSION)}
-        quick = quick_profile(package, hardware, model.encoders, model.fusion, calls)
+        # It looks up which software is installed.
+        quick = await asyncio.to_thread(
+            quick_profile, package, hardware, model.encoders, model.fusion, calls, model.others_share
+        )
+        _tell(quick, "profile measured")
         file = await asyncio.to_thread(profile_file, package, hardware, self._settings)
         try:
             await asyncio.to_thread(save_profile, quick, file)
@@ -202,6 +212,15 @@ class Latencies:
     async def _points(self, ask: Callable[[int], Awaitable[service_pb2.ProfileReply]]) -> Points:
         points = [point for size in self._settings.selector.profile_batch_sizes for point in (await ask(size)).points]
         return tuple(Point(batch_size=p.batch_size, p50_ms=p.p50_ms, p95_ms=p.p95_ms) for p in points)
+
+
+def _tell(profile: Profile, event: str) -> None:
+    facts: dict[str, object] = {"model": profile.model, "quick": profile.quick, "measured_on": str(profile.measured_on)}
+    if profile.quick:
+        facts |= {"spread": round(profile.spread, 2), "others_share": profile.others_share}
+    if profile.busy:
+        facts["reason"] = "it was made on a busy machine: times may be too long"
+    log.log(logging.WARNING if profile.busy else logging.INFO, event, extra=facts)
 
 
 def _all_on_this_machine(settings: Settings) -> bool:

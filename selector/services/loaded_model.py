@@ -22,6 +22,7 @@ class LoadedModel:
         profile: what the core plans with; latencies are put into it.
         lanes: the services that have a part in it.
         encoders, fusion: what was measured since the start, by modality and by modality set.
+        others_share: the share of the processors that others used when that was measured, 0..1.
         looked: whether a kept profile was looked for.
         lacking: why a service does not have its networks, by lane.
         freed: set when no service has them any more.
@@ -32,6 +33,7 @@ class LoadedModel:
     lanes: Sequence[str]
     encoders: dict[str, Points] = field(default_factory=dict)
     fusion: dict[str, Points] = field(default_factory=dict)
+    others_share: float = 0.0
     looked: bool = False
     lacking: dict[str, str] = field(default_factory=dict)
     freed: asyncio.Event = field(default_factory=asyncio.Event)

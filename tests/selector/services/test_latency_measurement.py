@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 
 from mosel.config import Settings, load_settings
 from mosel.packages.model_package import ModelPackage
-from mosel.v1 import encoder_pb2, encoder_pb2_grpc, service_pb2
+from mosel.profiles.files import load_profile
+from mosel.v1 import encoder_pb2, encoder_pb2_grpc, fusion_pb2, fusion_pb2_grpc, service_pb2
 from selector.core.profile import ModelProfile
 from selector.services.latency_measurement import Latencies
 from selector.services.loaded_model import LoadedModel, lanes_of
@@ -22,7 +24,7 @@ SLOW_S = 0.003
 TCP = {"addresses": {"photo": "10.0.0.1:9000"}}
 
 
-def handlers(ms: float, delay_s: float) -> grpc.GenericRpcHandler:
+def handlers(ms: float, delay_s: float, of: str = "Encoder") -> grpc.GenericRpcHandler:
     """An encoder whose network takes so long; something else on its machine delays what it says of itself."""
 
     async def status(request: service_pb2.StatusRequest, context: Any) -> service_pb2.ServiceStatus:
@@ -34,13 +36,12 @@ def handlers(ms: float, delay_s: float) -> grpc.GenericRpcHandler:
         return service_pb2.ProfileReply(points=points)
 
     answer = grpc.unary_unary_rpc_method_handler
+    asked = fusion_pb2.ProfileFusionRequest if of == "Fusion" else encoder_pb2.ProfileEncoderRequest
     methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Status": answer(status, service_pb2.StatusRequest.FromString, service_pb2.ServiceStatus.SerializeToString),
-        "Profile": answer(
-            profile, encoder_pb2.ProfileEncoderRequest.FromString, service_pb2.ProfileReply.SerializeToString
-        ),
+        "Profile": answer(profile, asked.FromString, service_pb2.ProfileReply.SerializeToString),
     }
-    return grpc.method_handlers_generic_handler("mosel.v1.Encoder", methods)
+    return grpc.method_handlers_generic_handler(f"mosel.v1.{of}", methods)
 
 
 @pytest.fixture
@@ -91,3 +92,59 @@ async def test_the_way_by_socket_is_the_same_to_all_services(measured: ModelProf
 @pytest.mark.parametrize("latencies", [TCP], indirect=True)
 async def test_another_machine_may_be_further_away(measured: ModelProfile) -> None:
     assert ms(measured, "scent") - ms(measured, "photo") > SLOW_S * 1000 / 2
+
+
+@pytest.fixture
+async def fusion(tmp_path: Path) -> AsyncIterator["fusion_pb2_grpc.FusionAsyncStub"]:
+    server, address = grpc.aio.server(), f"unix:{tmp_path}/fusion"
+    server.add_generic_rpc_handlers((handlers(0.1, 0.0, "Fusion"),))
+    server.add_insecure_port(address)
+    await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        yield fusion_pb2_grpc.FusionStub(channel)
+    await server.stop(None)
+
+
+@pytest.fixture
+def kept_settings(settings_with: Callable[..., Settings], tmp_path: Path) -> Settings:
+    return settings_with(profiles_dir=tmp_path / "profiles")
+
+
+async def test_what_was_measured_on_a_busy_machine_says_so_and_is_measured_again_on_a_quiet_one(
+    stubs: Stubs,
+    fusion: "fusion_pb2_grpc.FusionAsyncStub",
+    kept_settings: Settings,
+    model: LoadedModel,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fruit, share = model.package, 0.5
+
+    async def others_share() -> float:
+        return share
+
+    async def start() -> tuple[float, bool, float]:
+        """A start of the selector: which share is kept, whether it is busy, and the spread of times."""
+        latencies = Latencies(kept_settings, others_share)
+        fresh = LoadedModel(fruit, ModelProfile(fruit.accuracy.sets, fruit.accuracy.samples), model.lanes)
+        resources = dict.fromkeys(model.lanes, "cpu")
+        for modality, stub in stubs.items():
+            await latencies.of_encoder(modality, stub, [fresh], resources)
+        await latencies.of_fusion(fusion, [fresh], resources)
+        assert all(map(fresh.profile.is_measured, fresh.profile.accuracy))
+        kept = await asyncio.to_thread(load_profile, fruit, kept_settings)
+        assert kept is not None
+        return kept.others_share, kept.busy, kept.spread
+
+    with caplog.at_level(logging.INFO):
+        assert await start() == (0.5, True, 1.0)
+        (warned,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+        assert "busy machine" in vars(warned)["reason"]
+        # Others still use the machine: that it was measured so is better than nothing.
+        assert await start() == (0.5, True, 1.0)
+        share = 0.02
+        assert await start() == (0.02, False, 1.0)
+        caplog.clear()
+        assert await start() == (0.02, False, 1.0)
+        assert [record.message for record in caplog.records if record.name.endswith("latency_measurement")] == [
+            "profile"
+        ]
