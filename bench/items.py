@@ -26,29 +26,29 @@ class Items:
     Attributes:
         payloads: arrays [N, ...] by modality.
         labels: int64 [N], or None if nobody knows the right answers.
-        recordings: int64 [N], the source recording of each item; items of the same one are alike.
+        groups: int64 [N, C], the group of each item in every grouping; items of the same group are alike.
         source: where they come from, in words.
     """
 
     payloads: Mapping[str, NDArray[Any]]
     labels: NDArray[np.int64] | None
-    recordings: NDArray[np.int64]
+    groups: NDArray[np.int64]
     source: str
 
     def rows(self, size: int, seed: int) -> slice:
         """The items of a job."""
-        start = int(np.random.default_rng(seed).integers(max(len(self.recordings) - size, 0) + 1))
+        start = int(np.random.default_rng(seed).integers(max(len(self.groups) - size, 0) + 1))
         return slice(start, start + size)
 
     def check_size(self, size: int) -> None:
         """Raises ConfigError if a job would have more items than there are."""
-        if size > len(self.recordings):
-            raise ConfigError(f"a job of {size} items is asked for; there are {len(self.recordings)} ({self.source})")
+        if size > len(self.groups):
+            raise ConfigError(f"a job of {size} items is asked for; there are {len(self.groups)} ({self.source})")
 
     def spread(self, size: int, jobs: int) -> list[slice]:
         """The items of at most so many jobs, each of other items if there are enough; errors as of `check_size`."""
         self.check_size(size)
-        last = len(self.recordings) - size
+        last = len(self.groups) - size
         return [slice(start, start + size) for start in np.unique(np.linspace(0, last, jobs).astype(int)).tolist()]
 
     def payloads_of(self, rows: slice) -> dict[str, NDArray[Any]]:
@@ -60,7 +60,7 @@ class Items:
         if self.labels is None:
             return ()
         right = [names[label] == predicted for label, predicted in zip(self.labels[rows], labels, strict=True)]
-        return tuple(zip(self.recordings[rows].tolist(), right, strict=True))
+        return tuple(zip(map(tuple, self.groups[rows].tolist()), right, strict=True))
 
 
 def items_of(package: ModelPackage, data: Path | None = None, at_least: int = _RANDOM_ITEMS) -> Items:
@@ -76,19 +76,30 @@ def items_of(package: ModelPackage, data: Path | None = None, at_least: int = _R
             raise DatasetError("the model has no labelled samples")
         found, module = find(package, data), package.load_module(package.samples)
         samples: Samples = module.load(found.folder, "test")
-        # A module that knows which rows come from the same recording says so.
-        recordings = (
-            module.recordings(found.folder, "test") if hasattr(module, "recordings") else np.arange(len(samples))
-        )
     except DatasetError as error:
         return random_items(package.modalities, str(error), at_least)
-    order = np.random.default_rng(0).permutation(len(samples))
-    mixed = samples.take(order)
-    return Items(mixed.payloads, mixed.labels, recordings[order], f"{len(samples)} labelled test items")
+    return mixed_items(samples, f"{len(samples)} labelled test items")
+
+
+def mixed_items(samples: Samples, source: str) -> Items:
+    """Samples in random order, the same each time."""
+    mixed = samples.take(np.random.default_rng(0).permutation(len(samples)))
+    return Items(mixed.payloads, mixed.labels, grouped(mixed), f"{source}{_of_groups(mixed)}")
+
+
+def grouped(samples: Samples) -> NDArray[np.int64]:
+    """The groups of samples as columns, [N, C]."""
+    columns = list(samples.groups.values())
+    return np.stack(columns, 1) if columns else np.zeros((len(samples), 0), np.int64)
+
+
+def _of_groups(samples: Samples) -> str:
+    counts = [f"{len(np.unique(group))} by {name}" for name, group in samples.groups.items()]
+    return f" of groups: {', '.join(counts)}" if counts else ""
 
 
 def random_items(modalities: Mapping[str, ModalitySpec | ModalityInfo], why: str, count: int = _RANDOM_ITEMS) -> Items:
     """So many random items of a model's modalities; `why` says why no real ones."""
     count = max(count, _RANDOM_ITEMS)
     payloads = {name: example_rows(spec.dtype, (count, *spec.shape)) for name, spec in modalities.items()}
-    return Items(payloads, None, np.arange(count), f"random payloads ({why})")
+    return Items(payloads, None, np.zeros((count, 0), np.int64), f"random payloads ({why})")

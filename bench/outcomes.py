@@ -80,7 +80,7 @@ class Summary:
         p99_ms: the same, not exceeded by 99 % of them; known to 1 %.
         expected_accuracy: mean over answered items; NaN without any.
         measured_accuracy: against the labels; NaN without any.
-        standard_error: of the measured accuracy, by a bootstrap clustered on source recordings.
+        standard_error: of the measured accuracy, where items of the same recordings are alike (`bench.accuracy`).
         below_floor: answered jobs whose expected accuracy is below their floor.
         shares: of answered items by modality set.
         endings: jobs by how they ended; `late` are some of the answered ones.
@@ -115,7 +115,7 @@ class Tally:
     _ms: float = 0.0
     _accuracy: float = 0.0
     _below_floor: int = 0
-    _scored: list[tuple[int, bool]] = field(default_factory=list)
+    _scored: list[tuple[tuple[int, ...], float]] = field(default_factory=list)
 
     def add(self, outcome: Outcome) -> None:
         """One more job."""

@@ -24,6 +24,7 @@
         ├── ConfigError             a setting is wrong
         ├── PackageError            a model package is wrong                FAILED_PRECONDITION
         └── DatasetError            samples cannot be had or are damaged
+            └── NoSuchSplit             there are samples, but no such split
 
 Messages are written for the person who reads them: they name the field or setting, what it holds and what was
 expected.
@@ -142,3 +143,7 @@ class PackageError(SetupError):
 
 class DatasetError(SetupError):
     """Labelled samples cannot be had, or are not what their checksum says."""
+
+
+class NoSuchSplit(DatasetError):
+    """A model's labelled samples have no split of that name."""

@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mosel.data.samples import Samples, load_arrays
-from mosel.errors import DatasetError
 
-AUDIO_SAMPLES = 8_000  # one second at 8 kHz
+from .splits import AUDIO_SAMPLES, Roles, Table, noise_sources, rows_of
+
 AUDIO_RMS = 0.1
-SPLITS = {"train": "train", "validation": "val", "test": "test"}
 
 Floats = NDArray[np.float32]
 Arrays = dict[str, NDArray[Any]]
@@ -31,9 +30,17 @@ class Recordings:
     noise: Arrays
     pairs: Arrays
 
-    def rows(self, split: str, part: str) -> NDArray[Any]:
-        """One column of the row table, e.g. which image goes into each row of a split."""
-        return self.pairs[f"{SPLITS[split]}_{part}"]
+    def rows(self, split: str) -> tuple[Table, Roles]:
+        """Which recordings go into each row of a split, and, of calibration, which rows certify."""
+        return rows_of(split, self.pairs, speech=self.speech, pen=self.pen, noise=self.noise)
+
+    def payloads(self, rows: Table) -> dict[str, Floats]:
+        """Pen starts, degraded images and noisy speech of rows."""
+        return {
+            "pen": self.pen_starts(rows["pen"]),
+            "image": self.degraded_images(rows["image"]),
+            "audio": self._noisy_speech(rows),
+        }
 
     def degraded_images(self, rows: NDArray[Any]) -> Floats:
         """Images as float32 [N, 28, 28], of which 4 principal components (28 % of the variance) are kept."""
@@ -54,6 +61,13 @@ class Recordings:
     def noise_second(self, row: int, start: int) -> Floats:
         """One second of a noise clip, float32 [8000] in -1..1, from the sample `start` on."""
         return _over(self.noise["pcm"][row, start : start + AUDIO_SAMPLES], 32768)
+
+    def _noisy_speech(self, rows: Table) -> Floats:
+        columns = [rows[part].tolist() for part in ("speech", "noise", "noise_start", "speech_start", "snr_db")]
+        audio = np.empty((len(columns[0]), AUDIO_SAMPLES), np.float32)
+        for out, speech, noise, noise_start, start, snr_db in zip(audio, *columns, strict=True):
+            out[:] = mix(self.take(speech), self.noise_second(noise, noise_start), start, snr_db)
+        return audio
 
 
 def read_recordings(data: Path) -> Recordings:
@@ -88,45 +102,24 @@ def load(data: Path, split: str) -> Samples:
 
     Args:
         data: the folder with images.npz, speech.npz, pen.npz, noise.npz and pairs.npz.
-        split: `train` (20,000 rows), `validation` (2,000) or `test` (10,000).
+        split: one of `splits.SPLITS`.
 
     Returns:
-        Payloads pen float32 [N, 2, 2], image float32 [N, 28, 28] and audio float32 [N, 8000]; labels 0..9.
+        Payloads pen float32 [N, 2, 2], image float32 [N, 28, 28] and audio float32 [N, 8000]; labels 0..9; groups by
+        the recordings that several rows share.
 
     Raises:
         DatasetError: a file is missing or unreadable, or the split is unknown.
     """
-    if split not in SPLITS:
-        raise DatasetError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
     recordings = read_recordings(data)
+    rows, certify = recordings.rows(split)
+    groups = {"noise clip": noise_sources()[rows["noise"]], "spoken take": rows["speech"], "pen path": rows["pen"]}
     return Samples(
-        payloads={
-            "pen": recordings.pen_starts(recordings.rows(split, "pen")),
-            "image": recordings.degraded_images(recordings.rows(split, "image")),
-            "audio": _noisy_speech(recordings, split),
-        },
-        labels=recordings.rows(split, "label").astype(np.int64),
+        payloads=recordings.payloads(rows),
+        labels=rows["label"].astype(np.int64),
+        groups={name: group.astype(np.int64) for name, group in groups.items()},
+        certify=certify,
     )
-
-
-def recordings(data: Path, split: str) -> NDArray[np.int64]:
-    """The speech take behind each row of a split, int64 [N]: rows of the same take are alike.
-
-    Raises:
-        DatasetError: a file is missing or unreadable.
-    """
-    takes: NDArray[np.int64] = read_recordings(data).rows(split, "speech").astype(np.int64)
-    return takes
-
-
-def _noisy_speech(recordings: Recordings, split: str) -> Floats:
-    columns = [
-        recordings.rows(split, part).tolist() for part in ("speech", "noise", "noise_start", "speech_start", "snr_db")
-    ]
-    audio = np.empty((len(columns[0]), AUDIO_SAMPLES), np.float32)
-    for out, speech, noise, noise_start, start, snr_db in zip(audio, *columns, strict=True):
-        out[:] = mix(recordings.take(speech), recordings.noise_second(noise, noise_start), start, snr_db)
-    return audio
 
 
 def _over(integers: NDArray[Any], unit: float) -> Floats:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mosel.compute.training import measure_accuracy, save_weights, write_accuracy, write_report
+from mosel.compute.training import save_weights, score, write_accuracy, write_report
 from mosel.data.samples import Samples
 from mosel.modality import subsets
 
@@ -77,10 +77,11 @@ class Mixer:
     def __init__(self, recordings: Recordings, seed: int) -> None:
         self.recordings = recordings
         self.random = np.random.default_rng(seed)
-        self.labels = recordings.rows("train", "label").astype(np.int64)
-        self.noises = np.unique(recordings.rows("train", "noise"))
+        rows, _ = recordings.rows("train")
+        self.labels = rows["label"].astype(np.int64)
+        self.noises = np.unique(rows["noise"])
         self.by_label = {
-            part: [np.unique(recordings.rows("train", part)[self.labels == label]) for label in range(CLASSES)]
+            part: [np.unique(rows[part][self.labels == label]) for label in range(CLASSES)]
             for part in ("image", "pen", "speech")
         }
 
@@ -128,13 +129,13 @@ def fit(model: Digits, mixer: Mixer, validation: Samples, epochs: int) -> None:
                 optimizer.step()
                 schedule.step()
                 progress.update(task, advance=1, description=f"epoch {epoch}/{epochs}, loss {loss.item():.3f}")
-            accuracy = measure_accuracy(model.encoders, model.fusion, validation)
+            accuracy = score(model.encoders, model.fusion, validation).accuracy
             sets = ", ".join(f"{name} {value:.3f}" for name, value in accuracy.items())
             progress.console.print(f"epoch {epoch}: {sets}")
 
 
 def main(data: Path, out: Path, seed: int, epochs: int = EPOCHS) -> None:
-    """Train, measure on validation and test, and write weights, accuracy.json, report.json and report.md.
+    """Train, measure, and write weights, accuracy.json, calibration.npz, report.json and report.md.
 
     Args:
         data: the folder with the npz files that `samples.load` reads.
@@ -149,10 +150,8 @@ def main(data: Path, out: Path, seed: int, epochs: int = EPOCHS) -> None:
     torch.manual_seed(seed)
     # A third faster on a CPU; torch's own types do not know this argument.
     model: Digits = Digits().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    validation = load(data, "validation")
-    fit(model, Mixer(read_recordings(data), seed), validation, epochs)
+    fit(model, Mixer(read_recordings(data), seed), load(data, "validation"), epochs)
     save_weights(out, model.encoders, model.fusion)
-    accuracy = write_accuracy(
-        out, model.encoders, model.fusion, validation=validation, test=load(data, "test"), package=Path(__file__).parent
-    )
+    calibration, test = (score(model.encoders, model.fusion, load(data, split)) for split in ("calibration", "test"))
+    accuracy = write_accuracy(out, calibration=calibration, test=test, package=Path(__file__).parent)
     write_report(out, accuracy, seed=seed, seconds=time.monotonic() - began)

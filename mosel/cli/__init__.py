@@ -5,6 +5,7 @@ import sys
 import typer
 
 from mosel.cli.bench import bench_app
+from mosel.cli.calibrate import calibrate
 from mosel.cli.config import config
 from mosel.cli.data import data_app
 from mosel.cli.demo import demo
@@ -22,7 +23,23 @@ from mosel.cli.up import up
 from mosel.errors import MoselError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-COMMANDS = (up, demo, predict, plan, models, reload, unload, status, health, token, config, profile, simulate, train)
+COMMANDS = (
+    up,
+    demo,
+    predict,
+    plan,
+    models,
+    reload,
+    unload,
+    status,
+    health,
+    token,
+    config,
+    profile,
+    calibrate,
+    simulate,
+    train,
+)
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(data_app, name="data")

@@ -46,7 +46,7 @@ def profile(
 
     kept = settings_from(models, [model], device, **FREE_PORTS)
     package = find_packages(kept.models_dir, (model,))[model]
-    samples, source = _validation(package, data)
+    samples, source = _calibration(package, data)
     with tempfile.TemporaryDirectory(prefix="mosel-profile-") as scratch:
         settings = _measuring(kept, batch_sizes, Path(scratch))
         with started(settings, _READY_TIMEOUT_S) as launcher, Client(launcher.local_address, retries=None) as client:
@@ -61,22 +61,22 @@ def profile(
     _plot(measured, package, plot or file.with_suffix(".png"))
 
 
-def _validation(package: "ModelPackage", data: Path | None) -> "tuple[Samples | None, str]":
+def _calibration(package: "ModelPackage", data: Path | None) -> "tuple[Samples | None, str]":
     """Labelled samples that the training has not seen, if they can be had here; and where accuracies come from."""
     from mosel.data.datasets import find
-    from mosel.errors import DatasetError
+    from mosel.errors import DatasetError, NoSuchSplit
     from mosel.profiles.files import package_accuracy_source
 
     try:
         if package.samples is None:
             raise DatasetError(f"model '{package.name}' has no table [samples] in model.toml")
         found = find(package, data)
-        samples: Samples = package.load_module(package.samples).load(found.folder, "validation")
+        samples: Samples = package.load_module(package.samples).load(found.folder, "calibration")
     except DatasetError as error:
-        if data is not None:
+        if data is not None and not isinstance(error, NoSuchSplit):
             raise
         return None, f"{package_accuracy_source(package)} ({error})"
-    return samples, f"measured here: {len(samples)} samples of the validation split ({found.origin})"
+    return samples, f"measured here: {len(samples)} samples of the calibration split ({found.origin})"
 
 
 def _measuring(settings: "Settings", batch_sizes: str | None, profiles_dir: Path) -> "Settings":

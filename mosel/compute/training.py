@@ -1,20 +1,24 @@
-"""Save what was trained: weights as safetensors, and accuracy.json with the accuracy of every modality set."""
+"""Save what was trained: weights, and what they make of samples, as accuracies and calibration rows."""
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from mosel.compute.networks import to_tensor
 from mosel.data.samples import Samples
 from mosel.errors import PackageError
-from mosel.modality import format_set, subsets
+from mosel.modality import ModalitySet, format_set, subsets
+from mosel.packages.calibration import Calibration, drawn_roles, save_calibration
 from mosel.packages.model_package import load_package
 
 CHUNK_ITEMS = 250
@@ -41,56 +45,106 @@ def save_weights(folder: Path, encoders: Mapping[str, nn.Module], fusion: nn.Mod
     return _replace(folder / "weights.safetensors", save(weights))
 
 
-@torch.inference_mode()
-def measure_accuracy(encoders: Mapping[str, nn.Module], fusion: nn.Module, samples: Samples) -> dict[str, float]:
-    """The share of items whose most probable class is the label, 0..1, for every modality set.
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What networks made of N samples.
 
-    The networks are left in evaluation mode.
+    Attributes:
+        samples: those that were scored.
+        sets: the S modality sets, every non-empty one.
+        answers: int32 [N, S], the index of the largest output.
+        confidence: float32 [N, S], that output.
+    """
+
+    samples: Samples
+    sets: Sequence[ModalitySet]
+    answers: NDArray[np.int32]
+    confidence: NDArray[np.float32]
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """The share of items whose largest output is that of their label, 0..1, by modality set: `audio+image`."""
+        right = (self.answers == self.samples.labels[:, None]).mean(0)
+        return dict(zip(map(format_set, self.sets), right.tolist(), strict=True))
+
+    def calibration(self, content_hash: str, source: str) -> Calibration:
+        """These samples as calibration rows of the package with that hash; `source` says in words where they are from.
+
+        Where the samples do not say which of them certify, that is drawn.
+        """
+        names = list(self.samples.groups)
+        groups = np.zeros((len(self.samples), len(names)), np.int32)
+        for column, name in enumerate(names):
+            groups[:, column] = self.samples.groups[name]
+        certify = self.samples.certify
+        return Calibration(
+            content_hash=content_hash,
+            sets=self.sets,
+            answers=self.answers,
+            confidence=self.confidence,
+            labels=self.samples.labels.astype(np.int32),
+            groups=groups,
+            group_names=names,
+            certify=drawn_roles(groups) if certify is None else certify,
+            source=source,
+        )
+
+
+@torch.inference_mode()
+def score(
+    encoders: Mapping[str, nn.Module],
+    fusion: nn.Module,
+    samples: Samples,
+    advance: Callable[[int], object] = lambda items: None,
+) -> Scores:
+    """Ask networks about samples, with every modality set. They are left in evaluation mode.
 
     Args:
         encoders: one network per modality, payload [N, *shape] -> embedding [N, *embedding].
-        fusion: dict of embeddings -> probabilities [N, classes].
-        samples: at least one item, with a payload for each encoder.
-
-    Returns:
-        Accuracy by modality set, written sorted and joined: `audio+image`.
+        fusion: dict of embeddings -> output [N, *shape], such as probabilities [N, classes].
+        samples: with a payload for each encoder; copied to where the encoders are, some at a time.
+        advance: told after each chunk how many items it had.
     """
-    correct = dict.fromkeys(map(format_set, subsets(encoders)), 0)
+    sets = subsets(encoders)
+    answers = np.empty((len(samples), len(sets)), np.int32)
+    confidence = np.empty((len(samples), len(sets)), np.float32)
     for network in (*encoders.values(), fusion):
         network.eval()
+    device = next((weight.device for weight in fusion.parameters()), torch.device("cpu"))
     for start in range(0, len(samples), CHUNK_ITEMS):
-        chunk = samples.take(slice(start, start + CHUNK_ITEMS))
-        labels = torch.tensor(chunk.labels)
+        rows = slice(start, start + CHUNK_ITEMS)
+        chunk = samples.take(rows)
         embeddings: dict[str, Tensor] = {
-            modality: encoder(torch.tensor(chunk.payloads[modality])) for modality, encoder in encoders.items()
+            modality: encoder(_tensor(chunk.payloads[modality], device)) for modality, encoder in encoders.items()
         }
-        for subset in subsets(encoders):
+        for column, subset in enumerate(sets):
             output: Tensor = fusion({modality: embeddings[modality] for modality in sorted(subset)})
-            correct[format_set(subset)] += int((output.argmax(-1) == labels).sum())
-    return {name: count / len(samples) for name, count in correct.items()}
+            largest = output.float().flatten(1).max(-1)
+            answers[rows, column] = largest.indices.cpu()
+            confidence[rows, column] = largest.values.cpu()
+        advance(len(chunk))
+    return Scores(samples, sets, answers, confidence)
 
 
 def write_accuracy(
     folder: Path,
-    encoders: Mapping[str, nn.Module],
-    fusion: nn.Module,
     *,
-    validation: Samples,
-    test: Samples,
+    calibration: Scores,
+    test: Scores,
+    source: str = "samples that no weight was fitted to",
     package: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure every modality set and write `accuracy.json`, bound to the `weights.safetensors` beside it and the code.
+    """Write `accuracy.json` and `calibration.npz`, bound to the `weights.safetensors` beside them and the code.
 
     Args:
         folder: the model package, with the weights saved by `save_weights`.
-        encoders: the networks whose weights were saved.
-        fusion: the fusion network whose weights were saved.
-        validation: samples that no weight was fitted to; the selector relies on these accuracies.
-        test: samples that no choice was made with; reported.
+        calibration: of samples that no weight was fitted to; the selector relies on them.
+        test: of samples that no choice was made with; reported.
+        source: where the calibration samples are from, in words.
         package: the model package, where `folder` is another one, whose files will be put into it.
 
     Returns:
-        What was written.
+        What `accuracy.json` holds.
 
     Raises:
         PackageError: the weights have not been saved, or the package is wrong.
@@ -98,10 +152,11 @@ def write_accuracy(
     weights = folder / "weights.safetensors"
     if not weights.is_file():
         raise PackageError(f"{weights}: no such file; save_weights writes it")
-    measured = load_package(package or folder, weights)
-    document: dict[str, Any] = {"content_hash": measured.content_hash, "metric": "accuracy"}
-    for split, samples in {"validation": validation, "test": test}.items():
-        document[split] = {"samples": len(samples), "sets": measure_accuracy(encoders, fusion, samples)}
+    content_hash = load_package(package or folder, weights).content_hash
+    document: dict[str, Any] = {"content_hash": content_hash, "metric": "accuracy"}
+    for split, scores in {"validation": calibration, "test": test}.items():
+        document[split] = {"samples": len(scores.samples), "sets": scores.accuracy}
+    save_calibration(folder / "calibration.npz", calibration.calibration(content_hash, source))
     _replace(folder / "accuracy.json", (json.dumps(document, indent=2) + "\n").encode())
     return document
 
@@ -130,12 +185,17 @@ def write_report(folder: Path, accuracy: Mapping[str, Any], *, seed: int, second
         "",
         ", ".join(f"{name} {value}" for name, value in facts.items()),
         "",
-        f"| modality set | validation ({validation['samples']} samples) | test ({test['samples']} samples) |",
+        f"| modality set | calibration ({validation['samples']} samples) | test ({test['samples']} samples) |",
         "| --- | --- | --- |",
         *(f"| {name} | {value:.3f} | {test['sets'][name]:.3f} |" for name, value in validation["sets"].items()),
     ]
     _replace(folder / "report.json", (json.dumps({**facts, **accuracy}, indent=2) + "\n").encode())
     _replace(folder / "report.md", ("\n".join(lines) + "\n").encode())
+
+
+def _tensor(payload: NDArray[Any], device: torch.device) -> Tensor:
+    """Of the types that a payload may have, only BF16 arrives as uint16."""
+    return to_tensor(np.array(payload), "BF16" if payload.dtype == np.uint16 else "", device)
 
 
 def _replace(path: Path, content: bytes) -> Path:

@@ -2,7 +2,8 @@
 
 import zipfile
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ class Samples:
     Args:
         payloads: one array per modality, [N, *shape], in the dtype that model.toml states.
         labels: int64 [N], the index of the right class.
+        groups: by name, such as "person": int64 [N], which group an item belongs to. Items of the same group are alike
+            (same person, same recording), so that many of them tell little more than one.
+        certify: bool [N], the items that certify; the others choose rules. None: nothing is said.
 
     Raises:
         DatasetError: there is no modality, or the arrays differ in N.
@@ -27,6 +31,8 @@ class Samples:
 
     payloads: dict[str, NDArray[Any]]
     labels: NDArray[np.int64]
+    groups: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    certify: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         if not self.payloads:
@@ -36,13 +42,23 @@ class Samples:
         for modality, payload in self.payloads.items():
             if payload.ndim == 0 or len(payload) != len(self):
                 raise DatasetError(f"samples: {modality} has shape {payload.shape}, expected {len(self)} rows")
+        for name, group in self.groups.items():
+            if group.shape != (len(self),) or not np.issubdtype(group.dtype, np.integer):
+                raise DatasetError(f"samples: groups by {name} are {group.dtype} {group.shape}, expected integers [N]")
+        if self.certify is not None and (self.certify.shape != (len(self),) or self.certify.dtype != np.bool_):
+            raise DatasetError(f"samples: certify is {self.certify.dtype} {self.certify.shape}, expected bool [N]")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: slice | NDArray[np.int64]) -> "Samples":
         """The samples of some rows, in that order."""
-        return Samples({modality: payload[rows] for modality, payload in self.payloads.items()}, self.labels[rows])
+        return Samples(
+            payloads={modality: payload[rows] for modality, payload in self.payloads.items()},
+            labels=self.labels[rows],
+            groups={name: group[rows] for name, group in self.groups.items()},
+            certify=None if self.certify is None else self.certify[rows],
+        )
 
 
 def load_arrays(file: Path) -> dict[str, NDArray[Any]]:

@@ -14,6 +14,7 @@ from mosel.errors import PackageError
 from mosel.modality import ModalitySet, format_set, parse_set
 
 UNLABELLED = -1
+_DESIGN_SHARE, _ROLES_SEED = 0.2, 0
 _ARRAYS = ("answers", "certify", "confidence", "content_hash", "group_names", "groups", "labels", "sets", "source")
 
 
@@ -63,6 +64,20 @@ class Calibration:
     def is_labelled(self) -> bool:
         """Whether the right answer is known of every item."""
         return bool((self.labels != UNLABELLED).all())
+
+
+def drawn_roles(groups: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Which items certify, where nothing says so: all but about a fifth, by whole groups of the first grouping.
+
+    Args:
+        groups: int32 [N, C]; without groupings, every item is a group of its own.
+
+    Returns:
+        bool [N], the same each time. Of two groups or more at least one chooses and one certifies.
+    """
+    group = groups[:, 0] if groups.shape[1] else np.arange(len(groups))
+    every = np.random.default_rng(_ROLES_SEED).permutation(np.unique(group))
+    return ~np.isin(group, every[: max(round(_DESIGN_SHARE * len(every)), int(len(every) > 1))])
 
 
 def save_calibration(file: Path, calibration: Calibration) -> None:

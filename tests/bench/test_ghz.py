@@ -172,7 +172,7 @@ def test_the_script_says_what_it_sends(
 
 def test_real_samples_are_sent_where_there_are_some(fruit: ModelPackage, tmp_path: Path) -> None:
     scents = np.arange(12, dtype=np.float32).reshape(2, 6)
-    items = Items({"scent": scents}, np.zeros(2, np.int64), np.arange(2), "two labelled test items")
+    items = Items({"scent": scents}, np.zeros(2, np.int64), np.zeros((2, 0), np.int64), "two labelled test items")
     files = {file.name: file for file in write_payloads(tmp_path, fruit, items, 2, Demand())}
     (batch, *_) = messages(files["mosel-batch.bin"], gateway_pb2.PredictRequest)
     assert isinstance(batch, gateway_pb2.PredictRequest)

@@ -69,7 +69,7 @@ def test_p99_is_known_to_one_percent(times: list[float]) -> None:
 
 def test_measured_accuracy_is_over_labelled_items() -> None:
     arrival = Arrival(0.0, 2, 100.0, 0.5)
-    scored = [((1, True), (2, False)), ((1, True), (3, True))]
+    scored = [(((1,), True), ((2,), False)), (((1,), True), ((3,), True))]
     answers = [Outcome(arrival, Ending.ANSWERED, 0.01, (("audio", 2),), 0.9, s) for s in scored]
     summary = summarise(answers, 1.0)
     assert summary.measured_accuracy == 0.75
@@ -79,11 +79,11 @@ def test_measured_accuracy_is_over_labelled_items() -> None:
 def test_independent_items_have_the_binomial_standard_error() -> None:
     right = np.random.default_rng(0).random(2_000) < 0.8
     share = right.mean()
-    error = standard_error([(i, bool(r)) for i, r in enumerate(right)])
+    error = standard_error([((i,), bool(r)) for i, r in enumerate(right)])
     assert error == pytest.approx(math.sqrt(share * (1 - share) / 2_000), rel=0.1)
 
 
 def test_items_of_one_recording_tell_no_more_than_one() -> None:
     right = np.random.default_rng(0).random(200) < 0.8
-    alone = [(i, bool(r)) for i, r in enumerate(right)]
+    alone = [((i,), bool(r)) for i, r in enumerate(right)]
     assert standard_error(alone * 10) == pytest.approx(standard_error(alone), rel=0.1)

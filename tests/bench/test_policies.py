@@ -105,9 +105,9 @@ def test_a_model_without_labelled_samples_gets_random_items(fruit: ModelPackage)
 
 
 def test_labelled_items_are_scored_against_their_labels() -> None:
-    labels, recordings = np.array([1, 0, 1], np.int64), np.array([7, 7, 8], np.int64)
-    items = Items({"audio": np.zeros((3, 2))}, labels, recordings, "a test")
-    assert items.scored(slice(0, 3), ["b", "b", "b"], ["a", "b"]) == ((7, True), (7, False), (8, True))
+    labels, groups = np.array([1, 0, 1], np.int64), np.array([[7, 0], [7, 1], [8, 1]], np.int64)
+    items = Items({"audio": np.zeros((3, 2))}, labels, groups, "a test")
+    assert items.scored(slice(0, 3), ["b", "b", "b"], ["a", "b"]) == (((7, 0), True), ((7, 1), False), ((8, 1), True))
 
 
 def test_real_services_answer_the_workload(services: Launcher, fruit: ModelPackage) -> None:

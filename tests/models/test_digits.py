@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mosel.compute.networks import load_encoder, load_fusion
-from mosel.compute.training import measure_accuracy
+from mosel.compute.training import score
 from mosel.data.samples import Samples
 from mosel.errors import DatasetError
 from mosel.modality import ModalitySet, format_set, subsets
@@ -72,27 +72,42 @@ def real_test_split(data: Path, samples_module: ModuleType) -> Samples:
 def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of random recordings, in the layout of the real ones."""
     folder, random = tmp_path_factory.mktemp("made_up"), np.random.default_rng(0)
-    rows = {"train": 150, "val": 20, "test": 10}
-    labels = {split: np.arange(count, dtype=np.uint8) % 10 for split, count in rows.items()}
-    lengths = random.integers(1500, 5000, 20)
+    rows = {"train": 150, "val": 200, "test": 600}
+    # Of images and pen paths, takes, clips: each split has its own, and every digit has many.
+    own = {"train": (10, 10, 3), "val": (200, 200, 20), "test": (600, 200, 20)}
+    first = {"train": (0, 0, 0), "val": (10, 10, 3), "test": (210, 210, 23)}
+    lengths = random.integers(1500, 3000, 410)
     offset = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     files: dict[str, dict[str, NDArray[Any]]] = {
         "images": {
-            "image": random.integers(0, 256, (20, 28, 28), dtype=np.uint8),
+            "image": random.integers(0, 256, (810, 28, 28), dtype=np.uint8),
             "pca_mean": np.full(784, 0.1, np.float32),
             "pca_components": np.linalg.qr(random.normal(size=(784, 4)))[0].T.astype(np.float32),
         },
-        "speech": {"pcm": random.integers(-9999, 9999, offset[-1], dtype=np.int16), "offset": offset},
-        "pen": {"points": random.integers(0, 101, (20, 8, 2), dtype=np.uint8)},
-        "noise": {"pcm": random.integers(-9999, 9999, (3, 16000), dtype=np.int16)},
+        "speech": {
+            "pcm": random.integers(-9999, 9999, offset[-1], dtype=np.int16),
+            "offset": offset,
+            "digit": (np.arange(410) % 10).astype(np.uint8),
+            "speaker": (np.arange(410) // 10 % 2).astype(np.uint8),
+        },
+        "pen": {
+            "points": random.integers(0, 101, (810, 8, 2), dtype=np.uint8),
+            "label": (np.arange(810) % 10).astype(np.uint8),
+        },
+        "noise": {
+            "pcm": random.integers(-9999, 9999, (43, 16000), dtype=np.int16),
+            "cls": np.arange(43, dtype=np.uint8) % 2,
+        },
         "pairs": {},
     }
-    for split, label in labels.items():
+    for split, count in rows.items():
+        row, label = np.arange(count), (np.arange(count) % 10).astype(np.uint8)
+        image, speech, noise = (start + row % of for start, of in zip(first[split], own[split], strict=True))
         columns: dict[str, NDArray[Any]] = {
-            "image": label,
-            "speech": label,
-            "pen": label,
-            "noise": label % 3,
+            "image": image,
+            "speech": speech,
+            "pen": image,
+            "noise": noise,
             "noise_start": np.full(len(label), 8000, np.int16),
             "speech_start": np.full(len(label), 3000, np.int16),
             "snr_db": np.full(len(label), -6, np.float32),
@@ -108,8 +123,7 @@ def test_accuracies_belong_to_the_weights(package: ModelPackage) -> None:
     document = json.loads((FOLDER / "accuracy.json").read_text())
     assert document["content_hash"] == package.content_hash
     assert set(package.accuracy.sets) == set(SETS)
-    assert package.accuracy.samples == 2_000
-    assert document["test"]["samples"] == 10_000
+    assert (package.accuracy.samples, document["test"]["samples"]) == (6_000, 2_493)
 
 
 def test_accuracies_reach_what_is_promised() -> None:
@@ -177,19 +191,76 @@ def test_silent_noise_leaves_the_take(samples_module: ModuleType) -> None:
 
 def test_samples_fit_what_the_package_states(made_up: Path, package: ModelPackage, samples_module: ModuleType) -> None:
     samples = samples_module.load(made_up, "validation")
-    assert samples.labels.tolist() == list(range(10)) * 2
+    assert samples.labels.tolist() == list(range(10)) * 20
     for modality, spec in package.modalities.items():
-        assert samples.payloads[modality].shape == (20, *spec.shape)
+        assert samples.payloads[modality].shape == (200, *spec.shape)
         assert samples.payloads[modality].dtype == np.float32
     with np.load(made_up / "pairs.npz") as pairs:
         takes = pairs["val_speech"].tolist()
-    assert samples_module.recordings(made_up, "validation").tolist() == takes
+    assert samples.groups["spoken take"].tolist() == takes
+
+
+def split_recordings(recordings: Any) -> dict[str, dict[str, set[int]]]:
+    """What stands behind test rows, rows that choose rules, and rows that certify, part by part."""
+    test, _ = recordings.rows("test")
+    calibration, certify = recordings.rows("calibration")
+    tables = {
+        "test": test,
+        "design": {name: column[~certify] for name, column in calibration.items()},
+        "certify": {name: column[certify] for name, column in calibration.items()},
+    }
+    parts = ("image", "speech", "pen", "noise")
+    return {name: {part: set(table[part].tolist()) for part in parts} for name, table in tables.items()}
+
+
+def test_test_design_and_certifying_rows_share_no_recording(made_up: Path, samples_module: ModuleType) -> None:
+    recordings = samples_module.read_recordings(made_up)
+    behind = split_recordings(recordings)
+    for part in ("image", "speech", "pen", "noise"):
+        used = [behind[name][part] for name in ("test", "design", "certify")]
+        assert all(used)
+        assert sum(map(len, used)) == len(set.union(*used))
+    samples = samples_module.load(made_up, "calibration")
+    rows, certify = recordings.rows("calibration")
+    again, _ = recordings.rows("calibration")
+    assert all(np.array_equal(rows[name], column) for name, column in again.items())
+    assert np.array_equal(samples.certify, certify)
+    # The parts of a row are of its digit, which in these recordings is the last one of their number.
+    assert all(np.array_equal(rows[part] % 10, rows["label"]) for part in ("image", "pen", "speech"))
+    ends = rows["speech_start"] + np.diff(recordings.speech["offset"])[rows["speech"]]
+    assert rows["speech_start"].min() >= 0
+    assert ends.max() <= 8_000
+
+
+def test_enough_groups_certify_on_the_real_recordings(data: Path, samples_module: ModuleType) -> None:
+    recordings = samples_module.read_recordings(data)
+    behind = split_recordings(recordings)
+    for part in ("image", "speech", "pen", "noise"):
+        used = [behind[name][part] for name in ("test", "design", "certify")]
+        assert sum(map(len, used)) == len(set.union(*used))
+    rows, certify = recordings.rows("calibration")
+    sources = samples_module.noise_sources()
+    by_role = [set(sources[rows["noise"][role]].tolist()) for role in (certify, ~certify)]
+    assert not by_role[0] & by_role[1]
+    assert len(by_role[0]) >= 30
+    for part, file in {"image": recordings.images, "pen": recordings.pen}.items():
+        assert np.array_equal(file["label"][rows[part]], rows["label"])
+    assert np.array_equal(recordings.speech["digit"][rows["speech"]], rows["label"])
+
+
+def test_calibration_rows_are_those_of_the_accuracies(package: ModelPackage) -> None:
+    calibration = package.calibration
+    assert calibration is not None
+    assert (len(calibration.labels), int(calibration.certify.sum())) == (6_000, 5_000)
+    assert list(calibration.group_names) == ["noise clip", "spoken take", "pen path"]
+    right = (calibration.answers == calibration.labels[:, None]).mean(0)
+    assert dict(zip(calibration.sets, right, strict=True)) == pytest.approx(package.accuracy.sets)
 
 
 def test_missing_data_and_unknown_splits_are_named(tmp_path: Path, made_up: Path, samples_module: ModuleType) -> None:
     with pytest.raises(DatasetError, match=r"images\.npz"):
         samples_module.load(tmp_path, "test")
-    with pytest.raises(DatasetError, match="split is 'val', expected one of train, validation, test"):
+    with pytest.raises(DatasetError, match="split is 'val', expected one of train, validation, calibration, test"):
         samples_module.load(made_up, "val")
 
 
@@ -198,34 +269,42 @@ def test_training_writes_a_whole_package(made_up: Path, tmp_path: Path, package:
     for out in ("one", "two"):
         train.main(made_up, tmp_path / out, seed=3, epochs=3)
     written = {file.name for file in (tmp_path / "one").iterdir()}
-    assert written == {"weights.safetensors", "accuracy.json", "report.json", "report.md"}
+    assert written == {"weights.safetensors", "accuracy.json", "calibration.npz", "report.json", "report.md"}
     accuracy = json.loads((tmp_path / "one" / "accuracy.json").read_text())
     same_seed = tmp_path / "two" / "weights.safetensors"
     assert accuracy["content_hash"] == load_package(FOLDER, same_seed).content_hash != package.content_hash
-    assert (accuracy["validation"]["samples"], accuracy["test"]["samples"]) == (20, 10)
+    assert accuracy["validation"]["samples"] > accuracy["test"]["samples"] > 0
 
 
-def test_samples_agree_with_the_golden_rows(data: Path, real_test_split: Samples) -> None:
+@pytest.fixture(scope="module")
+def first_rows(data: Path, samples_module: ModuleType) -> dict[str, NDArray[np.float32]]:
+    """The first 100 rows of the test table, whatever split they are in: those that golden.npz has."""
+    recordings = samples_module.read_recordings(data)
+    parts = ("image", "speech", "pen", "noise", "noise_start", "speech_start", "snr_db")
+    rows: dict[str, NDArray[np.float32]] = recordings.payloads({p: recordings.pairs[f"test_{p}"][:100] for p in parts})
+    return rows
+
+
+def test_samples_agree_with_the_golden_rows(data: Path, first_rows: dict[str, NDArray[np.float32]]) -> None:
     with np.load(data / "golden.npz") as golden:
-        first = real_test_split.take(slice(0, 100))
-        assert first.labels.tolist() == golden["label"].tolist()
-        np.testing.assert_allclose((first.payloads["pen"] + 1) * 50, golden["pen"], atol=1e-4)
-        np.testing.assert_allclose(first.payloads["image"], golden["image"], atol=1e-5)
-        np.testing.assert_allclose(first.payloads["audio"], golden["audio"] / 32767 * 4, atol=1.5 * 4 / 32767)
+        np.testing.assert_allclose((first_rows["pen"] + 1) * 50, golden["pen"], atol=1e-4)
+        np.testing.assert_allclose(first_rows["image"], golden["image"], atol=1e-5)
+        np.testing.assert_allclose(first_rows["audio"], golden["audio"] / 32767 * 4, atol=1.5 * 4 / 32767)
 
 
-def test_log_mel_agrees_with_the_golden_rows(data: Path, package: ModelPackage, real_test_split: Samples) -> None:
+def test_log_mel_agrees_with_the_golden_rows(
+    data: Path, package: ModelPackage, first_rows: dict[str, NDArray[np.float32]]
+) -> None:
     with np.load(data / "golden.npz") as golden:
         expected = golden["logmel"].astype(np.float32)
     # Not from the golden audio: its int16 steps are heard in the quiet bands.
-    logmel = package.load_attribute("networks:LogMel")()(torch.tensor(real_test_split.payloads["audio"][:100])) * 3 - 4
+    logmel = package.load_attribute("networks:LogMel")()(torch.tensor(first_rows["audio"])) * 3 - 4
     np.testing.assert_allclose(logmel, expected, atol=0.03)
 
 
 def test_measured_accuracy_is_the_one_stated(
     encoders: dict[str, nn.Module], fusion: nn.Module, real_test_split: Samples
 ) -> None:
-    rows = np.random.default_rng(0).permutation(len(real_test_split))[:2_500]
-    measured = measure_accuracy(encoders, fusion, real_test_split.take(rows))
+    measured = score(encoders, fusion, real_test_split).accuracy
     stated = json.loads((FOLDER / "accuracy.json").read_text())["test"]["sets"]
     assert measured == pytest.approx(stated, abs=0.015)

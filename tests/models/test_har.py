@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mosel.compute.networks import load_encoder, load_fusion
-from mosel.compute.training import measure_accuracy
+from mosel.compute.training import score
 from mosel.data.samples import Samples
 from mosel.errors import DatasetError
 from mosel.modality import ModalitySet, format_set, subsets
@@ -86,8 +86,41 @@ def test_accuracies_belong_to_the_weights(package: ModelPackage) -> None:
     document = json.loads((FOLDER / "accuracy.json").read_text())
     assert document["content_hash"] == package.content_hash
     assert set(package.accuracy.sets) == set(SETS)
-    assert (package.accuracy.samples, document["test"]["samples"]) == (988, 2_874)
+    assert (package.accuracy.samples, document["test"]["samples"]) == (7_143, 2_874)
     assert package.weights.stat().st_size < 2_000_000
+
+
+def test_calibration_rows_are_of_everybody_who_is_no_test_person(
+    package: ModelPackage, samples_module: ModuleType
+) -> None:
+    calibration = package.calibration
+    assert calibration is not None
+    assert list(calibration.group_names) == ["person"]
+    person = calibration.groups[:, 0]
+    assert set(person.tolist()) == set(range(1, 31)) - set(samples_module.TEST_PEOPLE)
+    choosing, certifying = (set(person[rows].tolist()) for rows in (~calibration.certify, calibration.certify))
+    assert (len(choosing), len(certifying), choosing & certifying) == (4, 17, set())
+    right = (calibration.answers == calibration.labels[:, None]).mean(0)
+    assert dict(zip(calibration.sets, right, strict=True)) == pytest.approx(package.accuracy.sets)
+
+
+def test_nobody_is_answered_by_networks_that_have_seen_them(
+    made_up: Path, package: ModelPackage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, everybody = package.load_module("train"), package.load_module("samples").load(made_up, "train")
+    seen: list[set[int]] = []
+
+    def fit(encoders: nn.ModuleDict, fusion: nn.Module, samples: Samples, *rest: object) -> None:
+        seen.append(set(samples.groups["person"].tolist()))
+
+    monkeypatch.setattr(train, "fit", fit)
+    scores = train.cross_fitted(everybody, train.Settings(epochs=1), 3)
+    people = set(everybody.groups["person"].tolist())
+    assert [len(others) for others in seen] == [14, 14, 14]
+    # Each fold is what the others leave out, and the folds are everybody, once.
+    assert sorted(person for others in seen for person in people - others) == sorted(people)
+    assert np.isfinite(scores.confidence).all()
+    assert len(scores.answers) == len(everybody)
 
 
 def test_accuracies_reach_what_is_promised() -> None:
@@ -97,7 +130,7 @@ def test_accuracies_reach_what_is_promised() -> None:
 
 
 def test_several_sets_are_worth_choosing(package: ModelPackage) -> None:
-    by_cost = [frozenset(name.split("+")) for name in ("motion", "gyro", "gyro+motion", "acc", "acc+motion")]
+    by_cost = [frozenset(name.split("+")) for name in ("motion", "gyro", "gyro+motion", "acc", "acc+gyro")]
     floors = (0.60, 0.85, 0.93, 0.95)
     accuracy = package.accuracy.sets
     chosen = [next(candidate for candidate in by_cost if accuracy[candidate] >= floor) for floor in floors]
@@ -140,7 +173,7 @@ def test_windows_are_cut_as_described(made_up: Path, package: ModelPackage, samp
     splits = {split: samples_module.load(made_up, split) for split in samples_module.SPLITS}
     # Of 27 windows per person those within one run of 300 samples are kept; starts are multiples of 64.
     per_person = sum(start % 300 <= 300 - 128 for start in range(0, 1800 - 127, 64))
-    people = {"train": 18, "validation": 3, "test": 9}
+    people = {"train": 21, "test": 9}
     assert {split: len(samples) for split, samples in splits.items()} == {
         split: count * per_person for split, count in people.items()
     }
@@ -150,9 +183,8 @@ def test_windows_are_cut_as_described(made_up: Path, package: ModelPackage, samp
     with np.load(made_up / "hapt.npz") as arrays:
         first = arrays["acc"][1800:1928] / 720  # the first window of person 2, the first of the test people
     np.testing.assert_allclose(splits["test"].payloads["acc"][0], first, rtol=1e-6)
-    experiments = samples_module.recordings(made_up, "test")
-    assert len(experiments) == len(splits["test"])
-    assert len(set(experiments.tolist())) >= people["test"]
+    assert {split: len(set(samples.groups["person"].tolist())) for split, samples in splits.items()} == people
+    assert not set(splits["train"].groups["person"].tolist()) & set(splits["test"].groups["person"].tolist())
     magnitude = np.linalg.norm(first[:32], axis=1)
     expected = [magnitude.mean(), magnitude.std(), magnitude.min(), magnitude.max()]
     np.testing.assert_allclose(splits["test"].payloads["motion"][0, 0], expected, rtol=1e-5)
@@ -164,8 +196,8 @@ def test_missing_data_and_unknown_splits_are_named(tmp_path: Path, made_up: Path
     (tmp_path / "hapt.npz").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(DatasetError, match=r"hapt\.npz: .*expected the arrays acc, gyro"):
         samples_module.load(tmp_path, "test")
-    with pytest.raises(DatasetError, match="split 'val': expected one of train, validation, test"):
-        samples_module.load(made_up, "val")
+    with pytest.raises(DatasetError, match="split 'calibration': expected one of train, test; `mosel train har`"):
+        samples_module.load(made_up, "calibration")
 
 
 def test_training_writes_a_whole_package(made_up: Path, tmp_path: Path, package: ModelPackage) -> None:
@@ -173,7 +205,7 @@ def test_training_writes_a_whole_package(made_up: Path, tmp_path: Path, package:
     for out in ("one", "two"):
         train.main(made_up, tmp_path / out, seed=3, epochs=2)
     written = {file.name for file in (tmp_path / "one").iterdir()}
-    assert written == {"weights.safetensors", "accuracy.json", "report.json", "report.md"}
+    assert written == {"weights.safetensors", "accuracy.json", "calibration.npz", "report.json", "report.md"}
     accuracy = json.loads((tmp_path / "one" / "accuracy.json").read_text())
     same_seed = tmp_path / "two" / "weights.safetensors"
     assert accuracy["content_hash"] == load_package(FOLDER, same_seed).content_hash != package.content_hash
@@ -193,4 +225,4 @@ def test_measured_accuracy_is_the_one_stated(
 ) -> None:
     samples: Samples = samples_module.load(data, "test")
     stated = json.loads((FOLDER / "accuracy.json").read_text())["test"]["sets"]
-    assert measure_accuracy(encoders, fusion, samples) == pytest.approx(stated, abs=0.015)
+    assert score(encoders, fusion, samples).accuracy == pytest.approx(stated, abs=0.015)
