@@ -40,9 +40,9 @@ def test_the_tutorial_as_it_is_written(
         assert "fruit 1 (ready): Apple, lemon or plum" in listed.stdout
         files = ["photo=photo.npy", "scent=scent.npy"]
         everything = run_mosel("predict", "fruit", *files, "--address", at, cwd=tutorial_folder)
-        assert everything.stdout.count("photo+scent") == 5
+        assert everything.stdout.count("│ photo+scent") == 5
         cheap = run_mosel("predict", "fruit", *files, "--min-accuracy", "0.6", "--address", at, cwd=tutorial_folder)
-        assert cheap.stdout.count("scent") == 5
+        assert cheap.stdout.count("│ scent") == 5
         assert "photo" not in cheap.stdout
         ask = (tutorial_folder / "ask_fruit.py").read_text().replace("127.0.0.1:8001", at)
         asked = subprocess.run(
