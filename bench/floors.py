@@ -11,8 +11,9 @@ half of the groups of the certifying rows, of which only the other half then cer
 
 import argparse
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.accuracy import standard_error
+from bench.accuracy import Scored, standard_error
 from bench.exchangeable import half_calibrated
 from bench.items import Items, items_of
 from bench.machine import machine_line
-from mosel import AsyncClient
+from mosel import AsyncClient, Prediction
 from mosel.config import FREE_PORTS, load_settings
 from mosel.errors import FloorUnreachable
 from mosel.launcher import Launcher
@@ -39,8 +40,44 @@ _READY_TIMEOUT_S = 300.0
 _ONE_SIDED = 1.645
 
 Groups = tuple[int, ...]
-# Of each item by its number: its groups, and whether its prediction is right.
-Answered = dict[int, tuple[Groups, float]]
+
+
+@dataclass
+class Answered:
+    """What became of the items of all jobs of one floor.
+
+    Attributes:
+        items: by number, the groups of each, and whether its prediction is right.
+        expected, saved: sums over the items.
+        stand_on: what the answers stand on.
+        guaranteed: the least accuracy, or the most loss, that an answer guarantees.
+    """
+
+    items: dict[int, tuple[Groups, float]] = field(default_factory=dict)
+    expected: float = 0.0
+    saved: float = 0.0
+    stand_on: set[str] = field(default_factory=set)
+    guaranteed: list[float] = field(default_factory=list)
+
+    @property
+    def accuracy(self) -> float:
+        """Measured, 0..1."""
+        return sum(right for _, right in self.items.values()) / len(self.items)
+
+    def add(self, rows: slice, scored: Scored, prediction: Prediction) -> None:
+        """One job is answered."""
+        said, items = prediction.assurance, rows.stop - rows.start
+        self.items.update(zip(range(rows.start, rows.stop), scored, strict=True))
+        self.expected += prediction.expected_accuracy * items
+        self.saved += said.saved * items
+        self.stand_on.add(said.guarantee)
+        self.guaranteed += [b for b in (said.guaranteed_accuracy, said.guaranteed_loss) if b is not None]
+
+    def figures(self, worst: Callable[[Iterable[float]], float]) -> tuple[str, str, str]:
+        """What the answers stand on, the worst that one guarantees, and what is saved."""
+        bound = f"{worst(self.guaranteed):.4f}" if self.guaranteed else "-"
+        return "/".join(sorted(self.stand_on)), bound, f"{self.saved / len(self.items):.0%}"
+
 
 console = Console(width=140)
 
@@ -93,61 +130,63 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _floors(address: str, package: ModelPackage, items: Items, jobs: Sequence[slice]) -> Table:
-    table = _table("accuracy by floor", "floor", "expected", "measured", "standard error", "measured - floor", "holds")
+    columns = ("floor", "guarantee", "at least", "saved", "expected", "measured", "std. error", "holds")
+    table = _table("accuracy by floor", *columns)
     for floor in FLOORS:
         try:
-            expected, answered = uvloop.run(_send(address, package, items, jobs, {"min_accuracy": floor}))
+            answered = uvloop.run(_send(address, package, items, jobs, {"min_accuracy": floor}))
         except ExceptionGroup as errors:
             if errors.subgroup(FloorUnreachable) is None:
                 raise
             table.add_row(f"{floor:g}", "out of reach")
             continue
-        measured, error = _mean(answered), standard_error(list(answered.values()))
-        holds = "yes" if measured - floor >= -_ONE_SIDED * error else "no"
-        table.add_row(
-            f"{floor:g}", f"{expected:.4f}", f"{measured:.4f}", f"{error:.4f}", f"{measured - floor:+.4f}", holds
-        )
+        error = standard_error(list(answered.items.values()))
+        holds = "yes" if answered.accuracy >= floor - _ONE_SIDED * error else "no"
+        means = f"{answered.expected / len(answered.items):.4f}", f"{answered.accuracy:.4f}", f"{error:.4f}"
+        table.add_row(f"{floor:g}", *answered.figures(min), *means, holds)
     return table
 
 
 def _losses(address: str, package: ModelPackage, items: Items, jobs: Sequence[slice]) -> Table:
-    table = _table(
-        "loss against everything", "at most", "everything", "measured", "realised loss", "standard error", "holds"
+    columns = (
+        "at most",
+        "guarantee",
+        "guaranteed",
+        "saved",
+        "everything",
+        "measured",
+        "lost",
+        "standard error",
+        "holds",
     )
-    _, everything = uvloop.run(_send(address, package, items, jobs, {"effort": "best"}))
+    table = _table("loss against everything", *columns)
+    # Nothing may be lost, so that the reference set is run.
+    everything = uvloop.run(_send(address, package, items, jobs, {"max_accuracy_loss": 0.0}))
     for loss in LOSSES:
-        _, answered = uvloop.run(_send(address, package, items, jobs, {"max_accuracy_loss": loss}))
-        lost = [(groups, everything[item][1] - right) for item, (groups, right) in answered.items()]
-        realised, error = _mean(everything) - _mean(answered), standard_error(lost)
+        answered = uvloop.run(_send(address, package, items, jobs, {"max_accuracy_loss": loss}))
+        lost = [(groups, everything.items[item][1] - right) for item, (groups, right) in answered.items.items()]
+        realised, error = everything.accuracy - answered.accuracy, standard_error(lost)
         holds = "yes" if realised <= loss + _ONE_SIDED * error else "no"
-        table.add_row(
-            f"{loss:g}", f"{_mean(everything):.4f}", f"{_mean(answered):.4f}", f"{realised:+.4f}", f"{error:.4f}", holds
-        )
+        means = (f"{everything.accuracy:.4f}", f"{answered.accuracy:.4f}", f"{realised:+.4f}", f"{error:.4f}")
+        table.add_row(f"{loss:g}", *answered.figures(max), *means, holds)
     return table
-
-
-def _mean(answered: Answered) -> float:
-    return sum(right for _, right in answered.values()) / len(answered)
 
 
 async def _send(
     address: str, package: ModelPackage, items: Items, jobs: Sequence[slice], demand: Mapping[str, Any]
-) -> tuple[float, Answered]:
-    """The mean expected accuracy, and what became of each item."""
-    left, answered, expected = iter(jobs), Answered(), 0.0
+) -> Answered:
+    """Sends every item once, in jobs."""
+    left, answered = iter(jobs), Answered()
 
     async def caller(client: AsyncClient) -> None:
-        nonlocal expected
         for rows in left:
             prediction = await client.predict(package.name, items.payloads_of(rows), **demand)
-            scored = items.scored(rows, prediction.labels, package.output.labels)
-            answered.update(zip(range(rows.start, rows.stop), scored, strict=True))
-            expected += prediction.expected_accuracy * len(prediction.modality_sets)
+            answered.add(rows, items.scored(rows, prediction.labels, package.output.labels), prediction)
 
     async with AsyncClient(address, retries=None) as client, asyncio.TaskGroup() as group:
         for _ in range(_IN_FLIGHT):
             group.create_task(caller(client))
-    return expected / len(answered), answered
+    return answered
 
 
 if __name__ == "__main__":
