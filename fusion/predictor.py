@@ -1,9 +1,10 @@
 """The fusion networks of every model. Knows no gRPC."""
 
+import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -14,9 +15,9 @@ from mosel.deadline import Deadline
 from mosel.errors import InvalidRequest, ModelNotFound
 from mosel.modality import ModalitySet, format_set, parse_set, subsets
 from mosel.packages.model_package import ModelPackage
-from mosel.tensors import DTYPES, to_proto
+from mosel.tensors import DTYPES, from_proto, to_proto
 from mosel.transport.torch_exchange import TensorReader
-from mosel.v1 import tensor_pb2
+from mosel.v1 import fusion_pb2, tensor_pb2
 
 # The rows of one group's embeddings by modality.
 EmbeddingRows = Mapping[str, Sequence[tensor_pb2.RowSlice]]
@@ -146,6 +147,18 @@ class Predictor:
 
 def _part(package: ModelPackage, modalities: ModalitySet) -> networks.Part:
     return networks.Part(package, "fusion", f"{package.fusion} with {format_set(modalities)}", package.output.shape)
+
+
+def answers_of(outputs: Iterable[tensor_pb2.Tensor]) -> list[fusion_pb2.Answers]:
+    """The index of the largest output of each row, over all its dimensions, and that output."""
+    answers = []
+    for output in outputs:
+        array = from_proto(output, "output")
+        rows = array.reshape(len(array), math.prod(array.shape[1:]))
+        labels = rows.argmax(axis=1)
+        largest = rows[np.arange(len(rows)), labels]
+        answers.append(fusion_pb2.Answers(labels=labels.tolist(), confidences=largest.tolist()))
+    return answers
 
 
 def _row_count(group: EmbeddingRows, package: ModelPackage) -> int:

@@ -5,7 +5,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-from fusion.predictor import Predictor
+from fusion.predictor import Predictor, answers_of
 from mosel.compute.timing import latency_points
 from mosel.compute.workers import Workers
 from mosel.modality import format_set
@@ -59,7 +59,10 @@ class FusionServicer(fusion_pb2_grpc.FusionServicer):
                 lambda: self._predictor.fuse(request.model, groups, deadline), deadline, "fusing"
             )
             call.items = sum(output.shape[0] for output in outputs)
-        return fusion_pb2.FuseReply(outputs=outputs, compute_us=round(call.seconds * 1e6))
+        compute_us = round(call.seconds * 1e6)
+        if request.answers_only:
+            return fusion_pb2.FuseReply(answers=answers_of(outputs), compute_us=compute_us)
+        return fusion_pb2.FuseReply(outputs=outputs, compute_us=compute_us)
 
     @answers_with_status
     async def OpenArena(self, request: arena_pb2.OpenArenaRequest, context: Context) -> arena_pb2.PreflightReport:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fusion.predictor import Predictor
+from fusion.predictor import Predictor, answers_of
 from mosel.compute import networks
 from mosel.errors import InternalError, InvalidRequest, ModelNotFound, PackageError
 from mosel.packages.model_package import ModelPackage
-from mosel.tensors import from_proto
+from mosel.tensors import from_proto, to_proto
 from mosel.transport import Reader, slice_rows
 from mosel.transport.torch_exchange import TensorReader
 from mosel.v1 import tensor_pb2
@@ -155,3 +155,12 @@ def test_an_output_that_its_type_cannot_hold_ends_the_call(changing: Fruit, read
     predictor.networks.load(package)
     with pytest.raises(InternalError, match="not finite"), np.errstate(over="ignore"):
         predictor.fuse(package.id, [group_of(embeddings_of(2, "scent"))])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int64])
+def test_answers_are_the_largest_output_over_all_dimensions(dtype: type[np.generic]) -> None:
+    flat, square = np.array([[3, 9, 1], [4, 2, 4]]), np.array([[[1, 2], [7, 5]]])
+    empty = np.zeros((0, 2, 2))
+    outputs = [to_proto(array.astype(dtype)) for array in (flat, square, empty)]
+    found = [(list(answers.labels), list(answers.confidences)) for answers in answers_of(outputs)]
+    assert found == [([1, 0], [9.0, 4.0]), ([2], [7.0]), ([], [])]
