@@ -110,6 +110,7 @@ async def _finish(settings: Settings, data_plane: DataPlane, http: HttpServer, *
     """Takes no more jobs, on any way in, and waits for those under way; ends what is left when the grace is over."""
     grace_s = settings.stop_grace_ms / 1000
     data_plane.registry.close()
+    data_plane.stopping.set()
     http.stop()
     asyncio.get_running_loop().call_later(grace_s, data_plane.registry.end_all)
     grace = Deadline.after(grace_s)

@@ -1,5 +1,6 @@
 """The data plane: the one way in for every protocol: jobs, models, and how all is. Knows no protocol."""
 
+import asyncio
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -14,14 +15,15 @@ from gateway.jobs.registry import JobRegistry
 from gateway.jobs.request_observer import RequestObserver
 from gateway.jobs.store import PayloadStore
 from gateway.jobs.upload import ArrivingBytes
-from gateway.selector_link import SelectorLink
+from gateway.selector_link import SelectorLink, Write
 from gateway.served_packages import ServedPackages
 from gateway.weaknesses import Weaknesses
 from mosel.config import Settings
+from mosel.errors import ModelNotFound, ServiceUnavailable
 from mosel.observability.metrics import Metrics
 from mosel.observability.tracing import OFF, Tracing
 from mosel.packages.model_package import ModelPackage
-from mosel.v1 import selector_pb2, service_pb2
+from mosel.v1 import gateway_pb2, selector_pb2, service_pb2
 
 
 class DataPlane:
@@ -47,6 +49,7 @@ class DataPlane:
         registry: the jobs under way.
         weaknesses: what models do worst on.
         jobs: begins the life of each.
+        stopping: set when this gateway is about to end, for calls that would go on for ever.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class DataPlane:
         self.arriving = ArrivingBytes(largest_payload, limit, "transport.gateway_arena_mib")
         self.counters: Counter[str] = Counter()
         self.guard: Guard | None = None
+        self.stopping = asyncio.Event()
         self._store, self._refusals = store, Refusals()
         self.weaknesses = Weaknesses()
         self.metrics = Metrics("gateway")
@@ -111,6 +115,35 @@ class DataPlane:
             ServiceUnavailable: the selector is away.
         """
         await self.link.unload(model)
+
+    async def observe(self, model: str, share: float, write: Write) -> None:
+        """Has a model observed until it is cancelled; writes what there is to tell.
+
+        Args:
+            model: its name.
+            share: of the items, above 0 to 1; 0: all.
+            write: sends an event to whoever observes.
+
+        Raises:
+            ModelNotFound: there is no such model.
+            ServiceUnavailable: the selector is away, or this gateway is about to end.
+            MoselError: whatever the selector answered.
+        """
+        if model not in self.packages:
+            known = ", ".join(sorted(self.packages)) or "none"
+            raise ModelNotFound(f"model '{model}' is not served; known: {known}")
+        request = gateway_pb2.ObserveRequest(model=self.packages[model].id, share=share)
+        observing = asyncio.create_task(self.link.observe(request, write))
+        stopping = asyncio.create_task(self.stopping.wait())
+        try:
+            await asyncio.wait((observing, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if not observing.done():
+                raise ServiceUnavailable("service gateway is stopping")
+            await observing
+        finally:
+            observing.cancel()
+            stopping.cancel()
+            await asyncio.wait((observing, stopping))
 
     def state_of(self, model: str) -> selector_pb2.ModelState:
         """What the selector last said of a model; nothing is ready while it is away."""

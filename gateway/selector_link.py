@@ -26,6 +26,7 @@ _HEARD_S = 1.0
 
 # What is said of a job; the last is a result or an error.
 Word = selector_pb2.JobPart | selector_pb2.JobResult | MoselError
+Write = Callable[[gateway_pb2.ObserveEvent], Awaitable[None]]
 
 log = logging.getLogger(__name__)
 
@@ -223,6 +224,23 @@ class SelectorLink:
         except grpc.RpcError as error:
             raise error_from_rpc(error, "selector") from None
         await self._heard(lambda: model not in self.models)
+
+    async def observe(self, request: gateway_pb2.ObserveRequest, write: Write) -> None:
+        """Has a model, named as `name@revision`, observed until it is cancelled; writes what the selector says.
+
+        Raises:
+            MoselError: whatever the selector answered.
+            ServiceUnavailable: the selector is away.
+        """
+        self.check_connected()
+        call = self._stub.Observe(request)
+        try:
+            async for event in call:
+                await write(event)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, "selector") from None
+        finally:
+            call.cancel()
 
     async def _heard(self, said: Callable[[], bool]) -> None:
         """Waits for what the selector says on its stream when it answers a call, unless something newer came first."""

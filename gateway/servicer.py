@@ -96,6 +96,12 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         return gateway_pb2.UnloadModelReply()
 
     @answers_with_status
+    async def Observe(  # type: ignore[override] # a coroutine that writes, so that cancelling it always reaches it
+        self, request: gateway_pb2.ObserveRequest, context: Context
+    ) -> None:
+        await self._data_plane.observe(request.model, request.share, context.write)
+
+    @answers_with_status
     async def Status(self, request: service_pb2.StatusRequest, context: Context) -> service_pb2.StatusReply:
         return service_pb2.StatusReply(services=await self._data_plane.statuses())
 

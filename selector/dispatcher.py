@@ -56,12 +56,14 @@ from selector.events import (
     LaneLeaving,
     LaneRemoved,
     LaneUp,
+    SampleFused,
     TimePassed,
 )
 from selector.gateway_session import Gateways, GatewaySession
 from selector.gauges import show_jobs, show_queues, show_tensors
 from selector.in_flight import CallInFlight, JobInFlight, SlotKey, encode_request, fuse_request, note_embeddings
 from selector.job_observer import JobObserver
+from selector.observations import Observations
 from selector.services.compute_services import ComputeServices
 from selector.services.model_loader import ModelLoader
 from selector.services.tensor_paths import TensorPaths
@@ -85,6 +87,9 @@ class Dispatcher:
         gateways: those that are connected.
         max_answer_bytes: what the outputs of one job may have in a message.
         observer: is told what happens.
+
+    Attributes:
+        observations: of models, that administrators make.
     """
 
     def __init__(
@@ -108,6 +113,7 @@ class Dispatcher:
         self._work = Background()
         self._timer: asyncio.TimerHandle | None = None
         self._flush: asyncio.TimerHandle | None = None
+        self.observations = Observations(scheduler, services, self._ledger, self._work, self.handle)
         show_jobs(observer, scheduler)
         show_tensors(observer, self._ledger, paths.attachments)
         show_queues(observer, gateways, services)
@@ -125,6 +131,8 @@ class Dispatcher:
                 finally:
                     for job in event.call.jobs:
                         self._ledger.call_returned(job)
+            case SampleFused():
+                self.observations.fused(event)
             case GatewayGone():
                 for job in [job for job in self._jobs.values() if job.session is event.session]:
                     self._cancel(job.id)
@@ -147,7 +155,7 @@ class Dispatcher:
     def statistics(self) -> dict[str, int]:
         """Counts since the start, what is held now, and how calls differ from their profiles."""
         counts = self._observer.statistics() | self._scheduler.statistics() | self._ledger.statistics()
-        counts |= self._gateways.statistics() | self._services.statistics()
+        counts |= self._gateways.statistics() | self._services.statistics() | self.observations.statistics()
         for (model, lane), (overhead_ms, factor) in self._scheduler.corrections(time.monotonic()).items():
             if name := self._models.current_name(model):
                 counts[f"correction.{name}.{lane}.overhead_us"] = max(round(overhead_ms * 1000), 0)
@@ -157,6 +165,7 @@ class Dispatcher:
     async def drain(self, grace: Deadline) -> None:
         """Admits nothing more, waits for what is under way, and ends what is left when the grace is over."""
         self._stopping = True
+        self.observations.end_all(ServiceUnavailable("service selector is stopping"))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(grace.remaining, 0.0)):
                 await self._idle.wait()
@@ -228,6 +237,7 @@ class Dispatcher:
                 self._fail(self._jobs[job_id], reason)
             return
         self._observer.returned(call, event.reply.compute_us)
+        self.observations.computed(call.call.model, event.reply.compute_us)
         if isinstance(event, EncodeReturned):
             self._keep(event.call, event.reply.embeddings)
         else:
@@ -275,6 +285,7 @@ class Dispatcher:
                 self._fail(self._jobs[action.job_id], action.error)
             else:
                 self._start(action)
+        self.observations.advance()
         self._models.free_drained()
         loop = asyncio.get_running_loop()
         if self._timer is not None:
@@ -343,6 +354,7 @@ class Dispatcher:
         )
         job.session.send(result=result)
         self._observer.answered(job, strategy, now)
+        self.observations.answered(job)
         self._forget(job)
 
     def _fail(self, job: JobInFlight, error: MoselError) -> None:

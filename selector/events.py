@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 from mosel.v1 import encoder_pb2, fusion_pb2, selector_pb2
 from selector.core.jobs import EncodeCall, FuseCall
+from selector.core.observation import Piece
 from selector.gateway_session import GatewaySession
-from selector.in_flight import CallInFlight
+from selector.in_flight import CallInFlight, SampleInFlight
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,16 @@ class CallFailed:
 
 
 @dataclass(frozen=True)
+class SampleFused:
+    """A call for observed items is over; the reply is None if it failed."""
+
+    call: FuseCall
+    piece: Piece
+    sample: SampleInFlight
+    reply: fusion_pb2.FuseReply | None
+
+
+@dataclass(frozen=True)
 class LaneUp:
     """Jobs may use a service; `resource` is what it computes on."""
 
@@ -97,6 +108,7 @@ Event = (
     | EncodeReturned
     | FuseReturned
     | CallFailed
+    | SampleFused
     | LaneUp
     | LaneDown
     | LaneLeaving

@@ -12,6 +12,7 @@ from selector.conversions import Place, slices
 from selector.core.emission import Emission
 from selector.core.jobs import EncodeCall, FuseCall
 from selector.core.ledger import Holder
+from selector.core.observation import Sample
 from selector.core.work import Work
 from selector.gateway_session import GatewaySession
 
@@ -48,6 +49,21 @@ class JobInFlight(Holder[SlotKey]):
     def id(self) -> bytes:
         """Unique among the jobs under way."""
         return self.work.job.id
+
+
+@dataclass(eq=False)
+class SampleInFlight(Holder[SlotKey]):
+    """Items of an answered job that are observed, and the slots with their embeddings.
+
+    Attributes:
+        model: `name@revision`.
+        sample: what the core knows of them.
+        embeddings: where those of each item of the job are, by modality.
+    """
+
+    model: str
+    sample: Sample
+    embeddings: Mapping[str, Mapping[int, Place]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +109,8 @@ def note_embeddings(call: EncodeCall, jobs: Sequence[JobInFlight], embeddings: t
         row += len(rows.items)
 
 
-def fuse_request(call: FuseCall, jobs: Sequence[JobInFlight]) -> fusion_pb2.FuseRequest:
-    """The embedding rows of a call."""
+def fuse_request(call: FuseCall, jobs: Sequence[JobInFlight | SampleInFlight]) -> fusion_pb2.FuseRequest:
+    """The embedding rows of a call; `jobs` are those of each `call.rows`."""
     request = fusion_pb2.FuseRequest(model=call.model)
     for job, rows in zip(jobs, call.rows, strict=True):
         group = request.groups.add()

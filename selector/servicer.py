@@ -10,7 +10,7 @@ from mosel.observability.metrics import Metrics
 from mosel.runtime.service import Context, answers_with_status
 from mosel.v1 import gateway_pb2, selector_pb2, selector_pb2_grpc, service_pb2
 from selector.dispatcher import Dispatcher
-from selector.events import GatewayGone, JobSubmitted, JobUnwanted
+from selector.events import GatewayGone, JobSubmitted, JobUnwanted, TimePassed
 from selector.gateway_session import Gateways, GatewaySession
 from selector.services.compute_services import ComputeServices
 from selector.services.model_loader import ModelLoader
@@ -114,6 +114,18 @@ class SelectorServicer(selector_pb2_grpc.SelectorServicer):
     ) -> gateway_pb2.UnloadModelReply:
         await self._models.unload(request.model)
         return gateway_pb2.UnloadModelReply()
+
+    @answers_with_status
+    async def Observe(  # type: ignore[override] # a coroutine that writes, so that cancelling it always reaches it
+        self, request: gateway_pb2.ObserveRequest, context: Context
+    ) -> None:
+        self._models.check_loaded(request.model)
+        with self._dispatcher.observations.of(request.model, request.share) as observed:
+            while True:
+                await context.write(observed.event())
+                await observed.wait()
+                # Samples are given up in time, whatever else happens or does not.
+                self._dispatcher.handle(TimePassed())
 
     @answers_with_status
     async def Status(self, request: service_pb2.StatusRequest, context: Context) -> service_pb2.StatusReply:

@@ -24,7 +24,7 @@ _SERVICES: Mapping[str, Mapping[Access, str]] = {
     "mosel.v1.Gateway": {
         Access.TENANTS: "Predict SubmitJob Plan GetJob CancelJob ListModels",
         # What is served, and how the services and all tenants are.
-        Access.ADMINS: "LoadModel UnloadModel Status",
+        Access.ADMINS: "LoadModel UnloadModel Observe Status",
     },
 }
 

@@ -19,6 +19,7 @@ from mosel.client.arrays import SupportsDlpack
 from mosel.client.assurance import Assurance, Weakness
 from mosel.client.client import AsyncClient, Client
 from mosel.client.demands import Demand, Payloads
+from mosel.client.observed import ObservedItems, ObserveEvent
 from mosel.client.retry import Retry
 from mosel.tls import Tls
 
@@ -35,6 +36,8 @@ __all__ = [
     "JobSummary",
     "ModalityInfo",
     "ModelInfo",
+    "ObserveEvent",
+    "ObservedItems",
     "Payloads",
     "PlanInfo",
     "Prediction",

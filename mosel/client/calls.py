@@ -19,7 +19,7 @@ from mosel.client.answers import (
     prediction_from,
     services_from,
 )
-from mosel.client.checks import text
+from mosel.client.checks import number, text
 from mosel.client.demands import Payloads, predict_request, spec_of
 from mosel.errors import JobNotFound, ModelNotFound, MoselError, PackageError, Unreachable
 from mosel.v1 import gateway_pb2, service_pb2
@@ -84,6 +84,12 @@ def load_model(name: str) -> UnaryCall[ModelInfo]:
 def unload_model(name: str) -> UnaryCall[None]:
     """A model is unloaded; raises InvalidRequest if the name is none."""
     return UnaryCall("UnloadModel", gateway_pb2.UnloadModelRequest(model=_name(name)), lambda _: None)
+
+
+def observe(name: str, share: float) -> gateway_pb2.ObserveRequest:
+    """A model is observed; raises InvalidRequest if the name is none, or the share."""
+    found = number("share", share, "more than 0 and at most 1", lambda share: 0 < share <= 1)
+    return gateway_pb2.ObserveRequest(model=_name(name), share=found)
 
 
 def status() -> UnaryCall[list[ServiceInfo]]:

@@ -8,11 +8,20 @@ from typing import Self, TypeVar, Unpack
 import grpc
 
 from mosel.client import calls
-from mosel.client.answers import JobEvent, JobInfo, ModelInfo, PlanInfo, Prediction, ServiceInfo, event_from
+from mosel.client.answers import (
+    JobEvent,
+    JobInfo,
+    ModelInfo,
+    PlanInfo,
+    Prediction,
+    ServiceInfo,
+    event_from,
+)
 from mosel.client.calls import UnaryCall
 from mosel.client.checks import seconds
 from mosel.client.connection import Connection
 from mosel.client.demands import Demand, Payloads, Upload
+from mosel.client.observed import ObserveEvent, observed_from
 from mosel.client.retry import Retry
 from mosel.errors import InvalidRequest
 from mosel.tls import Tls
@@ -162,6 +171,30 @@ class Client:
         """
         self._call(calls.unload_model(name), timeout_s)
 
+    def observe(
+        self, name: str, *, share: float = 1.0, timeout_s: float | None = None
+    ) -> Generator[ObserveEvent, None, None]:
+        """Has a model run everything that callers send, and tells what cheaper modality sets would have answered.
+
+        It goes on until the iterator is closed; callers wait for nothing, and no floor saves anything meanwhile.
+
+        Args:
+            name: the model's.
+            share: of the items that are observed, as far as there is time for them.
+            timeout_s: seconds after which the call is given up; None: never.
+
+        Yields:
+            The first event at once, others a few times a second.
+
+        Raises:
+            ModelNotFound: it is not loaded.
+            Unreachable: somebody observes it already, or it was loaded anew or unloaded meanwhile.
+            MoselError: the kind says what else went wrong (see mosel.errors).
+        """
+        return self._observed(
+            calls.observe(name, share), None if timeout_s is None else seconds("timeout_s", timeout_s)
+        )
+
     def status(self, timeout_s: float = 5.0) -> list[ServiceInfo]:
         """The state of every service.
 
@@ -201,6 +234,17 @@ class Client:
             yield from map(event_from, call)
         except grpc.RpcError as error:
             raise upload.error or self._connection.error(error) from None
+        finally:
+            call.cancel()
+
+    def _observed(
+        self, request: gateway_pb2.ObserveRequest, timeout_s: float | None
+    ) -> Generator[ObserveEvent, None, None]:
+        call = self._stub.Observe(request, timeout=timeout_s, metadata=self._connection.metadata)
+        try:
+            yield from map(observed_from, call)
+        except grpc.RpcError as error:
+            raise self._connection.error(error) from None
         finally:
             call.cancel()
 
@@ -266,6 +310,15 @@ class AsyncClient:
         """As `Client.unload_model`."""
         await self._call(calls.unload_model(name), timeout_s)
 
+    def observe(
+        self, name: str, *, share: float = 1.0, timeout_s: float | None = None
+    ) -> AsyncGenerator[ObserveEvent, None]:
+        """As `Client.observe`; cancelling the task ends it."""
+        self._check_open()
+        return self._observed(
+            calls.observe(name, share), None if timeout_s is None else seconds("timeout_s", timeout_s)
+        )
+
     async def status(self, timeout_s: float = 5.0) -> list[ServiceInfo]:
         """As `Client.status`."""
         return await self._call(calls.status(), timeout_s)
@@ -317,5 +370,17 @@ class AsyncClient:
                 yield event_from(event)
         except grpc.RpcError as error:
             raise upload.error or self._connection.error(error) from None
+        finally:
+            call.cancel()
+
+    async def _observed(
+        self, request: gateway_pb2.ObserveRequest, timeout_s: float | None
+    ) -> AsyncGenerator[ObserveEvent, None]:
+        call = self._stub.Observe(request, timeout=timeout_s, metadata=self._connection.metadata)
+        try:
+            async for event in call:
+                yield observed_from(event)
+        except grpc.RpcError as error:
+            raise self._connection.error(error) from None
         finally:
             call.cancel()

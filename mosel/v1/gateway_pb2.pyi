@@ -880,6 +880,114 @@ class UnloadModelReply(_message.Message):
 Global___UnloadModelReply: _TypeAlias = UnloadModelReply  # noqa: Y015
 
 @_typing.final
+class ObserveRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model's name."""
+    share: _builtins.float
+    """The share of the items that are observed, as far as there is time for them, above 0 to 1; 0: all."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        share: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "share", b"share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ObserveRequest: _TypeAlias = ObserveRequest  # noqa: Y015
+
+@_typing.final
+class ObserveEvent(_message.Message):
+    """What was observed since the event before, and counts since the start. The first comes at once."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    MODALITY_SETS_FIELD_NUMBER: _builtins.int
+    OBSERVED_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    JOBS_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
+    OTHERS_FIELD_NUMBER: _builtins.int
+    COMPUTE_MS_FIELD_NUMBER: _builtins.int
+    OBSERVING_MS_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """A digest of the files that the model was loaded from."""
+    seconds: _builtins.float
+    jobs: _builtins.int
+    """Answered meanwhile. Those of jobs that fixed their modalities, or had no time for everything, are `others`."""
+    items: _builtins.int
+    others: _builtins.int
+    compute_ms: _builtins.float
+    """Time that the networks computed for callers, and besides for what was observed."""
+    observing_ms: _builtins.float
+    @_builtins.property
+    def modality_sets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The sets that every observed item is fused at, sorted and joined; the same in every event."""
+
+    @_builtins.property
+    def observed(self) -> _containers.RepeatedCompositeFieldContainer[Global___ObservedItems]: ...
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        modality_sets: _abc.Iterable[_builtins.str] | None = ...,
+        observed: _abc.Iterable[Global___ObservedItems] | None = ...,
+        seconds: _builtins.float = ...,
+        jobs: _builtins.int = ...,
+        items: _builtins.int = ...,
+        others: _builtins.int = ...,
+        compute_ms: _builtins.float = ...,
+        observing_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ms", b"compute_ms", "items", b"items", "jobs", b"jobs", "modality_sets", b"modality_sets", "observed", b"observed", "observing_ms", b"observing_ms", "others", b"others", "revision", b"revision", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ObserveEvent: _TypeAlias = ObserveEvent  # noqa: Y015
+
+@_typing.final
+class ObservedItems(_message.Message):
+    """Items of one job, as every modality set answers them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    CONFIDENCES_FIELD_NUMBER: _builtins.int
+    job: _builtins.int
+    """Counts the jobs that were observed."""
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """[items, modality_sets], row by row: the index of the largest output, and that output."""
+
+    @_builtins.property
+    def confidences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        job: _builtins.int = ...,
+        answers: _abc.Iterable[_builtins.int] | None = ...,
+        confidences: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "confidences", b"confidences", "job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ObservedItems: _TypeAlias = ObservedItems  # noqa: Y015
+
+@_typing.final
 class ListModelsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

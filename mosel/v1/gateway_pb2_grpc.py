@@ -75,6 +75,11 @@ class GatewayStub(object):
                 request_serializer=mosel_dot_v1_dot_gateway__pb2.UnloadModelRequest.SerializeToString,
                 response_deserializer=mosel_dot_v1_dot_gateway__pb2.UnloadModelReply.FromString,
                 _registered_method=True)
+        self.Observe = channel.unary_stream(
+                '/mosel.v1.Gateway/Observe',
+                request_serializer=mosel_dot_v1_dot_gateway__pb2.ObserveRequest.SerializeToString,
+                response_deserializer=mosel_dot_v1_dot_gateway__pb2.ObserveEvent.FromString,
+                _registered_method=True)
         self.Status = channel.unary_unary(
                 '/mosel.v1.Gateway/Status',
                 request_serializer=mosel_dot_v1_dot_service__pb2.StatusRequest.SerializeToString,
@@ -162,6 +167,17 @@ class GatewayServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Observe(self, request, context):
+        """Called by administrators, for `mosel observe`. For as long as the call lasts, jobs of a model run everything that was
+        sent, as far as their deadlines allow: floors save nothing meanwhile. Of jobs that sent everything the model has,
+        some items are also fused at every modality set, after their answer, while nothing else is to be computed.
+        Deadline: the caller's; ending the call ends it. Errors: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (somebody
+        observes the model already, or it was loaded anew or unloaded meanwhile), UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Status(self, request, context):
         """Called by `mosel status`. Asks every service for its state and counters.
         Deadline: the caller's, 2 s inside. Errors: UNAVAILABLE when the selector is away.
@@ -212,6 +228,11 @@ def add_GatewayServicer_to_server(servicer, server):
                     servicer.UnloadModel,
                     request_deserializer=mosel_dot_v1_dot_gateway__pb2.UnloadModelRequest.FromString,
                     response_serializer=mosel_dot_v1_dot_gateway__pb2.UnloadModelReply.SerializeToString,
+            ),
+            'Observe': grpc.unary_stream_rpc_method_handler(
+                    servicer.Observe,
+                    request_deserializer=mosel_dot_v1_dot_gateway__pb2.ObserveRequest.FromString,
+                    response_serializer=mosel_dot_v1_dot_gateway__pb2.ObserveEvent.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -435,6 +456,33 @@ class Gateway(object):
             '/mosel.v1.Gateway/UnloadModel',
             mosel_dot_v1_dot_gateway__pb2.UnloadModelRequest.SerializeToString,
             mosel_dot_v1_dot_gateway__pb2.UnloadModelReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Observe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mosel.v1.Gateway/Observe',
+            mosel_dot_v1_dot_gateway__pb2.ObserveRequest.SerializeToString,
+            mosel_dot_v1_dot_gateway__pb2.ObserveEvent.FromString,
             options,
             channel_credentials,
             insecure,

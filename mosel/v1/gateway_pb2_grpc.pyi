@@ -77,6 +77,13 @@ class GatewayStub:
     services; answers then. LoadModel brings it back.
     Deadline: as LoadModel. Errors: NOT_FOUND (it is not loaded), UNAVAILABLE.
     """
+    Observe: _grpc.UnaryStreamMultiCallable[_gateway_pb2.ObserveRequest, _gateway_pb2.ObserveEvent]
+    """Called by administrators, for `mosel observe`. For as long as the call lasts, jobs of a model run everything that was
+    sent, as far as their deadlines allow: floors save nothing meanwhile. Of jobs that sent everything the model has,
+    some items are also fused at every modality set, after their answer, while nothing else is to be computed.
+    Deadline: the caller's; ending the call ends it. Errors: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (somebody
+    observes the model already, or it was loaded anew or unloaded meanwhile), UNAVAILABLE.
+    """
     Status: _grpc.UnaryUnaryMultiCallable[_service_pb2.StatusRequest, _service_pb2.StatusReply]
     """Called by `mosel status`. Asks every service for its state and counters.
     Deadline: the caller's, 2 s inside. Errors: UNAVAILABLE when the selector is away.
@@ -129,6 +136,13 @@ class GatewayAsyncStub(GatewayStub):
     """Called by administrators. Admits no more jobs of a model, finishes those under way, and frees its networks in all
     services; answers then. LoadModel brings it back.
     Deadline: as LoadModel. Errors: NOT_FOUND (it is not loaded), UNAVAILABLE.
+    """
+    Observe: _aio.UnaryStreamMultiCallable[_gateway_pb2.ObserveRequest, _gateway_pb2.ObserveEvent]  # type: ignore[assignment]
+    """Called by administrators, for `mosel observe`. For as long as the call lasts, jobs of a model run everything that was
+    sent, as far as their deadlines allow: floors save nothing meanwhile. Of jobs that sent everything the model has,
+    some items are also fused at every modality set, after their answer, while nothing else is to be computed.
+    Deadline: the caller's; ending the call ends it. Errors: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (somebody
+    observes the model already, or it was loaded anew or unloaded meanwhile), UNAVAILABLE.
     """
     Status: _aio.UnaryUnaryMultiCallable[_service_pb2.StatusRequest, _service_pb2.StatusReply]  # type: ignore[assignment]
     """Called by `mosel status`. Asks every service for its state and counters.
@@ -227,6 +241,19 @@ class GatewayServicer(metaclass=_abc_1.ABCMeta):
         """Called by administrators. Admits no more jobs of a model, finishes those under way, and frees its networks in all
         services; answers then. LoadModel brings it back.
         Deadline: as LoadModel. Errors: NOT_FOUND (it is not loaded), UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
+    def Observe(
+        self,
+        request: _gateway_pb2.ObserveRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_gateway_pb2.ObserveEvent], _abc.AsyncIterator[_gateway_pb2.ObserveEvent]]:
+        """Called by administrators, for `mosel observe`. For as long as the call lasts, jobs of a model run everything that was
+        sent, as far as their deadlines allow: floors save nothing meanwhile. Of jobs that sent everything the model has,
+        some items are also fused at every modality set, after their answer, while nothing else is to be computed.
+        Deadline: the caller's; ending the call ends it. Errors: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (somebody
+        observes the model already, or it was loaded anew or unloaded meanwhile), UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod

@@ -56,6 +56,11 @@ class SelectorStub(object):
                 request_serializer=mosel_dot_v1_dot_gateway__pb2.UnloadModelRequest.SerializeToString,
                 response_deserializer=mosel_dot_v1_dot_gateway__pb2.UnloadModelReply.FromString,
                 _registered_method=True)
+        self.Observe = channel.unary_stream(
+                '/mosel.v1.Selector/Observe',
+                request_serializer=mosel_dot_v1_dot_gateway__pb2.ObserveRequest.SerializeToString,
+                response_deserializer=mosel_dot_v1_dot_gateway__pb2.ObserveEvent.FromString,
+                _registered_method=True)
         self.Status = channel.unary_unary(
                 '/mosel.v1.Selector/Status',
                 request_serializer=mosel_dot_v1_dot_service__pb2.StatusRequest.SerializeToString,
@@ -108,6 +113,14 @@ class SelectorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Observe(self, request, context):
+        """Called by gateways for clients; as Gateway.Observe, but that the request names the model as name@revision.
+        Sets off: Fuse with answers_only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Status(self, request, context):
         """Called by gateways for `mosel status`. Asks every encoder and the fusion service. Deadline: the caller's.
         """
@@ -145,6 +158,11 @@ def add_SelectorServicer_to_server(servicer, server):
                     servicer.UnloadModel,
                     request_deserializer=mosel_dot_v1_dot_gateway__pb2.UnloadModelRequest.FromString,
                     response_serializer=mosel_dot_v1_dot_gateway__pb2.UnloadModelReply.SerializeToString,
+            ),
+            'Observe': grpc.unary_stream_rpc_method_handler(
+                    servicer.Observe,
+                    request_deserializer=mosel_dot_v1_dot_gateway__pb2.ObserveRequest.FromString,
+                    response_serializer=mosel_dot_v1_dot_gateway__pb2.ObserveEvent.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -265,6 +283,33 @@ class Selector(object):
             '/mosel.v1.Selector/UnloadModel',
             mosel_dot_v1_dot_gateway__pb2.UnloadModelRequest.SerializeToString,
             mosel_dot_v1_dot_gateway__pb2.UnloadModelReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Observe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mosel.v1.Selector/Observe',
+            mosel_dot_v1_dot_gateway__pb2.ObserveRequest.SerializeToString,
+            mosel_dot_v1_dot_gateway__pb2.ObserveEvent.FromString,
             options,
             channel_credentials,
             insecure,

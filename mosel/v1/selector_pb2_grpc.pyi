@@ -54,6 +54,10 @@ class SelectorStub:
     """Called by gateways for clients. Admits no more jobs of a model; answers when those under way are over and its
     networks are gone. Deadline: as LoadModel. Errors: NOT_FOUND (it is not loaded).
     """
+    Observe: _grpc.UnaryStreamMultiCallable[_gateway_pb2.ObserveRequest, _gateway_pb2.ObserveEvent]
+    """Called by gateways for clients; as Gateway.Observe, but that the request names the model as name@revision.
+    Sets off: Fuse with answers_only.
+    """
     Status: _grpc.UnaryUnaryMultiCallable[_service_pb2.StatusRequest, _service_pb2.StatusReply]
     """Called by gateways for `mosel status`. Asks every encoder and the fusion service. Deadline: the caller's."""
     Metrics: _grpc.UnaryUnaryMultiCallable[_service_pb2.MetricsRequest, _service_pb2.MetricsReply]
@@ -84,6 +88,10 @@ class SelectorAsyncStub(SelectorStub):
     UnloadModel: _aio.UnaryUnaryMultiCallable[_gateway_pb2.UnloadModelRequest, _gateway_pb2.UnloadModelReply]  # type: ignore[assignment]
     """Called by gateways for clients. Admits no more jobs of a model; answers when those under way are over and its
     networks are gone. Deadline: as LoadModel. Errors: NOT_FOUND (it is not loaded).
+    """
+    Observe: _aio.UnaryStreamMultiCallable[_gateway_pb2.ObserveRequest, _gateway_pb2.ObserveEvent]  # type: ignore[assignment]
+    """Called by gateways for clients; as Gateway.Observe, but that the request names the model as name@revision.
+    Sets off: Fuse with answers_only.
     """
     Status: _aio.UnaryUnaryMultiCallable[_service_pb2.StatusRequest, _service_pb2.StatusReply]  # type: ignore[assignment]
     """Called by gateways for `mosel status`. Asks every encoder and the fusion service. Deadline: the caller's."""
@@ -136,6 +144,16 @@ class SelectorServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_gateway_pb2.UnloadModelReply, _abc.Awaitable[_gateway_pb2.UnloadModelReply]]:
         """Called by gateways for clients. Admits no more jobs of a model; answers when those under way are over and its
         networks are gone. Deadline: as LoadModel. Errors: NOT_FOUND (it is not loaded).
+        """
+
+    @_abc_1.abstractmethod
+    def Observe(
+        self,
+        request: _gateway_pb2.ObserveRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_gateway_pb2.ObserveEvent], _abc.AsyncIterator[_gateway_pb2.ObserveEvent]]:
+        """Called by gateways for clients; as Gateway.Observe, but that the request names the model as name@revision.
+        Sets off: Fuse with answers_only.
         """
 
     @_abc_1.abstractmethod

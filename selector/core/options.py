@@ -62,14 +62,16 @@ def allowed_options(
             f"service {_why_not(accurate[-1], is_up)}, so no modality set that meets {floor.asked} can be run; "
             f"{best_of(profile, running)}"
         )
+    by_score = [Option(s, s.accuracy) for s in reversed(strategies)]
+    if profile.observed and job.modalities in running and scores[job.modalities] >= least - TOLERANCE:
+        return _first(strategy_of(profile, {job.modalities: items}, scores), by_score)
     effort = job.effort or (Effort.CHEAPEST if job.has_floor else Effort.BEST)
     if effort is Effort.CHEAPEST:
         return [Option(s, -_THRIFT * i) for i, s in enumerate(strategies)]
-    options = [Option(s, s.accuracy) for s in reversed(strategies)]
     if not job.has_floor and job.modalities in running:
         accurate = [s for s in running if scores[s] >= least - TOLERANCE]
-        return _first(strategy_of(profile, {_worth_running(profile, job.modalities, accurate, items): items}), options)
-    return options
+        return _first(strategy_of(profile, {_worth_running(profile, job.modalities, accurate, items): items}), by_score)
+    return by_score
 
 
 def _candidates(job: Job, floor: Floor, full_only: bool) -> list[ModalitySet]:

@@ -79,6 +79,7 @@ class ModelProfile:
         unavailable: sets that cannot be run because services do not have their networks.
         lacking: lanes that do not have them; kept up to date in place.
         certificates: what is guaranteed; None without calibration rows.
+        observed: whether jobs run everything that was sent, as far as they can, to see what cheaper sets would answer.
     """
 
     accuracy: Mapping[ModalitySet, float]
@@ -89,6 +90,7 @@ class ModelProfile:
     unavailable: frozenset[ModalitySet] = frozenset()
     lacking: set[str] = field(default_factory=set)
     certificates: Certificates | None = None
+    observed: bool = False
 
     @property
     def modalities(self) -> frozenset[str]:

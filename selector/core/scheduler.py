@@ -15,6 +15,7 @@ one. The driver feeds events in and asks `next` what to do:
     load(model, profile)                   jobs may name it from now on
     retire(model)                          no further jobs; those that are here go on
     drained()                              -> the retired models of which nothing is left
+    spare_call(model, set, rows, now)      -> FuseCall for what nobody waits for, if nothing else needs the token
 """
 
 import bisect
@@ -227,6 +228,24 @@ class Scheduler:
             del self._profiles[model]
             self._planner.forget(model)
         return over
+
+    def profile_of(self, model: str) -> ModelProfile:
+        """What is known of a model that is here."""
+        return self._profiles[model]
+
+    def spare_call(self, model: str, modality_set: ModalitySet, rows: Rows, now: float) -> FuseCall | None:
+        """A call for items of a job that is over; None unless fusion has a free token.
+
+        To be asked when `next` has nothing to do: then no job waits for the token. The rows are no more than the best
+        batch of the set, whose latencies are known; their id is that of no job.
+        """
+        if FUSION not in self._resources.open_lanes():
+            return None
+        self._last_call += 1
+        call = FuseCall(self._last_call, model, modality_set, (rows,))
+        stage, items = self._planner.stages.of(model, modality_set), len(rows.items)
+        self._resources.begin(call, items, now, stage.expected_ms(items, now) / 1000)
+        return call
 
     def plan(self, job: Job, now: float) -> Plan:
         """What a job would get if it came now; the job is not kept.

@@ -36,6 +36,7 @@ class ScriptedSelector(selector_pb2_grpc.SelectorServicer):
 
     def __init__(self, fruit: ModelPackage) -> None:
         self.fruit = selector_pb2.ModelState(model="fruit", ready=True, revision=fruit.revision)
+        self.observing, self.gone = 0, asyncio.Event()
         self.planned: list[selector_pb2.JobDescription] = []
         self.received: asyncio.Queue[selector_pb2.GatewayMessage] = asyncio.Queue()
         self.announced: asyncio.Queue[selector_pb2.GatewayMessage] = asyncio.Queue()
@@ -68,6 +69,21 @@ class ScriptedSelector(selector_pb2_grpc.SelectorServicer):
         self, request: gateway_pb2.UnloadModelRequest, context: Context
     ) -> gateway_pb2.UnloadModelReply:
         await context.abort(grpc.StatusCode.NOT_FOUND, f"model '{request.model}' is not loaded")
+
+    async def Observe(  # noqa: N802 (named by the proto)
+        self, request: gateway_pb2.ObserveRequest, context: Context
+    ) -> AsyncIterator[gateway_pb2.ObserveEvent]:
+        self.observing += 1
+        try:
+            for number in range(2):
+                observed = gateway_pb2.ObservedItems(job=number, answers=[1, 2], confidences=[0.5, 0.75])
+                yield gateway_pb2.ObserveEvent(
+                    revision=request.model, modality_sets=["photo", "scent"], observed=[observed]
+                )
+            await self.gone.wait()
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "selector is as good as gone")
+        finally:
+            self.observing -= 1
 
     async def Status(  # noqa: N802 (named by the proto)
         self, request: service_pb2.StatusRequest, context: Context

@@ -23,6 +23,8 @@ from mosel.v1 import arena_pb2, encoder_pb2, fusion_pb2, selector_pb2, selector_
 from selector.core.stages import service_name
 
 Answer = Callable[[Any], Message]
+# What Fuse counts as where nobody waits for it.
+OBSERVE = "Fuse, answers only"
 
 
 async def until(condition: Callable[[], bool], what: str) -> None:
@@ -42,6 +44,8 @@ class ScriptedService:
         failing: methods that fail with INTERNAL.
         resource: what it says it computes on.
         models: those that it has.
+        in_slots: whether embeddings are in slots, numbered from 1.
+        acquired: the last of these numbers.
         released: the slots that it was told nobody reads.
         arenas: the nonces of the arenas that it can open, by id.
         announcement: of its own arenas.
@@ -55,6 +59,7 @@ class ScriptedService:
         self.failing: set[str] = set()
         self.resource = "cpu"
         self.models: set[str] = set()
+        self.in_slots, self.acquired = False, 0
         self.released: list[int] = []
         self.arenas: dict[int, bytes] = {}
         self.announcement = arena_pb2.Announcement()
@@ -100,8 +105,9 @@ class ScriptedService:
 
     def _handler(self, name: str, request: type[Message], answer: Answer) -> "grpc.RpcMethodHandler[Any, Any]":
         async def handle(message: Message, context: Context) -> Message:
-            await self.pass_gate(name)
-            if name in self.failing:
+            gate = OBSERVE if isinstance(message, fusion_pb2.FuseRequest) and message.answers_only else name
+            await self.pass_gate(gate)
+            if gate in self.failing:
                 await context.abort(grpc.StatusCode.INTERNAL, "as it was told")
             return answer(message)
 
@@ -121,8 +127,8 @@ class ScriptedService:
             "Profile": lambda _: service_pb2.ProfileReply(points=[point]),
             "Metrics": lambda _: service_pb2.ServiceMetrics(),
             "Release": self._release,
-            "Encode": lambda r: encoder_pb2.EncodeReply(embeddings=tensor_pb2.TensorRef(dtype=tensor_pb2.FP32)),
-            "Fuse": lambda r: fusion_pb2.FuseReply(outputs=[tensor_pb2.Tensor() for _ in r.groups]),
+            "Encode": self._encode,
+            "Fuse": self._fuse,
         }
 
     def _load(self, request: service_pb2.LoadRequest) -> Message:
@@ -132,6 +138,24 @@ class ScriptedService:
     def _unload(self, request: service_pb2.UnloadRequest) -> Message:
         self.models.discard(request.model)
         return service_pb2.UnloadReply()
+
+    def _encode(self, request: encoder_pb2.EncodeRequest) -> Message:
+        embeddings = tensor_pb2.TensorRef(dtype=tensor_pb2.FP32)
+        if self.in_slots:
+            self.acquired += 1
+            embeddings.slot.slot = self.acquired
+        return encoder_pb2.EncodeReply(embeddings=embeddings, compute_us=1000)
+
+    def _fuse(self, request: fusion_pb2.FuseRequest) -> Message:
+        if not request.answers_only:
+            return fusion_pb2.FuseReply(outputs=[tensor_pb2.Tensor() for _ in request.groups])
+        # They say how many modalities were fused.
+        reply = fusion_pb2.FuseReply(compute_us=1000)
+        for group in request.groups:
+            rows = sum(part.row_count for part in next(iter(group.embeddings.values())).rows)
+            count = len(group.embeddings)
+            reply.answers.add(labels=[count] * rows, confidences=[count / 4] * rows)
+        return reply
 
     def _release(self, request: tensor_pb2.ReleaseSlots) -> Message:
         self.released += [slot.slot for slot in request.slots]
@@ -196,10 +220,10 @@ class Stream:
 
 
 class Selector:
-    """A selector that serves."""
+    """A selector that serves, and its process."""
 
-    def __init__(self, stub: "selector_pb2_grpc.SelectorAsyncStub") -> None:
-        self.stub = stub
+    def __init__(self, stub: "selector_pb2_grpc.SelectorAsyncStub", process: asyncio.subprocess.Process) -> None:
+        self.stub, self.process = stub, process
 
     @contextlib.asynccontextmanager
     async def connected(self) -> AsyncIterator[Stream]:
@@ -249,9 +273,10 @@ async def selector_of(settings: Settings) -> AsyncIterator[Selector]:
     process = await asyncio.create_subprocess_exec(sys.executable, "-m", "selector", env=environment)
     async with grpc.aio.insecure_channel(settings.selector_address) as channel:
         try:
-            yield Selector(selector_pb2_grpc.SelectorStub(channel))
+            yield Selector(selector_pb2_grpc.SelectorStub(channel), process)
         finally:
-            process.terminate()
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
             await process.wait()
 
 

@@ -20,6 +20,7 @@ from mosel.v1 import gateway_pb2
         ("/inference.GRPCInferenceService/ModelInfer", Access.TENANTS),
         ("/mosel.v1.Gateway/LoadModel", Access.ADMINS),
         ("/mosel.v1.Gateway/UnloadModel", Access.ADMINS),
+        ("/mosel.v1.Gateway/Observe", Access.ADMINS),
         ("/mosel.v1.Gateway/Status", Access.ADMINS),
         ("/mosel.v1.Gateway/Predict", Access.TENANTS),
         ("/mosel.v1.Gateway/SubmitJob", Access.TENANTS),

@@ -22,6 +22,8 @@ CLASSES = [
     "JobSummary",
     "ModalityInfo",
     "ModelInfo",
+    "ObserveEvent",
+    "ObservedItems",
     "PlanInfo",
     "Prediction",
     "Retry",
