@@ -25,8 +25,8 @@ from selector.events import Event, SampleFused, TimePassed
 from selector.in_flight import JobInFlight, SampleInFlight, SlotKey, fuse_request
 from selector.services.compute_services import ComputeServices
 
-# How often whoever observes a model is told what there is.
-_TELL_S = 0.25
+# How often whoever observes a model is told what there is; and how many answers may wait for that.
+_TELL_S, _MOST_UNTOLD = 0.25, 100_000
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class ObservedModel:
     Attributes:
         model, observation: as given.
         in_flight: the slots of each sample that is not complete.
-        counts: `jobs`, `items` and `others` as of ObserveEvent, and the microseconds that were computed.
+        counts: `jobs`, `items` and `others` as of ObserveEvent, items `observed` and told, microseconds computed.
     """
 
     def __init__(self, model: str, observation: Observation) -> None:
@@ -61,6 +61,11 @@ class ObservedModel:
     def complete(self, sample: Sample) -> None:
         """All answers of a sample are there."""
         self._complete.append(sample)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether whoever observes it reads what it is told."""
+        return sum(sample.answers.size for sample in self._complete) < _MOST_UNTOLD
 
     async def wait(self) -> None:
         """Waits until it is time to tell more.
@@ -88,8 +93,9 @@ class ObservedModel:
             observing_ms=self.counts["observing_us"] / 1000,
         )
         for sample in complete:
+            self.counts["observed"] += len(sample.items)
             answers, confidences = sample.answers.ravel().tolist(), sample.confidences.ravel().tolist()
-            event.observed.add(job=sample.number, answers=answers, confidences=confidences)
+            event.observed.add(job=sample.number, size=sample.size, answers=answers, confidences=confidences)
         return event
 
 
@@ -171,8 +177,7 @@ class Observations:
         if asked.exact or strategy.counts != ((job.work.profile.modalities, asked.size),):
             observed.counts["others"] += asked.size
             return
-        items = observed.observation.drawn(asked.id, asked.size)
-        if sample := observed.observation.add(items, time.monotonic()):
+        if observed.is_read and (sample := observed.observation.add(asked.id, asked.size, time.monotonic())):
             kept = SampleInFlight(asked.model, sample, job.embeddings)
             observed.in_flight[sample] = kept
             # Payloads are not needed any more; slots with embeddings belong to lanes.
@@ -209,8 +214,13 @@ class Observations:
             observed.complete(sample.sample)
 
     def statistics(self) -> dict[str, int]:
-        """Samples that are not complete."""
-        return {"samples_held": sum(len(observed.in_flight) for observed in self._models.values())}
+        """Models that are observed, their samples that are not complete, and the items that were told."""
+        models = self._models.values()
+        return {
+            "models_observed": len(models),
+            "samples_held": sum(len(observed.in_flight) for observed in models),
+            "items_observed": sum(observed.counts["observed"] for observed in models),
+        }
 
     def _begin(self, observed: ObservedModel, sample: Sample, piece: Piece, now: float) -> None:
         call = self._scheduler.spare_call(observed.model, piece.modality_set, piece.rows, now)

@@ -11,6 +11,7 @@ from mosel.cli.data import data_app
 from mosel.cli.demo import demo
 from mosel.cli.health import health
 from mosel.cli.models import models
+from mosel.cli.observe import observe
 from mosel.cli.plan import plan
 from mosel.cli.predict import predict
 from mosel.cli.profile import profile
@@ -28,6 +29,7 @@ COMMANDS = (
     demo,
     predict,
     plan,
+    observe,
     models,
     reload,
     unload,

@@ -14,11 +14,13 @@ class ObservedItems:
 
     Attributes:
         job: counts the jobs that were observed.
+        size: items of the job, those that are not observed included.
         answers: int32 [items, sets], the index of the largest output.
         confidences: float32 [items, sets], that output.
     """
 
     job: int
+    size: int
     answers: NDArray[np.int32]
     confidences: NDArray[np.float32]
 
@@ -59,6 +61,7 @@ def observed_from(message: gateway_pb2.ObserveEvent) -> ObserveEvent:
         observed=tuple(
             ObservedItems(
                 job=items.job,
+                size=items.size,
                 answers=np.array(items.answers, np.int32).reshape(-1, sets),
                 confidences=np.array(items.confidences, np.float32).reshape(-1, sets),
             )

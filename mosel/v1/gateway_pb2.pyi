@@ -964,8 +964,11 @@ class ObservedItems(_message.Message):
     JOB_FIELD_NUMBER: _builtins.int
     ANSWERS_FIELD_NUMBER: _builtins.int
     CONFIDENCES_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
     job: _builtins.int
     """Counts the jobs that were observed."""
+    size: _builtins.int
+    """Items of the job, those that are not observed included."""
     @_builtins.property
     def answers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """[items, modality_sets], row by row: the index of the largest output, and that output."""
@@ -978,10 +981,11 @@ class ObservedItems(_message.Message):
         job: _builtins.int = ...,
         answers: _abc.Iterable[_builtins.int] | None = ...,
         confidences: _abc.Iterable[_builtins.float] | None = ...,
+        size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "confidences", b"confidences", "job", b"job"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "confidences", b"confidences", "job", b"job", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -36,6 +36,7 @@ class Sample:
 
     Attributes:
         number: counts samples.
+        size: items of the job.
         items: their indices in the job, rising.
         ends: seconds on the driver's clock at which it is given up.
         answers: int32 [items, sets], the index of the largest output.
@@ -45,6 +46,7 @@ class Sample:
     """
 
     number: int
+    size: int
     items: tuple[int, ...]
     ends: float
     answers: NDArray[np.int32]
@@ -79,14 +81,15 @@ class Observation:
         generator = random.Random(digest)  # noqa: S311 (fair, not secret: the key is)
         return tuple(sorted(generator.sample(range(size), min(count, size))))
 
-    def add(self, items: tuple[int, ...], now: float) -> Sample | None:
-        """Begins with items of a job that was just answered; None if they are none, or enough others are kept."""
+    def add(self, job_id: bytes, size: int, now: float) -> Sample | None:
+        """Begins with items of a job that was just answered; None if none is drawn, or enough others are kept."""
+        items = self.drawn(job_id, size)
         if not items or len(self.samples) >= _MOST_JOBS:
             return None
         self._number += 1
         shape = len(items), len(self.sets)
         answers, confidences = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-        sample = Sample(self._number, items, now + _KEPT_S, answers, confidences, missing=answers.size)
+        sample = Sample(self._number, size, items, now + _KEPT_S, answers, confidences, missing=answers.size)
         name = f"observed {self._number}".encode()
         for modality_set in self.sets:
             most = self._profile.fusion[modality_set].best_batch

@@ -234,17 +234,13 @@ class Scheduler:
         return self._profiles[model]
 
     def spare_call(self, model: str, modality_set: ModalitySet, rows: Rows, now: float) -> FuseCall | None:
-        """A call for items of a job that is over; None unless fusion has a free token.
-
-        To be asked when `next` has nothing to do: then no job waits for the token. The rows are no more than the best
-        batch of the set, whose latencies are known; their id is that of no job.
-        """
+        """A call for items of no job that is here, when `next` has nothing to do; None unless fusion has a token."""
         if FUSION not in self._resources.open_lanes():
             return None
         self._last_call += 1
         call = FuseCall(self._last_call, model, modality_set, (rows,))
-        stage, items = self._planner.stages.of(model, modality_set), len(rows.items)
-        self._resources.begin(call, items, now, stage.expected_ms(items, now) / 1000)
+        expected_ms = self._planner.stages.of(model, modality_set).expected_ms(len(rows.items), now)
+        self._resources.begin(call, len(rows.items), now, expected_ms / 1000)
         return call
 
     def plan(self, job: Job, now: float) -> Plan:

@@ -124,7 +124,7 @@ async def test_jobs_run_everything_and_samples_hold_what_they_need_until_they_ar
         told = [items for event in observer.events for items in event.observed]
         assert [items.job for items in told] == [1, 2, 3, 4]
         for items in told:
-            assert list(items.answers) == ROW
+            assert (items.size, list(items.answers)) == (1, ROW)
             np.testing.assert_array_equal(items.confidences, [n / 4 for n in ROW])
         last = observer.events[-1]
         assert all(list(event.modality_sets) == SETS for event in observer.events)

@@ -41,8 +41,9 @@ def test_samples_are_bounded_and_complete_or_given_up(steps: list[tuple[str, int
             assert items == observation.drawn(job_id, size)
             assert set(items) <= set(range(size))
             assert math.floor(share * size) <= len(items) <= math.ceil(share * size)
-            sample = observation.add(items, now)
+            sample = observation.add(job_id, size, now)
             added["yes" if sample else "no"] += 1
+            assert sample is None or (sample.items, sample.size) == (items, size)
         elif step == "n" and (found := observation.next()):
             sample, piece = found
             assert sample.waiting.popleft() is piece
