@@ -28,7 +28,7 @@ from bench.items import Items, items_of
 from bench.machine import machine_line
 from mosel import AsyncClient, Prediction
 from mosel.config import FREE_PORTS, load_settings
-from mosel.errors import FloorUnreachable
+from mosel.errors import Unreachable
 from mosel.launcher import Launcher
 from mosel.packages.model_package import ModelPackage, find_packages
 
@@ -136,7 +136,7 @@ def _floors(address: str, package: ModelPackage, items: Items, jobs: Sequence[sl
         try:
             answered = uvloop.run(_send(address, package, items, jobs, {"min_accuracy": floor}))
         except ExceptionGroup as errors:
-            if errors.subgroup(FloorUnreachable) is None:
+            if errors.subgroup(Unreachable) is None:
                 raise
             table.add_row(f"{floor:g}", "out of reach")
             continue

@@ -25,6 +25,8 @@ class Floor:
         ladder: of what was sent: turns mean scores into guarantees; None without calibration rows.
         of_loss: scores and guarantees are of agreement with the reference, not of accuracy.
         asked: what was asked for, in words.
+        over_all: what the items of all jobs with this floor score on average, where some have a little less than it
+            needs and others a little more; else None.
         missed: nothing guarantees it; so the reference set is run, and this says what can be guaranteed.
     """
 
@@ -35,13 +37,15 @@ class Floor:
     asked: str
     of_loss: bool = False
     missed: str = ""
+    over_all: float | None = None
 
     def assurance(self, counts: Mapping[ModalitySet, int]) -> Assurance:
         """What can be said of items that run these sets."""
         ladder = self.ladder
         if ladder is None or not counts.keys() <= ladder.scores.keys():
             return Assurance(Guarantee.ESTIMATE)
-        bound = ladder.guaranteed(mean_score(ladder.scores, counts))
+        score = mean_score(ladder.scores, counts) if self.over_all is None else self.over_all
+        bound = ladder.guaranteed(score)
         guarantee = Guarantee.NONE if self.missed else Guarantee.CALIBRATED
         note = self.missed or ("approximate: calibrated on few groups" if ladder.approximate else "")
         if self.of_loss:

@@ -1,6 +1,9 @@
 """Which strategies a job may use, in the order in which they are preferred; never one below its accuracy floor."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from mosel.errors import FloorUnreachable, ServiceUnavailable
 from mosel.modality import ModalitySet, format_set, subsets
@@ -72,6 +75,40 @@ def allowed_options(
         accurate = [s for s in running if scores[s] >= least - TOLERANCE]
         return _first(strategy_of(profile, {_worth_running(profile, job.modalities, accurate, items): items}), by_score)
     return by_score
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A strategy that is a little too cheap for a floor, and how many jobs may run it.
+
+    Attributes:
+        cheaper: the strategy.
+        share: 0..1, of the jobs; the others run the cheapest that meets the floor.
+        otherwise: the mean score of that.
+    """
+
+    cheaper: Strategy
+    share: float
+    otherwise: float
+
+
+def rounding_of(
+    profile: ModelProfile, frontiers: Frontiers, job: Job, floor: Floor, is_up: Callable[[ModalitySet], bool]
+) -> Rounding | None:
+    """How jobs together use all of a guaranteed loss; None where it is used up, or not to be used.
+
+    A job has whole items, and one of a single item can run one set. So of jobs that are alike some run the next
+    strategy on the frontier, just so many that the mean score over all of them is what the floor needs.
+    """
+    if not floor.of_loss or not job.has_floor or job.effort is Effort.BEST or profile.observed:
+        return None
+    running = runnable(profile, _candidates(job, floor, full_only=False), job.modalities, is_up)
+    found = frontiers.of(running, job.size, floor.scores)
+    first = int(np.searchsorted(found.accuracy, floor.least - TOLERANCE))
+    if not 0 < first < len(found):
+        return None
+    less, otherwise = float(found.accuracy[first - 1]), float(found.accuracy[first])
+    return Rounding(found[first - 1], (otherwise - floor.least) / (otherwise - less), otherwise)
 
 
 def _candidates(job: Job, floor: Floor, full_only: bool) -> list[ModalitySet]:

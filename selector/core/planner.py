@@ -1,5 +1,6 @@
 """Plans: who is admitted, and which strategy each queued job has."""
 
+import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,8 +12,8 @@ from selector.core.admission import OfferedLoad, Promises, refusal
 from selector.core.floors import Floor, floor_of
 from selector.core.forecast import Forecast
 from selector.core.frontier import Frontiers, Strategy
-from selector.core.jobs import Job, Option
-from selector.core.options import allowed_options, runnable, strategy_of
+from selector.core.jobs import Assurance, Job, Option
+from selector.core.options import Rounding, allowed_options, rounding_of, runnable, strategy_of
 from selector.core.policies import PLANNED_JOBS, POLICIES, Choices, Queued, finish_times, placed
 from selector.core.profile import ModelProfile
 from selector.core.resources import Resources
@@ -70,6 +71,37 @@ class Planner:
         options = self._options(job, floor, job.size, floor.least)
         without = self._without(job, floor, job.size, floor.least)
         return Work(job, profile, floor, now, options, self._queued(job, options), without=without)
+
+    def round(self, work: Work) -> None:
+        """Has a job with a guaranteed loss run a strategy a little too cheap, as often as that is right over all jobs.
+
+        Which jobs do is drawn by their ids, after they were admitted as if none did: whether a job is answered must not
+        depend on it.
+        """
+        rounding = self.rounding_of(work)
+        if rounding is None:
+            return
+        drawn = random.Random(b"round" + work.job.id).random() < rounding.share  # noqa: S311 (fair, not secret)
+        least = rounding.cheaper.accuracy if drawn else rounding.otherwise
+        work.floor = replace(work.floor, least=least, over_all=work.floor.least)
+        if drawn and self._plan_rest(work):
+            work.preferred = work.least = rounding.cheaper.accuracy
+
+    def outlook(self, work: Work) -> tuple[Assurance, float]:
+        """What answers to jobs like one that has not started stand on, and the share of compute that they save."""
+        rounding, saved = self.rounding_of(work), work.saved
+        if rounding is None:
+            return work.assurance, saved
+        cheaper = work.profile.saved(dict(rounding.cheaper.counts), work.job.modalities)
+        floor = replace(work.floor, over_all=work.floor.least)
+        return floor.assurance(work.counts), saved + rounding.share * (cheaper - saved)
+
+    def rounding_of(self, work: Work) -> Rounding | None:
+        """How jobs like one that has not started use all of a guaranteed loss."""
+        if self._policy == "all" or work.started_at is not None:
+            return None
+        is_up = partial(self._resources.is_up, lacking=work.profile.lacking)
+        return rounding_of(work.profile, self._frontiers[work.job.model], work.job, work.floor, is_up)
 
     def arrived(self, work: Work, now: float) -> None:
         """A job came, whether it will be admitted or not."""

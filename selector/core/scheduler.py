@@ -87,6 +87,7 @@ class Scheduler:
         self._planner.arrived(work, now)
         exact = self._planner.is_due(now)
         self._planner.apply(self._queue, self._enqueued(work, now))
+        self._planner.round(work)
         # An exact plan of everyone was just made with it.
         self._stale = not exact
         self._works[job.id] = work
@@ -260,7 +261,7 @@ class Scheduler:
         self._planner.apply(self._queue[at : at + 1], choices[at : at + 1])
         del self._queue[at]
         chosen = strategy_of(work.profile, work.counts)
-        return Plan(frontier, chosen, (work.predicted - now) * 1000, "", work.assurance, work.saved)
+        return Plan(frontier, chosen, (work.predicted - now) * 1000, "", *self._planner.outlook(work))
 
     def is_up(self, modality_set: ModalitySet, lacking: Set[str] = frozenset()) -> bool:
         """Whether fusion and an encoder of each modality of a set are there; those that lack the model do not count."""

@@ -7,11 +7,12 @@ import pytest
 
 from bench.coverage import populations
 from mosel.errors import FloorUnreachable
-from mosel.modality import parse_set
+from mosel.modality import FUSION, parse_set
 from selector.core.certificate import Certificates
 from selector.core.floors import floor_of, mean_score
-from selector.core.jobs import Guarantee, Job
+from selector.core.jobs import Effort, Guarantee, Job
 from selector.core.profile import ModelProfile
+from selector.core.scheduler import Scheduler
 from tests.selector.support import profile_of
 
 SENT = parse_set("audio+image+pen")
@@ -110,3 +111,47 @@ def test_what_is_saved_is_counted_against_everything_that_was_sent() -> None:
     assert profile.saved({pen: 4}, SENT) == pytest.approx(1 - profile.cost_ms(pen, 4) / profile.cost_ms(SENT, 4))
     profile.encoders.pop("audio")
     assert profile.saved({pen: 4}, SENT) == 0.0, "nothing is known yet"
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_jobs_of_few_items_use_all_of_a_loss_together(size: int) -> None:
+    profile, jobs = known(), 3000
+    scheduler = Scheduler({"model": profile}, max_queued_items=size)
+    for lane in ("audio", "image", "pen", FUSION):
+        scheduler.lane(lane, True)
+    needed = floor_of(profile, losing_at_most(0.03)).least
+    scores = floor_of(profile, losing_at_most(0.03)).scores
+    ran, saved, said = list[float](), list[float](), set[float | None]()
+    for number in range(jobs):
+        job = replace(losing_at_most(0.03), id=number.to_bytes(16, "big"), size=size, deadline=1e9)
+        work = scheduler.submit(job, float(number))
+        ran.append(mean_score(scores, work.counts))
+        saved.append(work.saved)
+        said.add(work.assurance.loss)
+        scheduler.cancelled(job.id)
+    spread = float(np.std(ran)) / jobs**0.5
+    assert np.mean(ran) == pytest.approx(needed, abs=4 * spread)
+    assert spread > 0, "they differ"
+    (loss,) = said
+    assert loss is not None
+    assert loss <= 0.03
+    plan = scheduler.plan(replace(losing_at_most(0.03), id=b"", size=size, deadline=1e9), float(jobs))
+    assert plan.assurance is not None
+    assert plan.assurance.loss == loss
+    assert plan.saved == pytest.approx(float(np.mean(saved)), rel=0.15)
+
+
+def test_what_a_caller_demands_of_its_own_job_is_not_drawn() -> None:
+    profile = known()
+    scheduler = Scheduler({"model": profile}, max_queued_items=1)
+    for lane in ("audio", "image", "pen", FUSION):
+        scheduler.lane(lane, True)
+    demands = [accuracy_at_least(0.93), replace(losing_at_most(0.03), effort=Effort.BEST)]
+    for demand in demands:
+        ran = set()
+        for number in range(50):
+            work = scheduler.submit(replace(demand, id=number.to_bytes(16, "big"), size=1, deadline=1e9), float(number))
+            assert work.strategy.accuracy >= floor_of(profile, demand).least
+            ran.add(work.strategy)
+            scheduler.cancelled(work.job.id)
+        assert len(ran) == 1

@@ -1,5 +1,6 @@
 """The scheduler's promises in any order of events: floors above all."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -87,9 +88,11 @@ def needed(job: Job) -> tuple[Mapping[ModalitySet, float], float]:
     return ladder.scores, ladder.scores[ladder.reference] if least is None else least
 
 
-def undercut(job: Job, counts: Mapping[ModalitySet, int]) -> bool:
-    """Whether items that run these sets are below the floor."""
+def undercut(job: Job, counts: Mapping[ModalitySet, int], drawn: float = math.inf) -> bool:
+    """Whether items that run these sets are below the floor, or below the lower one that was drawn for the job."""
     scores, least = needed(job)
+    if job.max_accuracy_loss is not None:
+        least = min(least, drawn)
     return sum(scores[s] * count for s, count in counts.items()) / job.size < least - 1e-9
 
 
@@ -152,7 +155,8 @@ class Account:
     def answered(self) -> None:
         self.end("answered")
         assert self.answered_with.keys() == set(range(self.job.size)), "each item is answered once"
-        assert not undercut(self.job, Counter(self.answered_with.values())), "the floor was undercut"
+        counts = Counter(self.answered_with.values())
+        assert not undercut(self.job, counts, self.work.floor.least), "the floor was undercut"
         assert not self.job.exact or set(self.answered_with.values()) == {self.job.modalities}
         in_vain = set(+self.sent) - {(m, item) for item, s in self.answered_with.items() for m in s}
         assert not in_vain
@@ -209,7 +213,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         assert queued + job.size <= MAX_QUEUED
         assert work.strategy.size == job.size
-        assert not undercut(job, work.counts)
+        assert not undercut(job, work.counts, work.floor.least)
         self.accounts[job.id] = Account(job, work)
 
     def check_refusal(self, job: Job, error: MoselError) -> None:
@@ -352,7 +356,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for account in alive:
             assert self.scheduler.work_of(account.job.id) is account.work
             assert account.work.strategy.size == account.job.size
-            assert not undercut(account.job, account.work.counts)
+            assert not undercut(account.job, account.work.counts, account.work.floor.least)
 
     def teardown(self) -> None:
         """With all services up and calls going well, every job that is left is answered, and nothing else is left."""
