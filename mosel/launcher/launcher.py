@@ -1,5 +1,6 @@
 """Starts all services of one machine as child processes, starts those again that end, and stops them."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -7,9 +8,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -239,7 +241,7 @@ class Launcher:
     def _start(self, name: str, module: str, *arguments: str) -> None:
         log = self._folder / f"{name.replace('/', '-')}.log"
         # Appended to, so that it can be cut while it is written.
-        with log.open("ab") as stream:
+        with log.open("ab") as stream, _uninterrupted():
             log_start = stream.tell()
             process = subprocess.Popen(  # noqa: S603
                 # -P: a file fusion.py in the folder that the user happens to be in must not be run.
@@ -251,7 +253,7 @@ class Launcher:
                 # Ctrl-C goes to the launcher alone, which stops the services in order.
                 start_new_session=True,
             )
-        self.children[name] = Child(name, (module, *arguments), process, log, log_start)
+            self.children[name] = Child(name, (module, *arguments), process, log, log_start)
 
     def _stop(self) -> None:
         """Stops the edge first, so that what was admitted can finish behind it; interrupted, it kills the rest."""
@@ -276,6 +278,26 @@ class Launcher:
             except subprocess.TimeoutExpired:
                 child.process.kill()
                 child.process.wait()
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the body is over: nobody would stop a child that is not known yet."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = list[int]()
+    previous = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for raised in came:
+            signal.raise_signal(raised)
 
 
 def _look(client: Client) -> tuple[list[ServiceInfo], list[ModelInfo]]:
