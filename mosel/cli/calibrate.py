@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mosel.cli.losses import CONFIDENCE
 from mosel.cli.options import Device, ModelsFolder
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from mosel.packages.calibration import Calibration
     from mosel.packages.model_package import ModelPackage
     from selector.core.profile import ModelProfile
-
-CONFIDENCE = 0.95
 
 
 def calibrate(
@@ -164,7 +163,7 @@ def _losses(calibration: "Calibration", known: "ModelProfile | None") -> "Table"
     table = Table("at most worse than everything", title=f"guaranteed at {CONFIDENCE:.0%}")
     for title in ("of it used", "saves", "with rows without end", "half of it used with"):
         table.add_column(title, justify="right")
-    for saving in savings(calibration, CONFIDENCE, known):
+    for saving in savings(calibration, known):
         rows = saving.rows_for_half
         enough = (
             "far more rows" if rows is None else f"about {rows} rows" if rows > len(calibration.labels) else "these"

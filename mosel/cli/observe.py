@@ -161,12 +161,8 @@ def _show(found: "Sequence[Prospect]", seen: _Observed, package: "ModelPackage")
         "items of traffic like this. Times and throughput are predicted from the profile, for jobs of these sizes.",
         highlight=False,
     )
-    saving = [prospect for prospect in found if prospect.saved > 0]
-    if not saving:
-        console.print("nothing can be saved with these items", highlight=False)
-        return
     # The smallest loss that brings half of what the largest does.
-    chosen = next(prospect for prospect in saving if prospect.saved >= saving[-1].saved / 2)
+    chosen = next(prospect for prospect in found if prospect.saved >= found[-1].saved / 2)
     console.print(
         f"to switch it on: max_accuracy_loss = {chosen.loss:g} in {package.folder / 'model.toml'}, "
         f"or MOSEL_GATEWAY__MAX_ACCURACY_LOSS={chosen.loss:g}; it needs these rows, which --save keeps",

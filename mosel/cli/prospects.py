@@ -2,8 +2,10 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from mosel.cli.losses import LOSSES, least_score, loss_ladder, tiled
 
 if TYPE_CHECKING:
     from mosel.client import ObservedItems
@@ -11,11 +13,8 @@ if TYPE_CHECKING:
     from mosel.packages.calibration import Calibration
     from mosel.packages.model_package import ModelPackage
     from mosel.profiles.files import Profile
-    from selector.core.certificate import Ladder
     from selector.core.frontier import Frontier, Strategy
 
-LOSSES = (0.01, 0.02, 0.03, 0.06)
-CONFIDENCE = 0.95
 # Of the jobs that were observed, chosen for design rows: with these, rules are made; with the rest they are tested.
 _DESIGN_SHARE = 0.25
 # Items like those that were observed, so many times as many, are tried; the last stand for items without end.
@@ -101,50 +100,22 @@ def prospects(rows: "Calibration", measured: "Profile", sizes: Sequence[int]) ->
     """
     import numpy as np
 
-    ladder = _ladder(rows)
+    ladder = loss_ladder(rows)
     if ladder is None:
         return []
     among = np.quantile(sizes, np.linspace(0, 1, _SIZES), method="nearest").tolist()
     forecast = _Forecasts(measured, Counter(map(int, among)), ladder.scores)
     before, found = forecast.of(1.0), []
-    ladders = [ladder, *(_ladder(_tiled(rows, times)) or ladder for times in _TIMES[1:])]
+    ladders = [ladder, *(loss_ladder(tiled(rows, times)) or ladder for times in _TIMES[1:])]
     for loss in LOSSES:
-        costs = [forecast.of(_least(one, loss)).cost_ms for one in ladders]
+        costs = [forecast.of(least_score(one, loss)).cost_ms for one in ladders]
         most = before.cost_ms - costs[-1]
         enough = next(
             n for n, ms in zip(_TIMES, costs, strict=True) if before.cost_ms - ms >= _MOST * most - _TOLERANCE
         )
-        after = forecast.of(_least(ladder, loss))
+        after = forecast.of(least_score(ladder, loss))
         found.append(Prospect(loss, before, after, most / before.cost_ms, len(rows.labels) * enough))
     return found
-
-
-def _ladder(rows: "Calibration") -> "Ladder | None":
-    from selector.conversions import certificates
-
-    known = certificates(rows, CONFIDENCE)
-    return None if known is None else known.of_loss(max(rows.sets, key=len))
-
-
-def _least(ladder: "Ladder", loss: float) -> float:
-    least = ladder.least(1 - loss)
-    return 1.0 if least is None else least
-
-
-def _tiled(rows: "Calibration", times: int) -> "Calibration":
-    """So many times the rows, each time of other jobs."""
-    import numpy as np
-
-    jobs = rows.groups.max(initial=0) + 1
-    apart = np.repeat(np.arange(times, dtype=np.int32), len(rows.groups))[:, None] * jobs
-    return replace(
-        rows,
-        answers=np.tile(rows.answers, (times, 1)),
-        confidence=np.tile(rows.confidence, (times, 1)),
-        labels=np.tile(rows.labels, times),
-        groups=(np.tile(rows.groups, (times, 1)) + apart).astype(np.int32),
-        certify=np.tile(rows.certify, times),
-    )
 
 
 class _Forecasts:
@@ -176,20 +147,19 @@ class _Forecasts:
 
     def of(self, least: float) -> Figures:
         """Those of jobs that need a mean score; those that need 1 run everything."""
-        import numpy as np
-
-        costs, times, items, seconds = [], list[float](), 0, 0.0
+        costs, times, items, seconds = 0.0, list[tuple[float, float]](), 0, 0.0
         for size, jobs in self._sizes.items():
-            strategy = self._strategy(size, least)
-            left, forecast = self._stages.remaining(self._measured.model, strategy), self._idle.idle_forecast(0.0)
-            edge_ms = self._measured.edge_ms + self._measured.edge_item_ms * (size - 1)
-            costs.append(jobs * strategy.cost_ms)
-            times += [forecast.finish([left])[0] * 1000 + edge_ms] * jobs
+            for strategy, share in self._strategies(size, least):
+                left, forecast = self._stages.remaining(self._measured.model, strategy), self._idle.idle_forecast(0.0)
+                edge_ms = self._measured.edge_ms + self._measured.edge_item_ms * (size - 1)
+                costs += jobs * share * strategy.cost_ms
+                times.append((forecast.finish([left])[0] * 1000 + edge_ms, jobs * share))
+                seconds += jobs * share * max(forecast.demands([[left]], ())[0][0].seconds.values())
             items += jobs * size
-            seconds += jobs * max(forecast.demands([[left]], ())[0][0].seconds.values())
-        return Figures(sum(costs), float(np.median(times)), items / seconds)
+        return Figures(costs, _median(times), items / seconds)
 
-    def _strategy(self, size: int, least: float) -> "Strategy":
+    def _strategies(self, size: int, least: float) -> "list[tuple[Strategy, float]]":
+        """What jobs of a size run, a little too much or too little, and how many of them, so that the mean is right."""
         import numpy as np
 
         from selector.core.options import strategy_of
@@ -197,5 +167,19 @@ class _Forecasts:
         found = self._frontiers[size]
         at = int(np.searchsorted(found.accuracy, least - _TOLERANCE))
         if least >= 1 or at == len(found):
-            return strategy_of(self._profile, {self._everything: size})
-        return found[at]
+            return [(strategy_of(self._profile, {self._everything: size}), 1.0)]
+        if not at:
+            return [(found[0], 1.0)]
+        less, more = found[at - 1], found[at]
+        share = (more.accuracy - least) / (more.accuracy - less.accuracy)
+        return [(less, share), (more, 1 - share)]
+
+
+def _median(weighted: Sequence[tuple[float, float]]) -> float:
+    """Of numbers with weights."""
+    half, below = sum(weight for _, weight in weighted) / 2, 0.0
+    for number, weight in sorted(weighted):
+        below += weight
+        if below >= half - _TOLERANCE:
+            return number
+    return 0.0

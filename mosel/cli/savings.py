@@ -1,14 +1,15 @@
 """What giving up at most so much accuracy would save, by calibration rows; and how many rows it takes to know."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from mosel.cli.losses import LOSSES, least_score, loss_ladder, tiled
 
 if TYPE_CHECKING:
     from mosel.packages.calibration import Calibration
     from selector.core.certificate import Ladder
     from selector.core.profile import ModelProfile
 
-LOSSES = (0.01, 0.02, 0.03, 0.06)
 # Rows that are like those that are there, up to so many times as many, are tried.
 _MOST_TIMES = 64
 _JOB_ITEMS = 64
@@ -35,27 +36,26 @@ class Saving:
     rows_for_half: int | None
 
 
-def savings(calibration: "Calibration", confidence: float, profile: "ModelProfile | None") -> list[Saving]:
+def savings(calibration: "Calibration", profile: "ModelProfile | None") -> list[Saving]:
     """What each of `LOSSES` allows; empty where no row certifies.
 
     Args:
         calibration: rows, labelled or not.
-        confidence: of the guarantees, above 0.5.
         profile: the model's, with what its calls cost.
     """
-    ladder = _ladder(calibration, confidence)
+    ladder = loss_ladder(calibration)
     if ladder is None:
         return []
     found, times = dict[float, int](), 1
     while len(found) < len(LOSSES) and times <= _MOST_TIMES:
-        larger = ladder if times == 1 else _ladder(_tiled(calibration, times), confidence)
+        larger = ladder if times == 1 else loss_ladder(tiled(calibration, times))
         found |= {e: times for e in LOSSES if larger and e not in found and _used(larger, e) >= 0.5}
         times *= 2
     return [
         Saving(
             loss=loss,
             used=_used(ladder, loss),
-            saved=_saved(profile, ladder, _least(ladder, loss)),
+            saved=_saved(profile, ladder, least_score(ladder, loss)),
             most_saved=_saved(profile, ladder, 1 - loss),
             rows_for_half=len(calibration.labels) * found[loss] if loss in found else None,
         )
@@ -63,37 +63,9 @@ def savings(calibration: "Calibration", confidence: float, profile: "ModelProfil
     ]
 
 
-def _ladder(calibration: "Calibration", confidence: float) -> "Ladder | None":
-    from selector.conversions import certificates
-
-    known = certificates(calibration, confidence)
-    return None if known is None else known.of_loss(max(calibration.sets, key=len))
-
-
-def _tiled(calibration: "Calibration", times: int) -> "Calibration":
-    """So many times the rows, each time of other groups."""
-    import numpy as np
-
-    groups = calibration.groups
-    apart = np.arange(times, dtype=np.int32)[:, None, None] * (groups.max(initial=0) + 1)
-    return replace(
-        calibration,
-        answers=np.tile(calibration.answers, (times, 1)),
-        confidence=np.tile(calibration.confidence, (times, 1)),
-        labels=np.tile(calibration.labels, times),
-        groups=(groups + apart).reshape(times * len(groups), -1 if groups.size else 0).astype(np.int32),
-        certify=np.tile(calibration.certify, times),
-    )
-
-
-def _least(ladder: "Ladder", loss: float) -> float:
-    least = ladder.least(1 - loss)
-    return ladder.scores[ladder.reference] if least is None else least
-
-
 def _used(ladder: "Ladder", loss: float) -> float:
     """As a share of the loss, or all of it if every set may be run."""
-    least = _least(ladder, loss)
+    least = least_score(ladder, loss)
     return 1.0 if least <= min(ladder.scores.values()) + 1e-9 else min((1 - least) / loss, 1.0)
 
 

@@ -32,8 +32,8 @@ _LEVELS, _MOST_SETS = 64, 16
 _NEIGHBOURS = 3
 # With fewer groups, tests are made at half their level, and bounds are approximate.
 _FEW_GROUPS = 30
-# Sums of floats; and what tells scores apart.
-_TOLERANCE, _APART = 1e-9, 1e-6
+# Sums of floats.
+_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,9 +165,10 @@ def _ladder(
     if fewest < 2 or not design.any():
         return None
     scores = values[design].mean(axis=0)
-    # Nothing scores as much as the reference, so that the first level is it alone.
+    # Nothing scores as much as the reference, so that the first level is it alone and others are mixed in little by
+    # little: half an item less, where rows show no difference.
     others = np.arange(len(sets)) != reference
-    scores = np.where(others, np.minimum(scores, scores[reference] - _APART), scores)
+    scores = np.where(others, np.minimum(scores, scores[reference] - 0.5 / design.sum()), scores)
     kept = _kept(sets, scores, reference)
     levels = _levels(scores[kept])
     rules = _rules(scores[kept], levels)

@@ -190,16 +190,16 @@ def rows(count: int) -> Calibration:
 
 
 def test_more_rows_use_more_of_a_loss() -> None:
-    few, many = savings(rows(250), 0.95, None), savings(rows(5_000), 0.95, None)
+    few, many = savings(rows(250), None), savings(rows(5_000), None)
     assert all(less.used < more.used <= 1.01 for less, more in zip(few, many, strict=True))
     assert all(saving.saved is None for saving in few)
     needed = few[0].rows_for_half
     assert needed is not None
     assert few[0].used < 0.5 < many[0].used
     assert 250 < needed <= 5_000
-    assert savings(rows(needed), 0.95, None)[0].used >= 0.5
-    assert savings(rows(needed // 2), 0.95, None)[0].used < 0.5
+    assert savings(rows(needed), None)[0].used >= 0.5
+    assert savings(rows(needed // 2), None)[0].used < 0.5
 
 
 def test_without_rows_that_certify_nothing_is_promised() -> None:
-    assert savings(rows(40), 0.95, None) == []
+    assert savings(rows(40), None) == []

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from mosel.cli.losses import LOSSES
 from mosel.cli.observe import _Observed, _show
-from mosel.cli.prospects import LOSSES, Prospect, prospects, rows_of
+from mosel.cli.prospects import Prospect, prospects, rows_of
 from mosel.client import ObservedItems, ObserveEvent
 from mosel.packages.calibration import Calibration
 from mosel.packages.model_package import ModelPackage
@@ -77,13 +78,12 @@ def test_a_set_that_always_agrees_saves_what_the_profile_says(fruit: ModelPackag
 
 
 def test_few_items_save_less_and_it_is_said_how_many_it_takes(fruit: ModelPackage, profile: Profile) -> None:
-    # A set that loses 1 point is no use for a loss of 1 point, and certified for 3 by some 600 items and more.
+    # What loses 1 point may be run for all items at 3 points, which few items cannot guarantee.
     observed = [drawn(jobs, 1, {"photo": 0.5, "scent": 0.01}) for jobs in (100, 6400)]
     few, many = ({e.loss: e for e in prospects(rows(fruit, jobs), profile, [1])} for jobs in observed)
-    assert few[0.03].saved == 0
+    assert 0.3 < few[0.03].saved < 0.7
     assert few[0.03].most_saved == 0.8
-    needed = few[0.03].items_for_most
-    assert 200 <= needed <= 3200
+    assert 100 < few[0.03].items_for_most <= 3200
     assert many[0.03].saved == 0.8
     assert many[0.03].items_for_most == 6400
 
@@ -92,7 +92,8 @@ def test_jobs_of_items_that_are_alike_guarantee_less(fruit: ModelPackage, profil
     apart, alike = ({e.loss: e for e in prospects(rows(fruit, drawn(100, 20, {"scent": 0.03}, alike)), profile, [1])}
                     for alike in (False, True))  # fmt: skip
     # Photo always agrees, and saves the tenth that scent takes.
-    assert (apart[0.06].saved, alike[0.06].saved) == pytest.approx((0.8, 0.1))
+    assert apart[0.06].saved == pytest.approx(0.8)
+    assert 0.1 <= alike[0.06].saved < 0.8
 
 
 def test_one_job_guarantees_nothing(fruit: ModelPackage, profile: Profile) -> None:
@@ -116,8 +117,9 @@ def test_the_table_says_what_is_saved_and_how_to_switch_it_on(
     text = shown(fruit, found, monkeypatch)
     assert "guaranteed by 100 items" in text
     assert "not observed: 10 items of jobs that fixed their modalities" in text
-    assert f"max_accuracy_loss = 0.06 in {fruit.folder / 'model.toml'}" in text
-    assert "MOSEL_GATEWAY__MAX_ACCURACY_LOSS=0.06" in text
+    first = next(prospect.loss for prospect in found if prospect.saved >= found[-1].saved / 2)
+    assert f"max_accuracy_loss = {first:g} in {fruit.folder / 'model.toml'}" in text
+    assert f"MOSEL_GATEWAY__MAX_ACCURACY_LOSS={first:g}" in text
     lines = {line.split("│")[1].strip(): line for line in text.splitlines() if "│" in line}
     assert "80%" in lines["6 points"]
     assert "10.0 -> 3.0" in lines["6 points"]
@@ -127,10 +129,7 @@ def test_the_table_says_what_is_saved_and_how_to_switch_it_on(
     assert f"{needed} items, 0:0{needed // 600}:{needed // 10 % 60:02}" in lines["3 points"]
 
 
-def test_without_a_saving_no_line_is_shown(
-    fruit: ModelPackage, profile: Profile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = prospects(rows(fruit, drawn(100, 1, {"photo": 0.5, "scent": 0.5})), profile, [1])
-    assert "nothing can be saved" in (text := shown(fruit, found, monkeypatch))
+def test_without_rows_enough_no_line_is_shown(fruit: ModelPackage, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(fruit, [], monkeypatch)
+    assert "observe longer" in text
     assert "max_accuracy_loss" not in text
-    assert "observe longer" in shown(fruit, [], monkeypatch)
