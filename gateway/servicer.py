@@ -119,6 +119,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
             labels=package.output.labels,
             revision=package.revision,
             reason=state.reason,
+            latencies=state.latencies,
         )
         for modality, spec in package.modalities.items():
             model.modalities.add(name=modality, dtype=dtype_value(spec.dtype), shape=spec.shape)

@@ -19,11 +19,15 @@ from selector.job_observer import JobObserver
 from selector.servicer import SelectorServicer
 from selector.services.compute_services import ComputeServices
 from selector.services.health_watch import HealthWatch
+from selector.services.latency_measurement import Latencies
 from selector.services.model_loader import ModelLoader
+from selector.services.quiet_measurement import QuietMeasurement
 from selector.services.tensor_paths import TensorPaths
 
 # Messages that may wait for a gateway, for each item that may be queued: parts, an answer, and what was refused.
 _MESSAGES_PER_ITEM = 4
+# How often it is looked whether what was measured on a busy machine can be measured again.
+_LOOK_EVERY_S = 30.0
 
 
 def main() -> NoReturn:
@@ -59,13 +63,15 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
             ComputeServices(settings, modalities) as services,
             TensorPaths(settings, services, gateways) as paths,
         ):
-            models = ModelLoader(settings, packages.values(), scheduler, services, gateways)
+            latencies = Latencies(settings)
+            models = ModelLoader(settings, packages.values(), scheduler, services, gateways, latencies)
             observer = JobObserver(models.versions, tracing)
             dispatcher = Dispatcher(scheduler, services, paths, models, gateways, most, observer)
             servicer = SelectorServicer(dispatcher, models, services, paths, gateways, address, observer.metrics)
             register = partial(selector_pb2_grpc.add_SelectorServicer_to_server, servicer)
             async with (
                 HealthWatch(services, paths, models.prepare, dispatcher.handle),
+                QuietMeasurement(models, latencies, services, scheduler, partial(asyncio.sleep, _LOOK_EVERY_S)),
                 Service(settings, address, "selector.address", register, names=["mosel.v1.Selector"]) as service,
             ):
                 service.set_ready(True)

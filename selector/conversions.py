@@ -153,6 +153,15 @@ def certificates(calibration: Calibration | None, confidence: float) -> Certific
     return Certificates(rows, confidence)
 
 
+def origin_of(profile: Profile) -> str:
+    """Where latencies are from, in words."""
+    if not profile.quick:
+        return f"profile of {profile.measured_on}"
+    used = f"made while others used {profile.others_share:.0%} of the processors".replace("%", " %")
+    again = "; is measured again when it is quiet" if profile.busy else ""
+    return f"quick profile of {profile.measured_on}, {used}, spread {profile.spread:.1f}{again}"
+
+
 def model_profile(profile: Profile, default_min_accuracy: float | None) -> ModelProfile:
     """A model's profile with every latency known.
 

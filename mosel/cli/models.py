@@ -30,6 +30,8 @@ def models(
         state = ("ready" if model.ready else "not ready") + (f": {model.reason}" if model.reason else "")
         console.print(f"{model.name} {model.version} ({state}): {model.description}")
         console.print(f"  inputs per item: {inputs}", markup=False)
+        if model.latencies:
+            console.print(f"  latencies: {model.latencies}", markup=False)
         console.print(_table(model))
 
 

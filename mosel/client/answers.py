@@ -189,7 +189,8 @@ class SetInfo:
 class ModelInfo:
     """One served model.
 
-    `revision` is a digest of the files that it was loaded from; `reason` says which service lacks it, and why.
+    `revision` is a digest of the files that it was loaded from; `reason` says which service lacks it, and why;
+    `latencies` what its latencies are from.
     """
 
     name: str
@@ -201,6 +202,7 @@ class ModelInfo:
     labels: tuple[str, ...]
     revision: str = ""
     reason: str = ""
+    latencies: str = ""
 
 
 @dataclass(frozen=True)
@@ -308,6 +310,7 @@ def model_from(model: gateway_pb2.Model) -> ModelInfo:
         labels=tuple(model.labels),
         revision=model.revision,
         reason=model.reason,
+        latencies=model.latencies,
     )
 
 

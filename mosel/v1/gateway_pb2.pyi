@@ -1040,6 +1040,7 @@ class Model(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    LATENCIES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.str
     description: _builtins.str
@@ -1049,6 +1050,8 @@ class Model(_message.Message):
     """A digest of the files that the model was loaded from."""
     reason: _builtins.str
     """Which service lacks it, and why; empty if none is known to."""
+    latencies: _builtins.str
+    """What its latencies are from, in words; empty while they are not all known, or if services are on other machines."""
     @_builtins.property
     def modalities(self) -> _containers.RepeatedCompositeFieldContainer[Global___Modality]: ...
     @_builtins.property
@@ -1068,10 +1071,11 @@ class Model(_message.Message):
         labels: _abc.Iterable[_builtins.str] | None = ...,
         revision: _builtins.str = ...,
         reason: _builtins.str = ...,
+        latencies: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "labels", b"labels", "metric", b"metric", "modalities", b"modalities", "name", b"name", "ready", b"ready", "reason", b"reason", "revision", b"revision", "sets", b"sets", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "labels", b"labels", "latencies", b"latencies", "metric", b"metric", "modalities", b"modalities", "name", b"name", "ready", b"ready", "reason", b"reason", "revision", b"revision", "sets", b"sets", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -438,12 +438,15 @@ class ModelState(_message.Message):
     SETS_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    LATENCIES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     ready: _builtins.bool
     revision: _builtins.str
     """What new jobs get: name@revision without the name."""
     reason: _builtins.str
     """Why a service cannot run it; empty if there is nothing to say."""
+    latencies: _builtins.str
+    """As in Model."""
     @_builtins.property
     def sets(self) -> _containers.RepeatedCompositeFieldContainer[_gateway_pb2.SetProfile]: ...
     def __init__(
@@ -454,10 +457,11 @@ class ModelState(_message.Message):
         sets: _abc.Iterable[_gateway_pb2.SetProfile] | None = ...,
         revision: _builtins.str = ...,
         reason: _builtins.str = ...,
+        latencies: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "ready", b"ready", "reason", b"reason", "revision", b"revision", "sets", b"sets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["latencies", b"latencies", "model", b"model", "ready", b"ready", "reason", b"reason", "revision", b"revision", "sets", b"sets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -171,6 +171,11 @@ class Resources:
         """Some of the calls under way."""
         return [self._calls[call_id] for call_id in ids]
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call is under way."""
+        return not self._calls
+
     def is_called_for(self, model: str) -> bool:
         """Whether a call of a model is under way."""
         return any(under_way.call.model == model for under_way in self._calls.values())

@@ -13,6 +13,7 @@ one. The driver feeds events in and asks `next` what to do:
     leaving(name)                          no new job gets it
     cancelled(job_id)
     load(model, profile)                   jobs may name it from now on
+    measured_again(model)                  its latencies have changed
     retire(model)                          no further jobs; those that are here go on
     drained()                              -> the retired models of which nothing is left
     spare_call(model, set, rows, now)      -> FuseCall for what nobody waits for, if nothing else needs the token
@@ -98,8 +99,7 @@ class Scheduler:
     def next(self, now: float) -> Call | Ended | Wait:
         """The next thing to do; call it until it answers Wait."""
         while self._expiry and (self._expiry[0][1] not in self._works or self._expiry[0][0] <= now):
-            _, job_id = heapq.heappop(self._expiry)
-            work = self._works.get(job_id)
+            work = self._works.get(heapq.heappop(self._expiry)[1])
             if work is not None and work.job.ends <= now:
                 self._end(work, DeadlineExceeded("the deadline passed before the answer was there"), now)
         if self._stale and self._planner.is_due(now):
@@ -139,8 +139,7 @@ class Scheduler:
         self._over(call)
         lost = []
         for rows, work in self._works_in(call):
-            wanted = work.calls.pop(call.id)
-            if not wanted:
+            if not (wanted := work.calls.pop(call.id)):
                 continue
             work.alone = True
             first = work.may_try_again(wanted)
@@ -179,8 +178,7 @@ class Scheduler:
 
     def cancelled(self, job_id: bytes) -> bool:
         """Forgets a job: nothing more is done for it. False if it is not known."""
-        work = self._works.pop(job_id, None)
-        if work is None:
+        if (work := self._works.pop(job_id, None)) is None:
             return False
         self._queue.remove(work)
         self._queued_items -= work.job.size
@@ -210,6 +208,11 @@ class Scheduler:
         if model not in self._profiles:
             self._profiles[model] = profile
             self._planner.add(model)
+
+    def measured_again(self, model: str) -> None:
+        """The latencies of a model have changed, while none of its jobs is here: what was made of the old ones goes."""
+        self._planner.forget(model)
+        self._planner.add(model)
 
     def retire(self, model: str) -> None:
         """Admits no more jobs of a model; those that are here go on. What is not known is passed over."""
@@ -267,6 +270,10 @@ class Scheduler:
         """Whether fusion and an encoder of each modality of a set are there; those that lack the model do not count."""
         return self._resources.is_up(modality_set, lacking)
 
+    def calls_if_idle(self) -> int | None:
+        """Calls that were handed out since the start; None while a job is here or a call is under way."""
+        return self._last_call if not self._works and self._resources.is_idle else None
+
     def work_of(self, job_id: bytes) -> Work | None:
         """A job on its way, None if it is not known (any more)."""
         return self._works.get(job_id)
@@ -281,11 +288,7 @@ class Scheduler:
 
     def statistics(self) -> dict[str, int]:
         """Counts of what is queued and under way."""
-        counts = {
-            "jobs": len(self._works),
-            "jobs_waiting": self.waiting().total(),
-            "queued_items": self._queued_items,
-        }
+        counts = {"jobs": len(self._works), "jobs_waiting": self.waiting().total(), "queued_items": self._queued_items}
         return counts | self._planner.statistics() | self._resources.statistics() | self.counters
 
     def _check(self, job: Job) -> None:
@@ -378,8 +381,7 @@ class Scheduler:
         return stage.expected_ms(items, now) / 1000 <= left_s < stage.expected_ms(items + more, now) / 1000
 
     def _fusing_s(self, work: Work, now: float) -> float:
-        sets = {*work.planned, *work.unfinished()}
-        stages = [self._planner.stages.of(work.job.model, modality_set) for modality_set in sets]
+        stages = [self._planner.stages.of(work.job.model, s) for s in {*work.planned, *work.unfinished()}]
         return sum(stage.expected_ms(1, now) for stage in stages) / 1000
 
     # How a job ends

@@ -40,6 +40,10 @@ _EMPTY_CALLS = 200
 log = logging.getLogger(__name__)
 
 
+def _go_on() -> None:
+    """Nothing ends a measurement but an error."""
+
+
 class Latencies:
     """Puts latencies into the profiles of models, one service at a time.
 
@@ -62,6 +66,7 @@ class Latencies:
         resources: Mapping[str, str],
         *,
         idle: bool = True,
+        check: Callable[[], None] = _go_on,
     ) -> None:
         """Makes sure that the latencies of a modality are known for models; they are those of the encoder asked first.
 
@@ -71,6 +76,7 @@ class Latencies:
             models: those that have this modality.
             resources: what each service computes on, by lane, as far as it is known.
             idle: whether nothing else is computed meanwhile; otherwise what is measured now is not kept for later.
+            check: called around each measurement, which lasts about half a second at most; what it raises ends it.
 
         Raises:
             grpc.RpcError: the service failed or went away.
@@ -79,29 +85,43 @@ class Latencies:
             for model in models:
                 hardware = await self.look(model, resources)
                 if modality not in model.profile.encoders:
-                    model.others_share = max(model.others_share, await self._others_share())
+                    share = await self._others_share()
                     await self._time_the_way(modality, stub)
-                    model.encoders[modality] = await self._encoder_points(stub, model.package.id)
+                    model.encoders[modality] = await self._encoder_points(stub, model.package.id, check)
+                    model.others_share = max(model.others_share, share)
                     self._put(model)
-                    await self._keep(model, hardware if idle else None)
+                    await self._complete(model, hardware, keep=idle)
 
     async def of_fusion(
-        self, stub: "FusionAsyncStub", models: Iterable[LoadedModel], resources: Mapping[str, str], *, idle: bool = True
+        self,
+        stub: "FusionAsyncStub",
+        models: Iterable[LoadedModel],
+        resources: Mapping[str, str],
+        *,
+        idle: bool = True,
+        check: Callable[[], None] = _go_on,
     ) -> None:
         """The same for fusion, for every modality set."""
         async with self._lock:
             for model in models:
                 hardware = await self.look(model, resources)
                 missing = sorted(model.profile.accuracy.keys() - model.profile.fusion.keys(), key=format_set)
-                if missing:
-                    model.others_share = max(model.others_share, await self._others_share())
+                for name in (name for name in map(format_set, missing) if name not in model.fusion):
+                    share = await self._others_share()
                     await self._time_the_way(FUSION, stub)
-                for modality_set in missing:
-                    name = format_set(modality_set)
-                    model.fusion[name] = await self._fusion_points(stub, model.package.id, name)
+                    model.fusion[name] = await self._fusion_points(stub, model.package.id, name, check)
+                    model.others_share = max(model.others_share, share)
                 if missing:
                     self._put(model)
-                    await self._keep(model, hardware if idle else None)
+                    await self._complete(model, hardware, keep=idle)
+
+    async def is_quiet(self) -> bool:
+        """Whether others leave the machine to this system, so that times can be believed."""
+        return await self._others_share() <= BUSY_SHARE
+
+    def forget_ways(self) -> None:
+        """Has the ways to services timed anew, as they may have been timed on a busy machine."""
+        self._ways.clear()
 
     async def look(self, model: LoadedModel, resources: Mapping[str, str]) -> Hardware | None:
         """The first time, puts the profile that is kept of a model into it; returns what hardware that is of."""
@@ -113,7 +133,7 @@ class Latencies:
         if not model.looked:
             model.looked = True
             kept = await asyncio.to_thread(load_profile, model.package, self._settings, hardware.device)
-            if kept is not None and kept.busy and await self._others_share() <= BUSY_SHARE:
+            if kept is not None and kept.busy and await self.is_quiet():
                 log.info("measuring again what was measured on a busy machine", extra={"model": kept.model})
             elif kept is not None and self._is_as_asked_for(kept):
                 self._take(model, kept)
@@ -126,6 +146,7 @@ class Latencies:
         profile.fusion.update(known.fusion)
         if kept.accuracy_measured:
             profile.accuracy, profile.samples = known.accuracy, known.samples
+        model.measured = kept
         _tell(kept, "profile")
 
     def _believed(self, kept: Profile, package: ModelPackage) -> ModelProfile:
@@ -136,8 +157,8 @@ class Latencies:
         sizes = {tuple(p.batch_size for p in points) for points in (*kept.encoders.values(), *kept.fusion.values())}
         return not kept.quick or sizes == {self._settings.selector.profile_batch_sizes}
 
-    async def _keep(self, model: LoadedModel, hardware: Hardware | None) -> None:
-        """Writes a quick profile once everything in it was measured, so that the next start is faster."""
+    async def _complete(self, model: LoadedModel, hardware: Hardware | None, *, keep: bool) -> None:
+        """Makes a quick profile once everything in it was measured; it is kept so that the next start is faster."""
         package = model.package
         complete = model.encoders.keys() == package.modalities.keys() and len(model.fusion) == len(
             model.profile.accuracy
@@ -149,14 +170,23 @@ class Latencies:
         quick = await asyncio.to_thread(
             quick_profile, package, hardware, model.encoders, model.fusion, calls, model.others_share
         )
+        model.measured = quick
         _tell(quick, "profile measured")
+        if keep:
+            await self._keep(quick, package, hardware)
+
+    async def _keep(self, quick: Profile, package: ModelPackage, hardware: Hardware) -> None:
+        kept = await asyncio.to_thread(load_profile, package, self._settings, hardware.device)
+        if kept is not None and not kept.quick:
+            # `mosel profile` has made it meanwhile, and it says more.
+            return
         file = await asyncio.to_thread(profile_file, package, hardware, self._settings)
         try:
             await asyncio.to_thread(save_profile, quick, file)
         except ConfigError as error:
             log.warning("profile not kept", extra={"reason": str(error)})
 
-    async def _encoder_points(self, stub: "EncoderAsyncStub", model: str) -> Points:
+    async def _encoder_points(self, stub: "EncoderAsyncStub", model: str, check: Callable[[], None]) -> Points:
         def ask(size: int) -> Awaitable[service_pb2.ProfileReply]:
             request = encoder_pb2.ProfileEncoderRequest(
                 model=model,
@@ -166,9 +196,11 @@ class Latencies:
             )
             return stub.Profile(request, timeout=_PROFILE_TIMEOUT_S)
 
-        return await self._points(ask)
+        return await self._points(ask, check)
 
-    async def _fusion_points(self, stub: "FusionAsyncStub", model: str, modality_set: str) -> Points:
+    async def _fusion_points(
+        self, stub: "FusionAsyncStub", model: str, modality_set: str, check: Callable[[], None]
+    ) -> Points:
         def ask(size: int) -> Awaitable[service_pb2.ProfileReply]:
             request = fusion_pb2.ProfileFusionRequest(
                 model=model,
@@ -179,7 +211,7 @@ class Latencies:
             )
             return stub.Profile(request, timeout=_PROFILE_TIMEOUT_S)
 
-        return await self._points(ask)
+        return await self._points(ask, check)
 
     async def _time_the_way(self, lane: str, stub: "EncoderAsyncStub | FusionAsyncStub") -> None:
         """Times, once, the way to a service and back: the fastest of some empty calls."""
@@ -209,8 +241,14 @@ class Latencies:
             parse_set(s): latency_curve(points, self._call(FUSION)) for s, points in model.fusion.items()
         }
 
-    async def _points(self, ask: Callable[[int], Awaitable[service_pb2.ProfileReply]]) -> Points:
-        points = [point for size in self._settings.selector.profile_batch_sizes for point in (await ask(size)).points]
+    async def _points(
+        self, ask: Callable[[int], Awaitable[service_pb2.ProfileReply]], check: Callable[[], None]
+    ) -> Points:
+        points: list[service_pb2.LatencyPoint] = []
+        for size in self._settings.selector.profile_batch_sizes:
+            check()
+            points += (await ask(size)).points
+        check()
         return tuple(Point(batch_size=p.batch_size, p50_ms=p.p50_ms, p95_ms=p.p95_ms) for p in points)
 
 

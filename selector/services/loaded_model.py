@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from mosel.config import Settings
 from mosel.modality import FUSION, modality_of
 from mosel.packages.model_package import ModelPackage
-from mosel.profiles.files import Point
+from mosel.profiles.files import Point, Profile
 from selector.core.profile import ModelProfile
 
 Points = tuple[Point, ...]
@@ -23,6 +23,7 @@ class LoadedModel:
         lanes: the services that have a part in it.
         encoders, fusion: what was measured since the start, by modality and by modality set.
         others_share: the share of the processors that others used when that was measured, 0..1.
+        measured: what its latencies are from; None while some are not known, or if services are on other machines.
         looked: whether a kept profile was looked for.
         lacking: why a service does not have its networks, by lane.
         freed: set when no service has them any more.
@@ -34,6 +35,7 @@ class LoadedModel:
     encoders: dict[str, Points] = field(default_factory=dict)
     fusion: dict[str, Points] = field(default_factory=dict)
     others_share: float = 0.0
+    measured: Profile | None = None
     looked: bool = False
     lacking: dict[str, str] = field(default_factory=dict)
     freed: asyncio.Event = field(default_factory=asyncio.Event)

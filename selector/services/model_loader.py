@@ -20,7 +20,7 @@ from mosel.packages.model_package import ModelPackage, find_package, name_of
 from mosel.runtime.background import Background
 from mosel.status import error_from_rpc
 from mosel.v1 import selector_pb2
-from selector.conversions import certificates, set_profile
+from selector.conversions import certificates, origin_of, set_profile
 from selector.core.profile import ModelProfile
 from selector.core.scheduler import Scheduler
 from selector.core.stages import service_name
@@ -46,6 +46,7 @@ class ModelLoader:
         scheduler: is told of each model.
         services: those that compute.
         gateways: those that are connected; they are told which models there are.
+        latencies: measures them.
     """
 
     def __init__(
@@ -55,9 +56,10 @@ class ModelLoader:
         scheduler: Scheduler,
         services: ComputeServices,
         gateways: Gateways,
+        latencies: Latencies,
     ) -> None:
         self._settings, self._scheduler, self._services, self._gateways = settings, scheduler, services, gateways
-        self._latencies = Latencies(settings)
+        self._latencies = latencies
         # By id: all that services may have networks of; and by name: the id of what new jobs get.
         self._models: dict[str, LoadedModel] = {}
         self._current: dict[str, str] = {}
@@ -71,6 +73,16 @@ class ModelLoader:
             model = self._models[package.id] = self._model_of(package)
             self._current[package.name] = package.id
             scheduler.load(package.id, model.profile)
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a model is on its way to services, or is measured there."""
+        return bool(self._loading)
+
+    def measured_while_busy(self) -> list[LoadedModel]:
+        """Those that new jobs get whose latencies were measured while others used the machine."""
+        models = (self._models[model] for model in self._current.values())
+        return [model for model in models if model.measured is not None and model.measured.busy]
 
     def versions(self) -> dict[str, str]:
         """What packages call their versions, by name, of those that new jobs get."""
@@ -275,6 +287,7 @@ class ModelLoader:
         await self._latencies.look(model, self._services.resources)
         if before is not None and model.package.has_networks_of(before.package):
             model.profile.take_latencies(before.profile)
+            model.measured = model.measured or before.measured
         for lane in (lane for lane in model.lanes if lane not in model.lacking):
             try:
                 await self._measure(lane, [model], idle=False)
@@ -329,6 +342,7 @@ class ModelLoader:
             ready=any(available.values()) and all(map(profile.is_measured, profile.accuracy)),
             sets=[set_profile(profile, s, available[s]) for s in profile.accuracy],
             reason="; ".join(f"service {service_name(lane)}: {why}" for lane, why in model.lacking.items()),
+            latencies="" if model.measured is None else origin_of(model.measured),
         )
 
     async def _result(self, work: Coroutine[Any, Any, R]) -> R:

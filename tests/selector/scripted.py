@@ -43,6 +43,7 @@ class ScriptedService:
         waiting: calls that are held now, by method.
         failing: methods that fail with INTERNAL.
         resource: what it says it computes on.
+        ms: what it says a batch takes.
         models: those that it has.
         in_slots: whether embeddings are in slots, numbered from 1.
         acquired: the last of these numbers.
@@ -57,7 +58,7 @@ class ScriptedService:
         self.called: Counter[str] = Counter()
         self.waiting: Counter[str] = Counter()
         self.failing: set[str] = set()
-        self.resource = "cpu"
+        self.resource, self.ms = "cpu", 1.0
         self.models: set[str] = set()
         self.in_slots, self.acquired = False, 0
         self.released: list[int] = []
@@ -91,7 +92,8 @@ class ScriptedService:
         self._server, self._health = grpc.aio.server(), _GatedHealth(self)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         answers = self._answers()
-        handlers = {name: self._handler(name, request, answers[name]) for name, request in _METHODS.items() if request}
+        methods = _METHODS | ({"Profile": fusion_pb2.ProfileFusionRequest} if self.lane == FUSION else {})
+        handlers = {name: self._handler(name, request, answers[name]) for name, request in methods.items() if request}
         self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(f"mosel.v1.{kind}", handlers)])
         self._server.add_insecure_port(self._address)
         self._health.set(f"mosel.v1.{kind}", True)
@@ -100,6 +102,10 @@ class ScriptedService:
 
     async def __aexit__(self, *exc: object) -> None:
         self.go_on()
+        await self.die()
+
+    async def die(self) -> None:
+        """Ends with what it has not answered."""
         self._health.stop()
         await self._server.stop(None)
 
@@ -114,7 +120,6 @@ class ScriptedService:
         return grpc.unary_unary_rpc_method_handler(handle, request.FromString, lambda reply: reply.SerializeToString())
 
     def _answers(self) -> dict[str, Answer]:
-        point = service_pb2.LatencyPoint(batch_size=1, p50_ms=1.0, p95_ms=1.0)
         return {
             "Status": lambda _: service_pb2.ServiceStatus(
                 name=service_name(self.lane), ready=True, resource=self.resource, models=self.models
@@ -124,12 +129,16 @@ class ScriptedService:
             "CloseArena": lambda _: arena_pb2.CloseArenaReply(),
             "Load": self._load,
             "Unload": self._unload,
-            "Profile": lambda _: service_pb2.ProfileReply(points=[point]),
+            "Profile": self._profile,
             "Metrics": lambda _: service_pb2.ServiceMetrics(),
             "Release": self._release,
             "Encode": self._encode,
             "Fuse": self._fuse,
         }
+
+    def _profile(self, request: encoder_pb2.ProfileEncoderRequest | fusion_pb2.ProfileFusionRequest) -> Message:
+        times = [service_pb2.LatencyPoint(batch_size=n, p50_ms=self.ms, p95_ms=self.ms) for n in request.batch_sizes]
+        return service_pb2.ProfileReply(points=times)
 
     def _load(self, request: service_pb2.LoadRequest) -> Message:
         self.models.add(request.model)

@@ -169,6 +169,9 @@ def test_status_and_models(services: Launcher, run_mosel: Run) -> None:
     assert "not ready" not in status.stdout
     models = run_mosel("models", "--address", services.address)
     assert re.search(r"photo\+scent .* 0\.9\d+ .* yes", models.stdout)
+    assert re.search(
+        r"\n  latencies: quick profile of 20\d\d-.* while others used \d+ % of the processors, spread ", models.stdout
+    )
     for command in ("status", "models"):
         refused = run_mosel(command, "--address", "127.0.0.1:1")
         assert refusal(refused) == "service gateway at 127.0.0.1:1 is not reachable"
