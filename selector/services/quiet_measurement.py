@@ -102,6 +102,8 @@ class QuietMeasurement:
                         modality, self._services.encoder(lane), [again], self._services.resources, check=check
                     )
             except _Disturbed:
+                # Where jobs come often, most of them must not meet it.
+                await self._pause()
                 continue
             return again.others_share <= BUSY_SHARE
 

@@ -192,6 +192,8 @@ async def test_a_job_that_is_over_already_has_disturbed_it_too(selecting: Select
     selecting.forget_job(selecting.call_for_a_job())
     scripted[FUSION].go_on()
     await asyncio.wait_for(selecting.waits.wait(), 60)
+    assert asked(scripted) == {"photo": 1, "scent": 1, FUSION: 1}
+    await selecting.look()
     assert asked(scripted) == {"photo": 1, "scent": 1, FUSION: 4}
 
 
