@@ -203,7 +203,7 @@ def package_accuracy_source(package: ModelPackage) -> str:
     """Where these are from, in words."""
     accuracy = package.accuracy
     samples = f"{accuracy.samples} samples" if accuracy.samples else "an unknown number of samples"
-    return f"the model package: {accuracy.source or 'validation split'}, {samples}"
+    return f"the model package: {accuracy.source or 'calibration split'}, {samples}"
 
 
 def quick_profile(
