@@ -69,9 +69,8 @@ class Scheduler:
         self._resources = Resources((*sorted(modalities), FUSION), tokens, reply_ms)
         self._planner = Planner(self._profiles, policy, self._resources, refuse=refuse_unguaranteed)
         self._works: dict[bytes, Work] = {}
-        self._queue: list[Work] = []
+        self._queue, self._ended = list[Work](), list[Ended]()
         self._expiry: list[tuple[float, bytes]] = []
-        self._ended: list[Ended] = []
         self._queued_items = 0
         self._last_call = 0
         self._stale = False
