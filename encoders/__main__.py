@@ -12,6 +12,7 @@ import grpc
 from encoders.encoder import ModalityEncoder
 from encoders.servicer import EncoderServicer
 from mosel.compute import networks
+from mosel.compute.forms import Forms
 from mosel.compute.workers import Workers
 from mosel.config import Settings
 from mosel.errors import ConfigError
@@ -71,7 +72,7 @@ async def serve(name: str, modality: str, replica: int, listen: str, settings: S
         Workers(settings.workers, settings.encoders.torch_threads.get(modality, 1)) as workers,
     ):
         publisher = TensorPublisher(host_publisher, device_arena)
-        encoder = ModalityEncoder(modality, device, reader, publisher)
+        encoder = ModalityEncoder(modality, device, reader, publisher, Forms(settings, device))
         servicer = EncoderServicer(encoder, workers, reader, publisher, name, address, settings, tracing)
 
         def register(server: grpc.aio.Server) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from mosel.compute import networks
+from mosel.compute.forms import Forms
 from mosel.deadline import Deadline
 from mosel.errors import ModelNotFound
 from mosel.packages.model_package import ModelPackage
@@ -25,6 +26,7 @@ class ModalityEncoder:
         device: where the networks run.
         reader: gathers payload rows.
         publisher: keeps the embeddings.
+        forms: finds the form that a network is fastest in; None: it is served as it is made.
 
     Attributes:
         networks: those that are loaded, by model, `name@revision`.
@@ -36,12 +38,14 @@ class ModalityEncoder:
         device: torch.device,
         reader: Reader,
         publisher: TensorPublisher,
+        forms: Forms | None = None,
     ) -> None:
         self.modality = modality
         self.counters: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._device, self._reader, self._publisher = device, reader, publisher
-        self.networks = networks.Hosted(self._make, self._warm, device)
+        fastest = partial(forms.of_encoder, modality=modality) if forms else None
+        self.networks = networks.Hosted(self._make, self._warm, device, fastest)
 
     def encode(
         self,
@@ -106,7 +110,7 @@ class ModalityEncoder:
         return networks.load_encoder(package, self.modality, self._device)
 
     def _warm(self, loaded: networks.Loaded) -> None:
-        self._part(loaded.package).check_rows_apart(self._call(loaded, 2), loaded.network)
+        self._part(loaded.package).check_rows_apart(self._call(loaded, 2), loaded.precision)
 
     def _ready_call(self, loaded: networks.Loaded, batch_size: int) -> Callable[[], torch.Tensor]:
         run = partial(self._call(loaded, batch_size), slice(None))
@@ -115,9 +119,7 @@ class ModalityEncoder:
 
     def _call(self, loaded: networks.Loaded, rows: int) -> Callable[[slice], torch.Tensor]:
         """The network on some of so many example rows."""
-        spec = loaded.package.modalities[self.modality]
-        batch = networks.example_payload(loaded.package, self.modality, rows)
-        tensor = networks.to_tensor(batch, spec.dtype, self._device)
+        tensor = networks.encoder_inputs(loaded.package, self.modality, rows, self._device)
 
         def run(some: slice) -> torch.Tensor:
             embeddings: torch.Tensor = loaded.network(tensor[some]).cpu()
@@ -126,8 +128,7 @@ class ModalityEncoder:
         return run
 
     def _part(self, package: ModelPackage) -> networks.Part:
-        spec = package.modalities[self.modality]
-        return networks.Part(package, f"encoder/{self.modality}", spec.encoder, spec.embedding)
+        return networks.encoder_part(package, self.modality)
 
     def _loaded(self, model: str) -> networks.Loaded:
         loaded = self.networks.get(model)

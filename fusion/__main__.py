@@ -9,6 +9,7 @@ from typing import NoReturn
 from fusion.predictor import Predictor
 from fusion.servicer import FusionServicer
 from mosel.compute import networks
+from mosel.compute.forms import Forms
 from mosel.compute.workers import Workers
 from mosel.config import Settings
 from mosel.packages.model_package import find_packages
@@ -50,7 +51,7 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
         TensorReader(host_reader, shm_dir, device, ipc, no_ipc) as reader,
         Workers(settings.workers, settings.fusion.torch_threads) as workers,
     ):
-        predictor = Predictor(device, reader)
+        predictor = Predictor(device, reader, Forms(settings, device))
         servicer = FusionServicer(predictor, workers, reader, address, settings.models_dir, tracing)
         register = partial(fusion_pb2_grpc.add_FusionServicer_to_server, servicer)
         async with Service(settings, address, "fusion.address", register, names=["mosel.v1.Fusion"]) as service:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mosel.compute import networks
+from mosel.compute.forms import Forms
 from mosel.deadline import Deadline
 from mosel.errors import InvalidRequest, ModelNotFound
 from mosel.modality import ModalitySet, format_set, parse_set, subsets
@@ -29,16 +30,22 @@ class Predictor:
     Args:
         device: where the networks run.
         reader: gathers embedding rows.
+        forms: finds the form that a network is fastest in; None: it is served as it is made.
 
     Attributes:
         networks: those that are loaded, by model, `name@revision`.
     """
 
-    def __init__(self, device: torch.device, reader: TensorReader) -> None:
+    def __init__(self, device: torch.device, reader: TensorReader, forms: Forms | None = None) -> None:
         self.counters: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._device, self._reader = device, reader
-        self.networks = networks.Hosted(lambda package: networks.load_fusion(package, device), self._warm, device)
+        self.networks = networks.Hosted(
+            lambda package: networks.load_fusion(package, device),
+            self._warm,
+            device,
+            forms.of_fusion if forms else None,
+        )
 
     def fuse(
         self, model: str, groups: Sequence[EmbeddingRows], deadline: Deadline | None = None
@@ -72,7 +79,7 @@ class Predictor:
             started = time.perf_counter()
             output = loaded.network(batch).float().cpu()
             seconds += time.perf_counter() - started
-            part = _part(package, modality_set)
+            part = networks.fusion_part(package, modality_set)
             part.check_shape(output, sum(sizes[i] for i in indices))
             # Numbers may be too large for the type that they are answered in.
             answers = output.numpy().astype(DTYPES[package.output.dtype], copy=False)
@@ -110,24 +117,21 @@ class Predictor:
     def _warm(self, loaded: networks.Loaded) -> None:
         for modality_set in subsets(loaded.package.modalities):
             call = self._call(loaded, modality_set, 2)
-            _part(loaded.package, modality_set).check_rows_apart(call, loaded.network)
+            networks.fusion_part(loaded.package, modality_set).check_rows_apart(call, loaded.precision)
 
     def _ready_call(
         self, loaded: networks.Loaded, modalities: ModalitySet, batch_size: int
     ) -> Callable[[], torch.Tensor]:
         run = partial(self._call(loaded, modalities, batch_size), slice(None))
-        _part(loaded.package, modalities).run(run, batch_size)
+        networks.fusion_part(loaded.package, modalities).run(run, batch_size)
         return run
 
     def _call(self, loaded: networks.Loaded, modalities: ModalitySet, rows: int) -> Callable[[slice], torch.Tensor]:
         """The network on some of so many example rows."""
-        specs, seeded = loaded.package.modalities, torch.Generator().manual_seed(0)
-        batch = {
-            m: torch.rand(rows, *specs[m].embedding, generator=seeded).to(self._device) for m in sorted(modalities)
-        }
+        batch = networks.fusion_inputs(loaded.package, modalities, rows, self._device)
 
         def run(some: slice) -> torch.Tensor:
-            output: torch.Tensor = loaded.network({m: tensor[some] for m, tensor in batch.items()}).cpu()
+            output: torch.Tensor = loaded.network(networks.some_rows(batch, some)).cpu()
             return output
 
         return run
@@ -143,10 +147,6 @@ class Predictor:
         if loaded is None:
             raise ModelNotFound(f"model '{model}' is not loaded in fusion")
         return loaded
-
-
-def _part(package: ModelPackage, modalities: ModalitySet) -> networks.Part:
-    return networks.Part(package, "fusion", f"{package.fusion} with {format_set(modalities)}", package.output.shape)
 
 
 def answers_of(outputs: Iterable[tensor_pb2.Tensor]) -> list[fusion_pb2.Answers]:

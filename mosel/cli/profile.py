@@ -43,12 +43,14 @@ def profile(
     from mosel.config import FREE_PORTS
     from mosel.packages.model_package import find_packages
     from mosel.profiles.files import profile_file, save_profile
+    from mosel.profiles.forms import share_forms
 
     kept = settings_from(models, [model], device, **FREE_PORTS)
     package = find_packages(kept.models_dir, (model,))[model]
     samples, source = _calibration(package, data)
     with tempfile.TemporaryDirectory(prefix="mosel-profile-") as scratch:
         settings = _measuring(kept, batch_sizes, Path(scratch))
+        share_forms(kept.profiles_dir, settings.profiles_dir)
         with started(settings, _READY_TIMEOUT_S) as launcher, Client(launcher.local_address, retries=None) as client:
             quick = _quick(package, launcher.settings)
             with _progress(_steps(quick, samples, settings)) as advance:

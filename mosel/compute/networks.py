@@ -2,7 +2,7 @@
 
 import ctypes
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,11 +14,16 @@ from numpy.typing import NDArray
 
 from mosel.data.samples import example_rows
 from mosel.errors import ConfigError, InternalError, PackageError
+from mosel.modality import ModalitySet, format_set
 from mosel.packages.model_modules import forget_modules
 from mosel.packages.model_package import ModelPackage
 
 # How much a row may differ between a batch and alone: a share of the largest number, and some units of precision.
-_ROWS_DIFFER, _ROUNDINGS = 1e-3, 4
+_ROWS_DIFFER, ROUNDINGS = 1e-3, 4
+
+
+# What a network is called with: payload rows, or embedding rows by modality.
+Inputs = torch.Tensor | dict[str, torch.Tensor]
 
 
 def load_encoder(package: ModelPackage, modality: str, device: torch.device) -> torch.nn.Module:
@@ -41,10 +46,24 @@ def load_fusion(package: ModelPackage, device: torch.device) -> torch.nn.Module:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A network that is ready to be called, and the package that it is of."""
+    """A network that is ready to be called.
+
+    Attributes:
+        package: what it is of.
+        network: payloads [N, *shape], or embeddings by modality, in; embeddings or outputs out.
+        precision: the coarsest with which it computes, as `torch.finfo` states it.
+        form: the one that it is in, see `mosel.compute.forms`.
+    """
 
     package: ModelPackage
     network: torch.nn.Module
+    precision: float
+    form: str = "eager"
+
+    @classmethod
+    def plain(cls, package: ModelPackage, network: torch.nn.Module) -> "Loaded":
+        """A network as the package makes it."""
+        return cls(package, network, coarsest({p.dtype for p in network.parameters()}))
 
 
 class Hosted:
@@ -54,12 +73,17 @@ class Hosted:
         make: makes the network of a package.
         warm: calls it once and checks what it returns.
         device: where it is.
+        fastest: finds the form that it is served in; None: as it is made.
     """
 
     def __init__(
-        self, make: Callable[[ModelPackage], torch.nn.Module], warm: Callable[[Loaded], object], device: torch.device
+        self,
+        make: Callable[[ModelPackage], torch.nn.Module],
+        warm: Callable[[Loaded], object],
+        device: torch.device,
+        fastest: Callable[[Loaded], Loaded] | None = None,
     ) -> None:
-        self._make, self._warm, self._device = make, warm, device
+        self._make, self._warm, self._device, self._fastest = make, warm, device, fastest
         self._loaded: dict[str, Loaded] = {}
 
     def load(self, package: ModelPackage) -> None:
@@ -71,8 +95,11 @@ class Hosted:
         if package.id in self._loaded:
             return
         forget_modules(package.name)
-        loaded = Loaded(package, self._make(package))
+        loaded = Loaded.plain(package, self._make(package))
         self._warm(loaded)
+        if self._fastest:
+            loaded = self._fastest(loaded)
+            _give_memory_back(self._device)
         package.check_unchanged()
         self._loaded[package.id] = loaded
 
@@ -117,6 +144,24 @@ def synchronize(device: torch.device) -> None:
     """Waits until what this thread started on a GPU is complete, so that its time can be read."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
+
+
+def some_rows(inputs: Inputs, rows: slice) -> Inputs:
+    """Some rows of what a network is called with."""
+    return {m: tensor[rows] for m, tensor in inputs.items()} if isinstance(inputs, dict) else inputs[rows]
+
+
+def encoder_inputs(package: ModelPackage, modality: str, rows: int, device: torch.device) -> torch.Tensor:
+    """So many ordinary-looking rows for an encoder, the first ones the same each time."""
+    return to_tensor(example_payload(package, modality, rows), package.modalities[modality].dtype, device)
+
+
+def fusion_inputs(
+    package: ModelPackage, modalities: ModalitySet, rows: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """So many made-up rows for fusion with a modality set, the same each time."""
+    specs, seeded = package.modalities, torch.Generator().manual_seed(0)
+    return {m: torch.rand(rows, *specs[m].embedding, generator=seeded).to(device) for m in sorted(modalities)}
 
 
 def example_payload(package: ModelPackage, modality: str, rows: int) -> NDArray[np.generic]:
@@ -175,7 +220,7 @@ class Part:
             raise self._wrong(f"{self._of_model}: {self.name} returned numbers that are not finite on example rows")
         return output
 
-    def check_rows_apart(self, call: Callable[[slice], torch.Tensor], network: torch.nn.Module) -> None:
+    def check_rows_apart(self, call: Callable[[slice], torch.Tensor], precision: float) -> None:
         """Runs the network on two example rows, each alone and both at once, and checks that it is the same to them.
 
         Rows of different callers share batches, so an answer must not depend on who else asks. Libraries add up in
@@ -184,18 +229,17 @@ class Part:
 
         Args:
             call: the network on some of the rows.
-            network: the same, for the precision that it computes with.
+            precision: the coarsest with which it computes.
 
         Raises:
             PackageError: they influence each other, or as `run` says.
         """
         alone = torch.cat([self.run(partial(call, slice(row, row + 1)), 1) for row in range(2)])
         together = self.run(partial(call, slice(2)), 2)
-        dtypes = {p.dtype for p in network.parameters()} | {alone.dtype}
-        coarsest = max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)
+        precision = max(precision, coarsest({alone.dtype}))
         largest = float(alone.double().abs().max())
         difference = float((together.double() - alone.double()).abs().max())
-        if difference > (_ROWS_DIFFER + _ROUNDINGS * coarsest) * largest:
+        if difference > (_ROWS_DIFFER + ROUNDINGS * precision) * largest:
             raise self._wrong(
                 f"{self._of_model}: {self.name} returns other numbers for a row alone than in a batch: the largest "
                 f"difference is {difference:.3g}, the largest number {largest:.3g}; expected rows that do not "
@@ -208,6 +252,22 @@ class Part:
 
     def _wrong(self, message: str) -> PackageError:
         return PackageError(f"{self.package.folder / 'model.toml'}: {message}")
+
+
+def encoder_part(package: ModelPackage, modality: str) -> Part:
+    """What is expected of the encoder of a modality."""
+    spec = package.modalities[modality]
+    return Part(package, f"encoder/{modality}", spec.encoder, spec.embedding)
+
+
+def fusion_part(package: ModelPackage, modalities: ModalitySet) -> Part:
+    """What is expected of fusion for a modality set."""
+    return Part(package, "fusion", f"{package.fusion} with {format_set(modalities)}", package.output.shape)
+
+
+def coarsest(dtypes: Iterable[torch.dtype]) -> float:
+    """The coarsest precision of some types, 0 if none has one."""
+    return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)
 
 
 def are_finite(tensor: torch.Tensor) -> bool:

@@ -12,8 +12,11 @@ from mosel.packages.manifest import MANIFEST, Manifest
 
 CALIBRATION_FILE = "calibration.npz"
 _WRITTEN_BY_MEASURING = frozenset({CALIBRATION_FILE, "report.json", "report.md"})
-# Keys of model.toml that operators may change without measuring again: nothing is computed differently.
-_OF_OPERATORS = frozenset({"description", "default_min_accuracy", "max_accuracy_loss", "serve_by_default"})
+# Keys of model.toml that operators may change without measuring again: nothing is computed differently, but for what
+# `tolerance` allows.
+_OF_OPERATORS = frozenset(
+    {"description", "default_min_accuracy", "max_accuracy_loss", "serve_by_default", "optimise", "tolerance"}
+)
 
 
 def content_digests(folder: Path, manifest: Manifest, weights: Path) -> tuple[str, str]:

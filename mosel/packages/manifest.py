@@ -30,6 +30,7 @@ Text = Annotated[str, Field(strict=True), expected("a string")]
 Texts = Annotated[tuple[Text, ...], expected("a list of strings")]
 Flag = Annotated[bool, Field(strict=True), expected("true or false")]
 Number = Annotated[float, Field(strict=True), expected("a number")]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), expected("a number above 0")]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1), expected("a number from 0 to 1")]
 Identifier = Annotated[Text, Predicate(str.isidentifier), expected("letters, digits and _")]
 ModalityName = Annotated[
@@ -129,6 +130,8 @@ class Manifest(_Table):
     train: Train | None = None
     random_weights: Flag = False
     serve_by_default: Flag = True
+    optimise: Flag = True
+    tolerance: Positive = 1e-4
     parameters: dict[str, Number] = Field(default_factory=dict)
 
 

@@ -51,6 +51,8 @@ class ModelPackage:
     With `random_weights` the networks are made under a fixed seed, and `weights` is not read. `parameters` are for
     the package's own modules. `content_hash` is a digest of every file that can change what is computed, and
     measurements name it; `code` is the same without the weights; `revision` is of the measurements, too.
+    With `optimise` the networks may be served in another form whose numbers differ by at most `tolerance`, a share of
+    the largest one.
     """
 
     folder: Path
@@ -74,6 +76,8 @@ class ModelPackage:
     random_weights: bool
     serve_by_default: bool
     parameters: Mapping[str, float]
+    optimise: bool
+    tolerance: float
 
     @property
     def id(self) -> str:
@@ -82,7 +86,7 @@ class ModelPackage:
 
     def has_networks_of(self, other: "ModelPackage") -> bool:
         """Whether the networks of both are the same but for their weights, so that they take the same time."""
-        return self.code == other.code
+        return (self.code, self.optimise, self.tolerance) == (other.code, other.optimise, other.tolerance)
 
     def check_unchanged(self) -> None:
         """Checks that the files are still those that this was read from, and that its measurements are of them.
@@ -174,6 +178,8 @@ def load_package(folder: Path, weights: Path | None = None) -> ModelPackage:
         random_weights=manifest.random_weights,
         serve_by_default=manifest.serve_by_default,
         parameters=manifest.parameters,
+        optimise=manifest.optimise,
+        tolerance=manifest.tolerance,
     )
 
 

@@ -1,13 +1,9 @@
 """Profile files: what was measured of a model on one kind of hardware, and where that is kept."""
 
 import hashlib
-import importlib.metadata
+import json
 import logging
 import math
-import os
-import platform
-import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -15,17 +11,18 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-import mosel
 from mosel.config import Settings
 from mosel.errors import ConfigError
 from mosel.modality import FUSION, format_set, parse_set
 from mosel.packages.model_package import ModelPackage
+from mosel.profiles.forms import kept_forms
+from mosel.profiles.hardware import Hardware, Versions, this_hardware, this_software
+from mosel.profiles.writing import write_whole
 from mosel.validation import explain
 
 _Z95 = 1.959964
 # Of all processors: what else runs on a machine that counts as quiet.
 BUSY_SHARE = 0.1
-_GPUS = Path("/proc/driver/nvidia/gpus")
 
 log = logging.getLogger(__name__)
 
@@ -68,32 +65,6 @@ class CallCost(_Value):
 
     overhead_ms: Milliseconds
     factor: float = Field(1.0, gt=0)
-
-
-class Hardware(_Value):
-    """What latencies belong to; a profile is used where all of it is the same.
-
-    Attributes:
-        cpu: its model name.
-        cores: how many of them this process may use.
-        device: what the networks compute on: "cpu", or the GPU's name.
-        workers: calls that a service computes at the same time.
-        torch_threads: threads of each call, by lane; 1 where nothing is stated.
-    """
-
-    cpu: str
-    cores: float
-    device: str
-    workers: int
-    torch_threads: dict[str, int]
-
-
-class Versions(_Value):
-    """Of the software that was measured with."""
-
-    python: str
-    torch: str
-    mosel: str
 
 
 def _rising(points: tuple[Point, ...]) -> tuple[Point, ...]:
@@ -234,38 +205,11 @@ def quick_profile(
     )
 
 
-def this_software() -> Versions:
-    """The software of this process; torch is not imported."""
-    torch = importlib.metadata.version("torch")
-    return Versions(python=platform.python_version(), torch=torch, mosel=mosel.__version__)
-
-
-def this_hardware(settings: Settings, device: str) -> Hardware:
-    """The hardware of this machine, as services with these settings use it.
-
-    Args:
-        settings: the effective settings.
-        device: what the networks compute on, see `device_name`.
-    """
-    threads = settings.encoders.torch_threads | {FUSION: settings.fusion.torch_threads}
-    return Hardware(
-        cpu=_cpu_name(),
-        cores=_cores(),
-        device=device,
-        workers=settings.workers,
-        torch_threads={lane: count for lane, count in threads.items() if count != 1},
-    )
-
-
-def device_name(resources: Iterable[str]) -> str:
-    """What services compute on, in words, from the `resource` of their states: "cpu", GPU names, or both."""
-    return " and ".join(sorted({r if r == "cpu" else _gpu_name(r) for r in resources}))
-
-
 def profile_file(package: ModelPackage, hardware: Hardware, settings: Settings) -> Path:
-    """Where the profile of a model on this hardware is kept."""
-    key = hashlib.sha256(hardware.model_dump_json().encode()).hexdigest()[:12]
-    return settings.profiles_dir / f"{_stem(package)}-{key}.json"
+    """Where the profile of a model on this hardware is kept, measured with its networks in the forms that are kept."""
+    forms = kept_forms(package, hardware, settings.profiles_dir)
+    key = hashlib.sha256(hardware.model_dump_json().encode() + (json.dumps(forms).encode() if forms else b""))
+    return settings.profiles_dir / f"{_stem(package)}-{key.hexdigest()[:12]}.json"
 
 
 def load_profile(package: ModelPackage, settings: Settings, device: str | None = None) -> Profile | None:
@@ -284,7 +228,8 @@ def load_profile(package: ModelPackage, settings: Settings, device: str | None =
         except ConfigError as error:
             log.warning("profile ignored", extra={"reason": str(error)})
             continue
-        if _is_of(profile.hardware, settings, device):
+        of_these_forms = file.name == profile_file(package, profile.hardware, settings).name
+        if of_these_forms and _is_of(profile.hardware, settings, device):
             found.append(profile)
     return max(found, key=lambda profile: (not profile.quick, profile.measured_on), default=None)
 
@@ -336,12 +281,7 @@ def save_profile(profile: Profile, file: Path) -> None:
         ConfigError: it cannot be written.
     """
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=file.parent) as scratch:
-            partial = Path(scratch) / file.name
-            partial.touch(mode=0o600)
-            partial.write_text(profile.model_dump_json(indent=1) + "\n", encoding="utf-8")
-            partial.replace(file)
+        write_whole(profile, file)
     except OSError as error:
         raise ConfigError(f"profile {file}: cannot be written: {error.strerror}") from None
 
@@ -361,31 +301,3 @@ def _is_of(hardware: Hardware, settings: Settings, device: str | None) -> bool:
         if settings.device != "auto" and (settings.device == "cpu") != (device == "cpu"):
             return False
     return hardware == this_hardware(settings, device)
-
-
-def _cpu_name() -> str:
-    try:
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def _cores() -> float:
-    """Cores that this process may use: by its affinity, and by its control group's quota (cgroup v2, `cpu.max`)."""
-    cores = float(len(os.sched_getaffinity(0)))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except OSError:
-        return cores
-    return cores if quota == "max" else min(cores, int(quota) / int(period))
-
-
-def _gpu_name(uuid: str) -> str:
-    """A GPU's name as the driver states it, else its UUID."""
-    for file in _GPUS.glob("*/information"):
-        text = file.read_text()
-        name = re.search(r"^Model:\s*(.+)$", text, re.MULTILINE)
-        if name and uuid in text:
-            return name[1]
-    return f"GPU {uuid}"

@@ -14,16 +14,14 @@ from mosel.packages.model_package import ModelPackage
 from mosel.profiles.files import (
     BUSY_SHARE,
     CallCost,
-    Hardware,
     Point,
     Profile,
-    device_name,
     load_profile,
     profile_file,
     quick_profile,
     save_profile,
-    this_hardware,
 )
+from mosel.profiles.hardware import Hardware, device_name, this_hardware
 from mosel.v1 import encoder_pb2, fusion_pb2, service_pb2
 from selector.conversions import latency_curve, model_profile
 from selector.core.profile import ModelProfile

@@ -6,7 +6,8 @@ from typer.testing import CliRunner
 
 from mosel.cli import app
 from mosel.errors import ConfigError
-from mosel.profiles.files import CallCost, Hardware, Point, Profile, Versions, save_profile, wilson
+from mosel.profiles.files import CallCost, Point, Profile, save_profile, wilson
+from mosel.profiles.hardware import Hardware, Versions
 
 
 @pytest.fixture

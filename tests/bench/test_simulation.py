@@ -11,7 +11,8 @@ from bench.example import example
 from bench.outcomes import Ending, Outcome, Summary, summarise
 from bench.simulation import World, capacity, new_scheduler, simulate, world_and_demands
 from bench.workload import Arrival, Demands, poisson
-from mosel.profiles.files import CallCost, Hardware, JobPoint, Point, Profile, Versions, wilson
+from mosel.profiles.files import CallCost, JobPoint, Point, Profile, wilson
+from mosel.profiles.hardware import Hardware, Versions
 from selector.core.jobs import Effort
 from selector.core.profile import LatencyCurve, ModelProfile
 

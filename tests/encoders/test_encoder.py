@@ -141,16 +141,16 @@ def test_what_cannot_be_answered_with_is_found_by_loading(
 def test_rows_may_differ_by_what_the_precision_of_a_network_makes_of_other_sums(
     fruit: ModelPackage, dtype: torch.dtype
 ) -> None:
-    part, network = networks.Part(fruit, "encoder/scent", "networks:Scent", (8,)), torch.nn.Linear(6, 8, dtype=dtype)
+    part, precision = networks.Part(fruit, "encoder/scent", "networks:Scent", (8,)), torch.finfo(dtype).eps
     rows = torch.rand(2, 8).to(dtype)
 
     def call(some: slice, share: float) -> torch.Tensor:
         alone = rows[some]
         return alone * (1 + share) if len(alone) == 2 else alone
 
-    part.check_rows_apart(lambda some: call(some, torch.finfo(dtype).eps), network)
+    part.check_rows_apart(lambda some: call(some, precision), precision)
     with pytest.raises(PackageError, match="returns other numbers for a row alone"):
-        part.check_rows_apart(lambda some: call(some, 0.1), network)
+        part.check_rows_apart(lambda some: call(some, 0.1), precision)
 
 
 def test_embeddings_that_are_not_finite_end_the_call(

@@ -17,7 +17,7 @@ importlib.metadata.distribution = distribution
 import encoders.__main__, fusion.__main__, gateway.__main__, selector.__main__
 import mosel
 from gateway.inference.metadata import server_metadata
-from mosel.profiles.files import this_software
+from mosel.profiles.hardware import this_software
 print(server_metadata()["version"], this_software().mosel, mosel.__version__)
 """
 

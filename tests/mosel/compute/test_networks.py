@@ -50,6 +50,8 @@ def package(tmp_path: Path) -> ModelPackage:
         random_weights=True,
         serve_by_default=True,
         parameters={},
+        optimise=True,
+        tolerance=1e-4,
     )
 
 

@@ -19,15 +19,14 @@ from mosel.profiles.files import (
     CallCost,
     Point,
     Profile,
-    device_name,
     load_profile,
     profile_file,
     quick_profile,
     read_profile,
     save_profile,
-    this_hardware,
     wilson,
 )
+from mosel.profiles.hardware import device_name, this_hardware
 
 POINTS = (Point(batch_size=1, p50_ms=1, p95_ms=2), Point(batch_size=8, p50_ms=3, p95_ms=4))
 SETS = ("photo", "scent", "photo+scent")
