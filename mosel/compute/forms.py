@@ -255,15 +255,17 @@ def _torchscript(network: torch.nn.Module, examples: Sequence[Inputs]) -> torch.
 
 
 def _trace(network: torch.nn.Module, inputs: Inputs) -> torch.nn.Module:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(record=True) as warned:
         # TorchScript is deprecated, and nothing replaces it here: what does needs a C++ compiler where it runs.
         warnings.filterwarnings("ignore", r"`?torch\.jit\.")
-        # What the trace cannot follow, such as a branch on data, it warns of. Torch's own code is known to be harmless.
-        warnings.simplefilter("error", TracerWarning)
+        # What the trace cannot follow, such as a branch on data, it warns of. In torch's own code that is harmless.
+        warnings.simplefilter("always", TracerWarning)
         TracerWarning.ignore_lib_warnings()  # type: ignore[no-untyped-call] # of torch
+        traced = torch.jit.trace(network, (inputs,), check_trace=False)  # type: ignore[no-untyped-call] # of torch
+        if wrong := [warning for warning in warned if issubclass(warning.category, TracerWarning)]:
+            raise ValueError(f"it cannot be traced: {wrong[0].message}")
         # Else it would optimise anew, in the middle of calls, for the first batch sizes that come.
         torch.jit.set_fusion_strategy([])
-        traced = torch.jit.trace(network, (inputs,), check_trace=False)  # type: ignore[no-untyped-call] # of torch
         # By way of a file in memory: what is optimised where it was traced is never freed again, weights included.
         file = io.BytesIO()
         torch.jit.save(traced, file)
