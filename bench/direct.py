@@ -1,4 +1,4 @@
-"""The limit of every server: the same networks called directly, in a process of their own."""
+"""The limit of every server: the same networks in the same form, called directly in a process of their own."""
 
 import multiprocessing
 import time
@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 
 from mosel.compute import networks
+from mosel.compute.forms import Forms
+from mosel.compute.networks import Loaded
+from mosel.config import Settings
 from mosel.packages.model_package import load_package
 
 
@@ -16,13 +19,14 @@ class Direct:
 
     Args:
         package: the model package's folder.
-        device: the setting `device`: where the networks run, payloads and predictions being in host memory.
+        settings: of the services that it is compared with: where the networks run, payloads and predictions being in
+            host memory, and which form of them was chosen.
     """
 
-    def __init__(self, package: Path, device: str) -> None:
+    def __init__(self, package: Path, settings: Settings) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(package, device, theirs), daemon=True)
+        self._process = context.Process(target=_serve, args=(package, settings, theirs), daemon=True)
 
     def run(self, job_size: int, torch_threads: int, seconds: float) -> list[float]:
         """Calls all encoders and the fusion on jobs of this size, one after another, for so long.
@@ -44,10 +48,16 @@ class Direct:
 
 
 @torch.inference_mode()
-def _serve(folder: Path, setting: str, connection: Connection) -> None:
-    package, device = load_package(folder), networks.choose_device(setting)
-    encoders = {modality: networks.load_encoder(package, modality, device) for modality in package.modalities}
-    fusion = networks.load_fusion(package, device)
+def _serve(folder: Path, settings: Settings, connection: Connection) -> None:
+    # The services are ready by the first question, and have chosen.
+    connection.poll(None)
+    package, device = load_package(folder), networks.choose_device(settings.device)
+    forms = Forms(settings, device)
+    encoders = {
+        m: forms.of_encoder(Loaded.plain(package, networks.load_encoder(package, m, device)), m).network
+        for m in package.modalities
+    }
+    fusion = forms.of_fusion(Loaded.plain(package, networks.load_fusion(package, device))).network
     while True:
         job_size, torch_threads, seconds = connection.recv()
         torch.set_num_threads(torch_threads)

@@ -44,7 +44,7 @@ def write_null_model(
     folder.mkdir(parents=True)
     code, toml = (
         ["import time\n\nimport torch\n", _BUSY],
-        [f'name = "{NAME}"\nversion = "1"\ndefault_min_accuracy = 0.0\nrandom_weights = true\n'],
+        [f'name = "{NAME}"\nversion = "1"\ndefault_min_accuracy = 0.0\nrandom_weights = true\noptimise = false\n'],
     )
     modalities = only or tuple(like.modalities)
     for modality in modalities:

@@ -49,7 +49,7 @@ def main() -> None:
         with (
             Launcher(settings) as real,
             Launcher(null_settings) as null,
-            Direct(package.folder, settings.device) as direct,
+            Direct(package.folder, settings) as direct,
         ):
             for launcher in (real, null):
                 launcher.wait_ready(120)

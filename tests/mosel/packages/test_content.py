@@ -96,6 +96,16 @@ def test_the_operators_keys_make_another_revision_of_the_same_content(changing: 
     assert after.accuracy == before.accuracy
 
 
+@pytest.mark.parametrize("key", ["optimise = false", "tolerance = 0.01"])
+def test_the_form_of_networks_needs_no_new_accuracies_but_new_latencies(changing: Fruit, key: str) -> None:
+    before = load_package(changing.folder)
+    changing.edit("model.toml", 'version = "1"', f'version = "1"\n{key}')
+    after = load_package(changing.folder)
+    assert (after.content_hash, after.code) == (before.content_hash, before.code)
+    assert after.accuracy == before.accuracy
+    assert not after.has_networks_of(before)
+
+
 def test_weights_count_wherever_they_are(changing: Fruit) -> None:
     before = load_package(changing.folder)
     apart = changing.folder.parent / "apart.safetensors"
