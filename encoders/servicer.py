@@ -122,6 +122,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
             resource=self._encoder.resource,
             boot_id=host_identity().boot_id,
             models=self._encoder.networks.models,
+            forms=self._encoder.networks.forms,
         )
 
     @answers_with_status

@@ -104,6 +104,7 @@ class FusionServicer(fusion_pb2_grpc.FusionServicer):
             resource=self._predictor.resource,
             boot_id=host_identity().boot_id,
             models=self._predictor.networks.models,
+            forms=self._predictor.networks.forms,
         )
 
     @answers_with_status

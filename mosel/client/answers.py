@@ -1,6 +1,7 @@
 """What a client gets: dataclasses, and how they are made of replies."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -219,7 +220,8 @@ class EdgeInfo:
 class ServiceInfo:
     """State and counters of one service.
 
-    `edges` are those that the selector knows of; `models` those whose networks are loaded there, as `name@revision`.
+    `edges` are those that the selector knows of; `models` those whose networks are loaded there, as `name@revision`;
+    `forms` says which form each of these networks is in, such as `torchscript`.
     """
 
     name: str
@@ -230,6 +232,7 @@ class ServiceInfo:
     counters: dict[str, int]
     edges: tuple[EdgeInfo, ...] = ()
     models: tuple[str, ...] = ()
+    forms: Mapping[str, str] = field(default_factory=dict)
 
 
 def prediction_from(reply: gateway_pb2.PredictReply) -> Prediction:
@@ -326,6 +329,7 @@ def services_from(reply: service_pb2.StatusReply) -> list[ServiceInfo]:
             counters=dict(s.counters),
             edges=tuple(map(_edge, s.edges)),
             models=tuple(s.models),
+            forms=dict(s.forms),
         )
         for s in reply.services
     ]

@@ -113,6 +113,11 @@ class Hosted:
         return self._loaded.get(model)
 
     @property
+    def forms(self) -> dict[str, str]:
+        """The ids of the models that are here, and the forms that their networks are in."""
+        return {model: loaded.form for model, loaded in self._loaded.copy().items()}
+
+    @property
     def models(self) -> list[str]:
         """The ids of the models that are here."""
         return list(self._loaded)

@@ -58,6 +58,26 @@ class ServiceStatus(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class FormsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
@@ -68,6 +88,7 @@ class ServiceStatus(_message.Message):
     RESOURCE_FIELD_NUMBER: _builtins.int
     BOOT_ID_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
+    FORMS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"gateway", "selector", "encoder/image", "encoder/image/2", "fusion"."""
     address: _builtins.str
@@ -93,6 +114,10 @@ class ServiceStatus(_message.Message):
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The models whose networks a service that computes has, as name@revision."""
 
+    @_builtins.property
+    def forms(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """In which form they are, the fastest one on that hardware: "eager", "channels_last" or "torchscript"."""
+
     def __init__(
         self,
         *,
@@ -106,10 +131,11 @@ class ServiceStatus(_message.Message):
         resource: _builtins.str = ...,
         boot_id: _builtins.str = ...,
         models: _abc.Iterable[_builtins.str] | None = ...,
+        forms: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "boot_id", b"boot_id", "counters", b"counters", "detail", b"detail", "edges", b"edges", "models", b"models", "name", b"name", "pid", b"pid", "ready", b"ready", "resource", b"resource"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "boot_id", b"boot_id", "counters", b"counters", "detail", b"detail", "edges", b"edges", "forms", b"forms", "models", b"models", "name", b"name", "pid", b"pid", "ready", b"ready", "resource", b"resource"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -18,6 +18,7 @@ import pytest
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from mosel.cli import main
+from mosel.client import Client
 from mosel.errors import PackageError
 from mosel.launcher import Launcher
 from tests.fruit_on_disk import measured
@@ -167,6 +168,13 @@ def test_status_and_models(services: Launcher, run_mosel: Run) -> None:
     for name in services.children:
         assert re.search(rf"{name} .* ready ", status.stdout)
     assert "not ready" not in status.stdout
+    with Client(services.address) as client:
+        forms = {service.name: service.forms for service in client.status()}
+    assert not forms["gateway"]
+    for name in ("encoder/photo", "encoder/scent", "fusion"):
+        ((model, form),) = forms[name].items()
+        assert model.startswith("fruit@")
+        assert re.search(rf"{name} .* fruit {form} ", status.stdout)
     models = run_mosel("models", "--address", services.address)
     assert re.search(r"photo\+scent .* 0\.9\d+ .* yes", models.stdout)
     assert re.search(

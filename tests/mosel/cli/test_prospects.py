@@ -13,7 +13,8 @@ from mosel.cli.prospects import Prospect, prospects, rows_of
 from mosel.client import ObservedItems, ObserveEvent
 from mosel.packages.calibration import Calibration
 from mosel.packages.model_package import ModelPackage
-from mosel.profiles.files import CallCost, Hardware, Point, Profile, this_software, wilson
+from mosel.profiles.files import CallCost, Point, Profile, wilson
+from mosel.profiles.hardware import Hardware, this_software
 
 SETS = ("photo", "photo+scent", "scent")
 
