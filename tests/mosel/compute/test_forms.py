@@ -138,7 +138,7 @@ def test_what_is_not_faster_is_not_used(found: Find, fruit: ModelPackage, faster
 def test_the_forms_of_a_network_are_timed(found: Find, fruit: ModelPackage, caplog: pytest.LogCaptureFixture) -> None:
     loaded, record = found(fruit, "photo"), told(caplog)
     assert record["form"] == loaded.form
-    assert record["speedup"] == 1 if loaded.form == EAGER else record["speedup"] > 1.05
+    assert record["speedup"] == 1 if loaded.form == EAGER else record["speedup"] >= 1.05
     assert record["largest_difference"] <= fruit.tolerance
     assert record["not_used"] == {}
 
