@@ -73,7 +73,7 @@ class Layer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [N, tokens, width] -> the same shape."""
         parts = self.queries_keys_values(self.norm(tokens)).unflatten(-1, (3, -1, HEAD_WIDTH))
-        queries, keys, values = parts.permute(2, 0, 3, 1, 4)  # each [N, heads, tokens, 64]
+        queries, keys, values = parts.permute(2, 0, 3, 1, 4).unbind()  # each [N, heads, tokens, 64]
         attended = scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
         tokens = tokens + self.attended(attended)
         result: Tensor = tokens + self.mlp(self.mlp_norm(tokens))
@@ -94,6 +94,6 @@ class Fusion(nn.Module):
     def forward(self, embeddings: dict[str, Tensor]) -> Tensor:
         """Tokens [N, tokens, width] by modality, any non-empty subset -> probabilities of the sentiments [N, 2]."""
         present = [embeddings[modality] for modality in MODALITIES if modality in embeddings]
-        tokens = self.layers(torch.cat([self.class_token.expand(len(present[0]), -1, -1), *present], 1))
+        tokens = self.layers(torch.cat([self.class_token.expand(present[0].shape[0], -1, -1), *present], 1))
         output: Tensor = self.head(tokens[:, 0]).softmax(-1)
         return output
