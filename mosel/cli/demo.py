@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     from mosel.data.datasets import FoundData
     from mosel.data.samples import Samples
     from mosel.packages.model_package import ModelPackage
-    from mosel.profiles.labelled_run import Row
+    from mosel.profiles.labelled_run import Row, Setting
 
 _JOB_ITEMS, _IN_FLIGHT = 4, 4
 # Under the tight deadline a job is large and alone, so that its time is computation, not hops or other jobs.
-_TIGHT_JOB_ITEMS, _PROBES = 32, 9
+_TIGHT_JOB_ITEMS = 32
 _READY_TIMEOUT_S = 120.0
+_COLUMNS = 100
 
 
 def demo(
@@ -38,6 +40,8 @@ def demo(
     from mosel.client import Client
     from mosel.config import FREE_PORTS
 
+    if not console.is_terminal:
+        console.width = max(console.width, _COLUMNS)  # the tables fit, in a file too
     begin = time.monotonic()
     settings = settings_from(None, None, device, **FREE_PORTS)
     package, found, reason = _choose(settings, model, data)
@@ -47,7 +51,7 @@ def demo(
     with started(settings, _READY_TIMEOUT_S) as launcher, Client(launcher.local_address, retries=None) as client:
         served = next(info for info in client.models() if info.name == package.name)
         rows = _show_floors(console, client, served, samples)
-        _show_deadline(console, client, served, samples, [row.setting.floor for row in rows])
+        _show_deadline(console, client, served, samples, [row.setting for row in rows])
         _show_transport(console, client, settings)
         if plot is not None:
             from mosel.demo.plot import write_plot
@@ -102,29 +106,31 @@ def _test_items(package: "ModelPackage", found: "FoundData", items: int) -> "Sam
 
 
 def _show_floors(console: "Console", client: "Client", model: "ModelInfo", samples: "Samples") -> "list[Row]":
-    from mosel.demo.plan import PREFERRED_FLOORS, choose_floors
+    from mosel.demo.plan import choose_settings
     from mosel.demo.tables import floors_table
     from mosel.profiles.labelled_run import Setting, measure
 
-    floors = choose_floors(model.sets)
-    measure(client, model.name, samples.take(slice(0, 64)), Setting(None, _JOB_ITEMS, _IN_FLIGHT))  # warms up
-    rows = [measure(client, model.name, samples, Setting(floor, _JOB_ITEMS, _IN_FLIGHT)) for floor in (None, *floors)]
-    chosen = "" if floors == PREFERRED_FLOORS else "; floors taken from the model's measured profile"
+    how = Setting(None, _JOB_ITEMS, _IN_FLIGHT)
+    measure(client, model.name, samples.take(slice(0, 64)), how)  # warms up
+    rows = [measure(client, model.name, samples, setting) for setting in choose_settings(model.sets, how)]
     console.print(
-        f"\n{len(samples)} test items per setting, in jobs of {_JOB_ITEMS}, {_IN_FLIGHT} jobs in flight{chosen}",
-        highlight=False,
+        f"\n{len(samples)} test items per floor, in jobs of {_JOB_ITEMS}, {_IN_FLIGHT} jobs in flight", highlight=False
     )
-    console.print(floors_table(rows))
+    console.print(floors_table(rows, rows[0].accuracy))
+    _show_remarks(console, rows, rows[0].accuracy)
+    confidence = max(row.assurance.confidence for row in rows)
+    sure = f", at {100 * confidence:g} % confidence" if confidence else ""
     console.print(
-        "expected: measured on the validation split; accuracy: on these test items\n"
-        "payload read: by all encoders; saved: against all modalities of the same items",
+        f"worse: than everything; guaranteed: for items like the calibration rows{sure}\n"
+        "expected: by the profile; measured: on these test items, ± the binomial standard error\n"
+        "saved: compute, against everything",
         highlight=False,
     )
     return rows
 
 
 def _show_deadline(
-    console: "Console", client: "Client", model: "ModelInfo", samples: "Samples", floors: Sequence[float | None]
+    console: "Console", client: "Client", model: "ModelInfo", samples: "Samples", settings: "Sequence[Setting]"
 ) -> None:
     from mosel.demo.plan import full_set, tight_deadline_ms, without_slowest
     from mosel.demo.tables import deadline_table
@@ -135,20 +141,29 @@ def _show_deadline(
         return
     size = min(_TIGHT_JOB_ITEMS, len(samples))
     samples = samples.take(slice(0, len(samples) // size * size))  # a smaller job could keep a deadline made for others
-    fast_ms, full_ms = (
-        measure(client, model.name, samples.take(slice(0, _PROBES * size)), setting).p50_ms
-        for setting in (Setting(None, size, 1, modalities=tuple(name.split("+"))) for name in (fast, full))
+    without, everything = (
+        measure(client, model.name, samples, Setting(None, size, 1, modalities=tuple(name.split("+"))))
+        for name in (fast, full)
     )
-    deadline_ms = tight_deadline_ms(fast_ms, full_ms)
-    rows = [measure(client, model.name, samples, Setting(floor, size, 1, deadline_ms)) for floor in floors]
+    deadline_ms = tight_deadline_ms(without.p50_ms, everything.p50_ms)
+    tight = [replace(setting, job_items=size, in_flight=1, deadline_ms=deadline_ms) for setting in settings]
+    rows = [measure(client, model.name, samples, setting) for setting in tight]
     console.print(
         f"\nthe same with a deadline of {deadline_ms:.1f} ms: {len(samples)} items in jobs of {size}, one at a time\n"
-        f"(measured now: {fast} takes {fast_ms:.1f} ms, {full} {full_ms:.1f} ms)",
+        f"(measured now: {fast} takes {without.p50_ms:.1f} ms, {full} {everything.p50_ms:.1f} ms)",
         highlight=False,
     )
-    console.print(deadline_table(rows))
+    console.print(deadline_table(rows, everything.accuracy))
+    _show_remarks(console, rows, everything.accuracy)
     if refusal := next((row.refusal for row in reversed(rows) if row.refusal), None):
-        console.print(f"a refusal: {refusal}", highlight=False)
+        console.print(f"a refusal: {refusal}", soft_wrap=True, highlight=False)
+
+
+def _show_remarks(console: "Console", rows: "Sequence[Row]", everything: float) -> None:
+    from mosel.demo.tables import remarks
+
+    for remark in remarks(rows, everything):
+        console.print(remark, soft_wrap=True, highlight=False)
 
 
 def _show_transport(console: "Console", client: "Client", settings: "Settings") -> None:

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from mosel.client import SetInfo
 from mosel.modality import format_set, parse_set
+from mosel.profiles.labelled_run import Setting
 
-PREFERRED_FLOORS = (0.60, 0.85, 0.95)
-_DISTINCT_SETS = 3
+LOSSES = (0.01, 0.03, 0.06)
+_FLOORS = 3
 
 Sets = Mapping[str, SetInfo]
 
@@ -17,37 +19,54 @@ def full_set(sets: Sets) -> str:
     return format_set(frozenset().union(*map(parse_set, sets)))
 
 
-def cheapest(sets: Sets, floor: float) -> str | None:
-    """The modality set that meets a floor with the least computation, None if none does.
+def frontier(sets: Sets, worth: Mapping[str, float]) -> list[str]:
+    """The modality sets to which none is both cheaper and worth at least as much, cheapest first.
 
     A set costs what its modalities cost one by one: encoders run in parallel, so its latency hides the cheaper ones.
     """
-    meeting = [name for name, info in sets.items() if info.accuracy >= floor]
-    return min(meeting, key=lambda name: _cost_ms(sets, name), default=None)
-
-
-def frontier(sets: Sets) -> list[str]:
-    """The modality sets to which none is both cheaper and at least as accurate, cheapest first."""
     best: list[str] = []
-    for name in sorted(sets, key=lambda name: (_cost_ms(sets, name), -sets[name].accuracy)):
-        if not best or sets[name].accuracy > sets[best[-1]].accuracy:
+    for name in sorted(worth, key=lambda name: (_cost_ms(sets, name), -worth[name])):
+        if not best or worth[name] > worth[best[-1]]:
             best.append(name)
     return best
 
 
-def choose_floors(sets: Sets) -> tuple[float, ...]:
-    """Up to three accuracy floors that make the selector choose different modality sets.
+def expected(sets: Sets) -> dict[str, float]:
+    """The accuracy that is expected of each set."""
+    return {name: info.accuracy for name, info in sets.items()}
 
-    The preferred ones where the model can meet them all and they lead, together with everything that is run without a
-    floor, to three sets or more; else the accuracies of the frontier's sets below the most accurate, evenly picked.
+
+def guaranteed(sets: Sets) -> dict[str, float]:
+    """The accuracy that is guaranteed of each set; empty without labelled calibration rows."""
+    return {name: info.guaranteed_accuracy for name, info in sets.items() if info.guaranteed_accuracy is not None}
+
+
+def choose_settings(sets: Sets, how: Setting) -> list[Setting]:
+    """No floor, some losses against everything, and some floors, all sent in the same way.
+
+    Where calibration rows are, the last floor is one that cannot be guaranteed, only expected.
     """
-    chosen = {cheapest(sets, floor) for floor in PREFERRED_FLOORS}
-    if None not in chosen and len(chosen | {full_set(sets)}) >= _DISTINCT_SETS:
-        return PREFERRED_FLOORS
-    steps = frontier(sets)[:-1]
-    count = min(len(steps), len(PREFERRED_FLOORS))
+    losses = [replace(how, max_loss=loss) for loss in LOSSES]
+    return [how, *losses, *(replace(how, floor=floor) for floor in choose_floors(sets))]
+
+
+def choose_floors(sets: Sets) -> list[float]:
+    """Up to three accuracy floors that can be guaranteed by different modality sets, then one that cannot.
+
+    The former are what the frontier's sets below the best guarantee, evenly picked and rounded down. Without
+    calibration rows they are what is expected, and there is no floor that cannot be guaranteed.
+    """
+    worth = guaranteed(sets) or expected(sets)
+    steps = frontier(sets, worth)[:-1]
+    count = min(len(steps), _FLOORS)
     picked = [steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)]
-    return tuple(math.floor(sets[name].accuracy * 1000) / 1000 for name in picked)
+    floors = sorted({math.floor(worth[name] * 100) / 100 for name in picked})
+    return floors + _not_guaranteed(max(worth.values()), max(expected(sets).values()))
+
+
+def _not_guaranteed(best: float, most: float) -> list[float]:
+    """A floor, of few digits, above the best that can be guaranteed and not above what is expected; if there is one."""
+    return [floor for digits in (2, 3) if best < (floor := round((best + most) / 2, digits)) < most][:1]
 
 
 def without_slowest(sets: Sets) -> str | None:

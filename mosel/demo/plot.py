@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mosel.client import ModelInfo, SetInfo
-from mosel.demo.plan import frontier
+from mosel.demo.plan import expected, frontier
 from mosel.demo.tables import floor
 from mosel.profiles.labelled_run import Row
 
@@ -47,7 +47,7 @@ def write_plot(file: Path, model: ModelInfo, rows: Sequence[Row]) -> None:
 
 
 def _draw_sets(axes: "Axes", sets: Mapping[str, SetInfo]) -> None:
-    best = [sets[name] for name in frontier(sets)]
+    best = [sets[name] for name in frontier(sets, expected(sets))]
     axes.plot([s.latency_ms for s in best], [s.accuracy for s in best], color=_SET, alpha=0.4, label="frontier")
     label = "modality set: validation accuracy,\npredicted time of one item on an idle system"
     x, y = [s.latency_ms for s in sets.values()], [s.accuracy for s in sets.values()]
@@ -64,8 +64,9 @@ def _draw_settings(axes: "Axes", sets: Mapping[str, SetInfo], rows: Sequence[Row
     for row in rows:
         used = sets[next(iter(row.shares))]
         axes.plot([used.latency_ms, row.p50_ms], [used.accuracy, row.accuracy], color=_SETTING, ls=":", lw=1, zorder=1)
-        text = "no floor" if row.setting.floor is None else f"floor {floor(row)}"
-        axes.annotate(text, (row.p50_ms, row.accuracy), (9, -3), textcoords="offset points", fontsize=9, color=_SETTING)
+        axes.annotate(
+            floor(row), (row.p50_ms, row.accuracy), (9, -3), textcoords="offset points", fontsize=9, color=_SETTING
+        )
 
 
 def _label_sets(axes: "Axes", sets: Mapping[str, SetInfo]) -> None:

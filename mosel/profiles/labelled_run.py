@@ -5,13 +5,18 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mosel.client import Client, Prediction
+from mosel.client import Assurance, Client, Prediction
+from mosel.client.assurance import Guarantee
 from mosel.data.samples import Samples
 from mosel.errors import DeadlineExceeded, MoselError, Overloaded, Unreachable
+
+_WEAKEST_FIRST: tuple[Guarantee, ...] = ("estimate", "none", "live", "calibrated")
+# A measured accuracy is clearly below what is guaranteed if it is so many standard errors below.
+_CLEAR_ERRORS = 2
 
 
 @dataclass(frozen=True)
@@ -19,11 +24,12 @@ class Setting:
     """How jobs are sent.
 
     Attributes:
-        floor: the least expected accuracy, 0..1, or None.
+        floor: the least accuracy, 0..1, or None.
         job_items: items per job; the last job may be smaller.
         in_flight: jobs under way at once.
         deadline_ms: milliseconds that each job is given, or None.
         modalities: only these may be run; all if empty.
+        max_loss: how much less accurate than everything answers may be, 0..1, or None; instead of a floor.
     """
 
     floor: float | None
@@ -31,6 +37,7 @@ class Setting:
     in_flight: int
     deadline_ms: float | None = None
     modalities: tuple[str, ...] = ()
+    max_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,10 @@ class Row:
         shares: answered items by modality set, as a share 0..1, the most frequent first.
         accuracy: measured against the labels, over the answered items; NaN if there are none.
         expected: accuracy that the answers promised, over the same items.
+        assurance: what the answer that guarantees least stands on, and what all saved together.
         p50_ms, p99_ms: of the answered jobs.
         in_time, refused, missed: jobs, which add up to all; refused means at once and with a reason, missed means that
             the deadline passed first, at the services or by the client's own clock.
-        bytes_read: of payloads, by all encoders.
-        bytes_of_all: what all modalities of the answered items have.
         refusal: the first refusal's message, or "".
     """
 
@@ -70,20 +76,30 @@ class Row:
     shares: dict[str, float]
     accuracy: float
     expected: float
+    assurance: Assurance
     p50_ms: float
     p99_ms: float
     in_time: int
     refused: int
     missed: int
     items: int
-    bytes_read: int
-    bytes_of_all: int
     refusal: str
 
     @property
-    def saved(self) -> float:
-        """The share of the answered items' payload bytes that no encoder read; NaN if nothing was answered."""
-        return 1 - self.bytes_read / self.bytes_of_all if self.bytes_of_all else float("nan")
+    def standard_error(self) -> float:
+        """Of the measured accuracy, as if items were independent (binomial); NaN if there are none."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.items) if self.items else math.nan
+
+    def misses(self, everything: float) -> bool:
+        """Whether the measured accuracy is more than two standard errors below what is guaranteed.
+
+        Args:
+            everything: accuracy of everything on the same items, 0..1: what a loss is counted against.
+        """
+        said, most = self.assurance, self.accuracy + _CLEAR_ERRORS * self.standard_error
+        if said.guaranteed_accuracy is not None:
+            return most < said.guaranteed_accuracy
+        return said.guaranteed_loss is not None and most < everything - said.guaranteed_loss
 
 
 def measure(client: Client, model: str, samples: Samples, setting: Setting) -> Row:
@@ -95,20 +111,12 @@ def measure(client: Client, model: str, samples: Samples, setting: Setting) -> R
     jobs = [
         samples.take(slice(start, start + setting.job_items)) for start in range(0, len(samples), setting.job_items)
     ]
-    before = payload_bytes_read(client)
     with ThreadPoolExecutor(setting.in_flight) as pool:
-        answers = list(pool.map(lambda job: _ask(client, model, job, setting), jobs))
-    bytes_per_item = sum(payload[:1].nbytes for payload in samples.payloads.values())
-    return summarise(setting, answers, payload_bytes_read(client) - before, bytes_per_item)
+        return summarise(setting, list(pool.map(lambda job: _ask(client, model, job, setting), jobs)))
 
 
-def payload_bytes_read(client: Client) -> int:
-    """Bytes of payload that all encoders have read since they started."""
-    return sum(service.counters.get("payload_bytes_read", 0) for service in client.status())
-
-
-def summarise(setting: Setting, answers: Sequence[JobAnswer], bytes_read: int, bytes_per_item: int) -> Row:
-    """One row from the answers of a setting; `bytes_per_item` is what all modalities of an item have."""
+def summarise(setting: Setting, answers: Sequence[JobAnswer]) -> Row:
+    """One row from the answers of a setting."""
     answered = [(answer, answer.prediction) for answer in answers if answer.prediction is not None]
     items = sum(answer.items for answer, _ in answered)
     used = Counter(name for _, prediction in answered for name in prediction.modality_sets)
@@ -122,14 +130,13 @@ def summarise(setting: Setting, answers: Sequence[JobAnswer], bytes_read: int, b
         shares={name: count / items for name, count in used.most_common()},
         accuracy=sum(answer.right for answer, _ in answered) / items if items else float("nan"),
         expected=expected / items if items else float("nan"),
+        assurance=_together([(answer.items, prediction.assurance) for answer, prediction in answered]),
         p50_ms=percentile(times, 50),
         p99_ms=percentile(times, 99),
         in_time=in_time,
         refused=len(refusals),
         missed=len(answers) - len(refusals) - in_time,
         items=items,
-        bytes_read=bytes_read,
-        bytes_of_all=items * bytes_per_item,
         refusal=refusals[0] if refusals else "",
     )
 
@@ -139,6 +146,19 @@ def percentile(times_ms: Sequence[float], q: float) -> float:
     return float(np.percentile(times_ms, q, method="inverted_cdf")) if times_ms else float("nan")
 
 
+def _together(said: Sequence[tuple[int, Assurance]]) -> Assurance:
+    """The weakest of what is said of so many items each, with the mean of what they saved."""
+    if not said:
+        return Assurance()
+    weakest = min((assurance for _, assurance in said), key=_strength)
+    saved = sum(items * assurance.saved for items, assurance in said) / sum(items for items, _ in said)
+    return replace(weakest, saved=saved)
+
+
+def _strength(said: Assurance) -> tuple[int, float, float]:
+    return _WEAKEST_FIRST.index(said.guarantee), said.guaranteed_accuracy or 0.0, -(said.guaranteed_loss or 0.0)
+
+
 def _ask(client: Client, model: str, job: Samples, setting: Setting) -> JobAnswer:
     start = time.perf_counter()
     try:
@@ -146,6 +166,7 @@ def _ask(client: Client, model: str, job: Samples, setting: Setting) -> JobAnswe
             model,
             job.payloads,
             min_accuracy=setting.floor,
+            max_accuracy_loss=setting.max_loss,
             latency_slo_ms=setting.deadline_ms,
             modalities=setting.modalities,
         )
