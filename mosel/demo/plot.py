@@ -21,7 +21,7 @@ def write_plot(file: Path, model: ModelInfo, rows: Sequence[Row]) -> None:
 
     Args:
         file: where to; missing folders are made.
-        model: for the sets' validation accuracies and predicted milliseconds.
+        model: for the sets' expected accuracies and predicted milliseconds.
         rows: one per setting; those without an answer are left out.
     """
     # The figure without pyplot: no window system is looked for, no global state is left.
@@ -38,10 +38,11 @@ def write_plot(file: Path, model: ModelInfo, rows: Sequence[Row]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     _draw_sets(axes, model.sets)
     _draw_settings(axes, model.sets, [row for row in rows if row.items])
-    axes.margins(x=0.16, y=0.06)
+    axes.margins(x=0.2, y=0.06)
     axes.legend(loc="center right", bbox_to_anchor=(1, 0.36), fontsize=8, framealpha=1, edgecolor="white")
     figure.draw_without_rendering()  # label positions depend on the layout
-    _label_sets(axes, model.sets)
+    _label(axes, [(name, s.latency_ms, s.accuracy) for name, s in model.sets.items()], "black", right=False)
+    _label(axes, [(floor(row), row.p50_ms, row.accuracy) for row in rows if row.items], _SETTING, right=True)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
 
@@ -49,7 +50,7 @@ def write_plot(file: Path, model: ModelInfo, rows: Sequence[Row]) -> None:
 def _draw_sets(axes: "Axes", sets: Mapping[str, SetInfo]) -> None:
     best = [sets[name] for name in frontier(sets, expected(sets))]
     axes.plot([s.latency_ms for s in best], [s.accuracy for s in best], color=_SET, alpha=0.4, label="frontier")
-    label = "modality set: validation accuracy,\npredicted time of one item on an idle system"
+    label = "modality set: expected accuracy,\npredicted time of one item on an idle system"
     x, y = [s.latency_ms for s in sets.values()], [s.accuracy for s in sets.values()]
     axes.scatter(x, y, color=_SET, s=36, zorder=2, label=label)
 
@@ -64,21 +65,24 @@ def _draw_settings(axes: "Axes", sets: Mapping[str, SetInfo], rows: Sequence[Row
     for row in rows:
         used = sets[next(iter(row.shares))]
         axes.plot([used.latency_ms, row.p50_ms], [used.accuracy, row.accuracy], color=_SETTING, ls=":", lw=1, zorder=1)
-        axes.annotate(
-            floor(row), (row.p50_ms, row.accuracy), (9, -3), textcoords="offset points", fontsize=9, color=_SETTING
-        )
 
 
-def _label_sets(axes: "Axes", sets: Mapping[str, SetInfo]) -> None:
-    """Names the dots on their left, a line lower where a name would cover the one above."""
+def _label(axes: "Axes", points: Sequence[tuple[str, float, float]], color: str, right: bool) -> None:
+    """Names points on their left or right, a line lower where a name would cover the one above."""
     points_per_pixel = 72 / axes.figure.dpi
     above: list[tuple[float, float]] = []
-    for name, info in sorted(sets.items(), key=lambda entry: -entry[1].accuracy):
-        x, y = axes.transData.transform((info.latency_ms, info.accuracy)) * points_per_pixel
+    for name, *place in sorted(points, key=lambda point: -point[2]):
+        x, y = axes.transData.transform(place) * points_per_pixel
         close = [other for at, other in above if abs(at - x) < 6 * _LINE_POINTS]
         lowered = min([y, *(other - _LINE_POINTS for other in close)])
         above.append((x, lowered))
-        offset = (-7.0, lowered - y)
+        offset, align = (9.0, "left") if right else (-7.0, "right")
         axes.annotate(
-            name, (info.latency_ms, info.accuracy), offset, textcoords="offset points", fontsize=8, ha="right"
+            name,
+            (place[0], place[1]),
+            (offset, lowered - y),
+            textcoords="offset points",
+            fontsize=8,
+            ha=align,
+            color=color,
         )
