@@ -129,9 +129,16 @@ def set_profile(profile: ModelProfile, modality_set: frozenset[str], available: 
         samples=profile.samples,
         latency_ms=profile.idle_latency_ms(modality_set, 1) if measured else 0.0,
         available=available,
-        guaranteed_accuracy=_guaranteed(of_accuracy, modality_set),
-        guaranteed_loss=None if (agreement := _guaranteed(of_loss, modality_set)) is None else 1 - agreement,
+        guaranteed_accuracy=guaranteed(of_accuracy, modality_set),
+        guaranteed_loss=None if (agreement := guaranteed(of_loss, modality_set)) is None else 1 - agreement,
     )
+
+
+def guaranteed(ladder: Ladder | None, modality_set: frozenset[str]) -> float | None:
+    """What items are guaranteed to have that all run one set, 0..1; None: nobody knows."""
+    if ladder is None or modality_set not in ladder.scores:
+        return None
+    return ladder.guaranteed(ladder.scores[modality_set])
 
 
 def certificates(calibration: Calibration | None, confidence: float) -> Certificates | None:
@@ -210,13 +217,6 @@ def _deadline_of(description: selector_pb2.JobDescription, now: float) -> float:
         # What is over is over now: nothing is planned for the past.
         return max(description.deadline_ns / 1e9, now)
     return now + description.budget_us / 1e6
-
-
-def _guaranteed(ladder: Ladder | None, modality_set: frozenset[str]) -> float | None:
-    """What items are guaranteed to have that all run one set."""
-    if ladder is None or modality_set not in ladder.scores:
-        return None
-    return ladder.guaranteed(ladder.scores[modality_set])
 
 
 def _strategy(strategy: Strategy, latency_ms: float) -> gateway_pb2.Strategy:

@@ -46,10 +46,10 @@ def _table(model: "ModelInfo") -> "Table":
     columns = {
         "modality set": list(sets),
         "expected": [f"{info.accuracy:.4f}" for info in known],
-        "at least": [_bound(info.guaranteed_accuracy, rounded_down) for info in known],
-        "worse by at most": [_bound(info.guaranteed_loss, rounded_up) for info in known],
-        "worst label": [_weakness(info.worst_label) for info in known],
-        "worst group": [_weakness(info.worst_group) for info in known],
+        "at least": [bound_text(info.guaranteed_accuracy, rounded_down) for info in known],
+        "worse by at most": [bound_text(info.guaranteed_loss, rounded_up) for info in known],
+        "worst label": [weakness_text(info.worst_label) for info in known],
+        "worst group": [weakness_text(info.worst_group) for info in known],
         "ms for one item": [f"{info.latency_ms:.2f}" for info in known],
         "available": ["yes" if info.available else "no" for info in known],
     }
@@ -60,9 +60,11 @@ def _table(model: "ModelInfo") -> "Table":
     return table
 
 
-def _bound(value: float | None, rounded: "Callable[[float], str]") -> str:
+def bound_text(value: float | None, rounded: "Callable[[float], str]") -> str:
+    """A bound, rounded; empty where nobody knows."""
     return "" if value is None else rounded(value)
 
 
-def _weakness(weakness: "Weakness | None") -> str:
+def weakness_text(weakness: "Weakness | None") -> str:
+    """A weakness in a few words; empty where nobody knows."""
     return "" if weakness is None else f"{weakness.name}: {weakness.accuracy:.2f}"

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mosel.launcher import Launcher
     from mosel.packages.model_package import ModelPackage
     from mosel.profiles.files import Profile
+    from mosel.v1 import gateway_pb2
 
 _READY_TIMEOUT_S = 600.0
 _REPEATS = 30
@@ -58,7 +59,7 @@ def profile(
     measured = measured.model_copy(update={"accuracy_source": source, "measured_on": datetime.now(UTC).date()})
     file = out or profile_file(package, measured.hardware, kept)
     save_profile(measured, file)
-    _show(measured)
+    _show(measured, _guaranteed(package, kept))
     console.print(f"profile: {file}", soft_wrap=True, highlight=False)
     _plot(measured, package, plot or file.with_suffix(".png"))
 
@@ -171,7 +172,29 @@ def _progress(steps: int) -> Iterator[Callable[[str], None]]:
         yield lambda what: bar.update(task, advance=1, description=what)
 
 
-def _show(measured: "Profile") -> None:
+def _guaranteed(package: "ModelPackage", settings: "Settings") -> dict[str, tuple[str, str, str]]:
+    """What the package's calibration rows tell of each set: at least, worst label, worst group; empty without rows."""
+    from gateway.weaknesses import find_weaknesses
+    from mosel.cli.models import bound_text, weakness_text
+    from mosel.client.assurance import rounded_down, weakness_from
+    from mosel.modality import parse_set
+    from selector.conversions import certificates, guaranteed
+
+    rows = package.calibration
+    if rows is None:
+        return {}
+    made = certificates(rows, settings.selector.floor_confidence)
+    ladder = None if made is None else made.of_accuracy(frozenset(package.modalities))
+
+    def cells(name: str, *worst: "gateway_pb2.Weakness | None") -> tuple[str, str, str]:
+        label, group = (weakness_text(part and weakness_from(part)) for part in worst)
+        return bound_text(guaranteed(ladder, parse_set(name)), rounded_down), label, group
+
+    found = find_weaknesses(rows, package.output.labels)
+    return {name: cells(name, weakest.label, weakest.group) for name, weakest in found.items()}
+
+
+def _show(measured: "Profile", guaranteed: Mapping[str, tuple[str, str, str]]) -> None:
     from rich.table import Table
 
     from mosel.cli.starting import console
@@ -186,10 +209,19 @@ def _show(measured: "Profile") -> None:
     )
     sizes = [point.size for point in next(iter(measured.end_to_end.values()))]
     shown = sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]})
-    sets = Table("modality set", "accuracy", "95 % interval", *(f"p50 / p95 ms, {size} items" for size in shown))
+    known = ("at least", "worst label", "worst group") if guaranteed else ()
+    sets = Table(
+        "modality set", "accuracy", "95 % interval", *known, *(f"p50 / p95 ms, {size} items" for size in shown)
+    )
     for name, accuracy in sorted(measured.accuracy.items(), key=lambda entry: entry[1].value):
         times = [f"{p.p50_ms:.2f} / {p.p95_ms:.2f}" for p in measured.end_to_end[name] if p.size in shown]
-        sets.add_row(name, f"{accuracy.value:.4f}", f"{accuracy.low:.4f} to {accuracy.high:.4f}", *times)
+        sets.add_row(
+            name,
+            f"{accuracy.value:.4f}",
+            f"{accuracy.low:.4f} to {accuracy.high:.4f}",
+            *guaranteed.get(name, ()),
+            *times,
+        )
     console.print(sets)
     calls = Table("calls to", "overhead ms", "factor", "more ms under load", "factor")
     for lane, call in measured.calls.items():

@@ -7,6 +7,9 @@ from rich.console import Console
 from mosel import Assurance, ModelInfo, Prediction, SetInfo, Weakness
 from mosel.cli.models import _table
 from mosel.cli.predict import _sentence
+from mosel.cli.profile import _guaranteed
+from mosel.config import load_settings, reference_models
+from mosel.packages.model_package import load_package
 
 WORST = Weakness("person 7", 0.8125, 64)
 
@@ -68,3 +71,21 @@ def test_models_without_calibration_rows_have_no_columns_for_them() -> None:
     assert "expected" in header
     assert "at least" not in header
     assert "worst" not in header
+
+
+def test_a_profile_shows_what_calibration_rows_tell_of_each_set() -> None:
+    package = load_package(reference_models() / "har")
+    assert package.accuracy is not None
+    known = _guaranteed(package, load_settings())
+    assert len(known) == 7
+    for name, accuracy in package.accuracy.sets.items():
+        at_least, label, group = known["+".join(sorted(name))]
+        assert 0.5 < float(at_least) < accuracy
+        assert label.startswith("label ")
+        assert group.startswith("person ")
+    unsure = _guaranteed(package, load_settings(selector={"floor_confidence": 0.5}))
+    assert {at_least for at_least, _, _ in unsure.values()} == {""}
+
+
+def test_a_profile_without_calibration_rows_has_nothing_of_them() -> None:
+    assert _guaranteed(load_package(reference_models() / "tvlt"), load_settings()) == {}
