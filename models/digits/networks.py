@@ -137,7 +137,9 @@ class Fusion(nn.Module):
         like = next(iter(embeddings.values()))
         present = [modality for modality in EMBEDDING if modality in embeddings]
         evidence = torch.stack([self.experts[modality](embeddings[modality]) for modality in present]).sum(0)
-        inputs = [embeddings.get(modality, like.new_zeros(like.shape[0], width)) for modality, width in EMBEDDING.items()]
-        mask = like.new_tensor([float(modality in embeddings) for modality in EMBEDDING]).expand(like.shape[0], -1)
+        # Not len(like), which a trace would take for a constant.
+        items = like.shape[0]
+        inputs = [embeddings.get(modality, like.new_zeros(items, width)) for modality, width in EMBEDDING.items()]
+        mask = like.new_tensor([float(modality in embeddings) for modality in EMBEDDING]).expand(items, -1)
         corrected: Tensor = evidence + self.correction(torch.cat([*inputs, mask], 1))
         return corrected
