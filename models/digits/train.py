@@ -17,7 +17,8 @@ from mosel.data.samples import Samples
 from mosel.modality import subsets
 
 from .networks import CLASSES, AudioEncoder, Fusion, ImageEncoder, PenEncoder
-from .samples import AUDIO_SAMPLES, Floats, Recordings, load, mix, read_recordings
+from .samples import Floats, Recordings, load, mix, read_recordings
+from .splits import AUDIO_SAMPLES
 
 EPOCHS = 11
 BATCH_ITEMS = 128
