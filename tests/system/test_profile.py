@@ -163,7 +163,7 @@ def test_a_full_profile_as_a_user_makes_it(run_mosel: Run, models_dir: Path, tmp
     (file,) = (tmp_path / "profiles").glob("fruit-*.json")
     assert f"profile: {file}" in made.stdout
     assert f"picture: {file.with_suffix('.png')}" in made.stdout
-    assert "accuracy: the model package: validation split, 1000 samples" in made.stdout
+    assert "accuracy: the model package: calibration split, 1000 samples" in made.stdout
     profile = read_profile(file)
     assert not profile.quick
     assert {p.batch_size for points in profile.fusion.values() for p in points} == {1, 4}
