@@ -218,8 +218,9 @@ class PredictRequest(_message.Message):
     MAX_ACCURACY_LOSS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     min_accuracy: _builtins.float
-    """The least expected accuracy, 0..1, in the model's own metric. Without it, all of what was sent is used as long as
-    the deadline allows, and the model's default_min_accuracy is the floor.
+    """The least accuracy, 0..1, on average over items that are served so: guaranteed where the model has calibration
+    rows, else expected. Without any floor, all of what was sent is used as long as the deadline allows; then less, down
+    to the model's default_min_accuracy.
     """
     latency_slo_ms: _builtins.float
     """When the answer is no longer wanted, in milliseconds from now."""

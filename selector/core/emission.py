@@ -14,7 +14,7 @@ class Emission(Generic[Group]):
     """Holds back results of modality sets below the floor until the mean over everything sent meets it.
 
     Args:
-        floor: the least expected accuracy, 0..1.
+        floor: what items must count for on average, 0..1.
     """
 
     floor: float
