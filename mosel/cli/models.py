@@ -28,7 +28,7 @@ def models(
     for model in served:
         inputs = ", ".join(f"{name} {info.dtype} {list(info.shape)}" for name, info in model.modalities.items())
         state = ("ready" if model.ready else "not ready") + (f": {model.reason}" if model.reason else "")
-        console.print(f"{model.name} {model.version} ({state}): {model.description}")
+        console.print(f"{model.name} {model.version} ({state}): {model.description}", markup=False)
         console.print(f"  inputs per item: {inputs}", markup=False)
         if model.latencies:
             console.print(f"  latencies: {model.latencies}", markup=False)
@@ -66,5 +66,7 @@ def bound_text(value: float | None, rounded: "Callable[[float], str]") -> str:
 
 
 def weakness_text(weakness: "Weakness | None") -> str:
-    """A weakness in a few words; empty where nobody knows."""
-    return "" if weakness is None else f"{weakness.name}: {weakness.accuracy:.2f}"
+    """A weakness in a few words, for a table; empty where nobody knows."""
+    from rich.markup import escape
+
+    return "" if weakness is None else escape(f"{weakness.name}: {weakness.accuracy:.2f}")

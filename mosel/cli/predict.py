@@ -22,6 +22,7 @@ from mosel.cli.options import (
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from rich.table import Table
 
     from mosel.client import Assurance, Prediction
 
@@ -51,7 +52,6 @@ def predict(
 ) -> None:
     """Predict the items of one job and print labels, modality sets, and what is guaranteed or expected of them."""
     from rich.console import Console
-    from rich.table import Table
 
     from mosel.errors import InvalidRequest
 
@@ -71,12 +71,8 @@ def predict(
             effort=effort,
             late_ok=late_ok,
         )
-    table = Table("item", "label", "modality set")
-    labels = prediction.labels or tuple(str(row.tolist()) for row in prediction.output)
-    for index, (label, modality_set) in enumerate(zip(labels, prediction.modality_sets, strict=True)):
-        table.add_row(str(index), label, modality_set)
     console = Console()
-    console.print(table)
+    console.print(_items(prediction))
     console.print(_sentence(prediction), markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"expected accuracy {prediction.expected_accuracy:.4f}, queue {prediction.queue_ms:.2f} ms, "
@@ -84,6 +80,17 @@ def predict(
     )
     if prediction.unavailable_modalities:
         console.print(f"without {', '.join(prediction.unavailable_modalities)}, whose encoders are away")
+
+
+def _items(prediction: "Prediction") -> "Table":
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("item", "label", "modality set")
+    labels = prediction.labels or tuple(str(row.tolist()) for row in prediction.output)
+    for index, (label, modality_set) in enumerate(zip(labels, prediction.modality_sets, strict=True)):
+        table.add_row(str(index), escape(label), modality_set)
+    return table
 
 
 def _sentence(prediction: "Prediction") -> str:

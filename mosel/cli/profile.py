@@ -211,7 +211,7 @@ def _show(measured: "Profile", guaranteed: Mapping[str, tuple[str, str, str]]) -
     shown = sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]})
     known = ("at least", "worst label", "worst group") if guaranteed else ()
     sets = Table(
-        "modality set", "accuracy", "95 % interval", *known, *(f"p50 / p95 ms, {size} items" for size in shown)
+        "modality set", "expected", "95 % interval", *known, *(f"p50 / p95 ms, {size} items" for size in shown)
     )
     for name, accuracy in sorted(measured.accuracy.items(), key=lambda entry: entry[1].value):
         times = [f"{p.p50_ms:.2f} / {p.p95_ms:.2f}" for p in measured.end_to_end[name] if p.size in shown]

@@ -1,12 +1,14 @@
 """How the commands show what is guaranteed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from rich.console import Console
 
 from mosel import Assurance, ModelInfo, Prediction, SetInfo, Weakness
 from mosel.cli.models import _table
-from mosel.cli.predict import _sentence
+from mosel.cli.predict import _items, _sentence
 from mosel.cli.profile import _guaranteed
 from mosel.config import load_settings, reference_models
 from mosel.packages.model_package import load_package
@@ -64,6 +66,19 @@ def test_models_show_bounds_beside_what_is_expected_and_where_sets_are_weak() ->
     assert [cell.strip() for cell in row.strip("│").split("│")] == [
         *("pen", "0.9500", "0.931", "0.021", "person 7: 0.81", "1.50", "yes"),
     ]
+
+
+def test_labels_that_look_like_markup_are_shown_as_they_are() -> None:
+    weak = SetInfo(0.95, 1.5, True, worst_label=Weakness("label [UNK]", 0.5, 64), worst_group=Weakness("[/]", 0.5, 64))
+    (shown,) = (line for line in lines_of(pen=weak) if "0.9500" in line)
+    assert "label [UNK]: 0.50" in shown
+    assert "[/]: 0.50" in shown
+    prediction = replace(prediction_of(Assurance(), "pen", "pen"), labels=("[UNK]", "[/]"))
+    console = Console(width=160)
+    with console.capture() as captured:
+        console.print(_items(prediction))
+    assert "[UNK]" in captured.get()
+    assert "[/]" in captured.get()
 
 
 def test_models_without_calibration_rows_have_no_columns_for_them() -> None:
