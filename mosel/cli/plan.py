@@ -115,13 +115,16 @@ def _table(planned: "Plan", rows: int, known: "ModelProfile", asked: "CheckedJob
 
     predicted = dict(planned.frontier)
     strategies = set(thin(tuple(predicted), rows))
-    if planned.chosen is not None:
-        predicted.setdefault(planned.chosen, planned.latency_ms)
-        strategies.add(planned.chosen)
+    chosen = planned.chosen
+    if chosen is not None:
+        # The same may differ in the last digit of a sum.
+        chosen = next((strategy for strategy in predicted if strategy.counts == chosen.counts), chosen)
+        predicted.setdefault(chosen, planned.latency_ms)
+        strategies.add(chosen)
     title, bound = _bound(known, asked)
     table = Table("", "items by modality set", "expected", title, "compute ms", "predicted ms")
     for strategy in sorted(strategies, key=lambda strategy: strategy.cost_ms):
-        mark = "->" if strategy == planned.chosen else ""
+        mark = "->" if strategy == chosen else ""
         accuracies = f"{strategy.accuracy:.4f}", bound(strategy)
         times = f"{strategy.cost_ms:.2f}", f"{predicted[strategy]:.2f}"
         table.add_row(mark, format_strategy(strategy), *accuracies, *times)

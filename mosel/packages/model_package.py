@@ -111,11 +111,13 @@ class ModelPackage:
     def calibration(self) -> Calibration | None:
         """What the model answered on calibration rows; None if there are none.
 
+        Nor are there any for other metrics than accuracy: guarantees are about answers that are right or wrong.
+
         Raises:
             PackageError: the file is damaged, or was measured with other files.
         """
         file = self.folder / CALIBRATION_FILE
-        return _load_calibration(self, file) if file.exists() else None
+        return _load_calibration(self, file) if self.metric == "accuracy" and file.exists() else None
 
     def load_module(self, name: str) -> ModuleType:
         """Imports a module of the folder as `mosel_models.<model>.<name>`; relative imports work inside it.

@@ -153,6 +153,13 @@ def test_calibration_rows_are_read_and_are_a_part_of_the_revision(changing: Frui
     assert after.calibration.labels.tolist() == [0, 1, 2, 0, 1, 2]
 
 
+def test_calibration_rows_guarantee_nothing_of_other_metrics(changing: Fruit, calibration: Calibration) -> None:
+    save_calibration(changing.folder / "calibration.npz", calibration)
+    package = load_package(changing.folder)
+    assert package.calibration is not None
+    assert replace(package, metric="f1").calibration is None
+
+
 def test_calibration_rows_need_no_labels(changing: Fruit, calibration: Calibration) -> None:
     save_calibration(changing.folder / "calibration.npz", replace(calibration, labels=np.full(6, UNLABELLED, np.int32)))
     found = load_package(changing.folder).calibration
