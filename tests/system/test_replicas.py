@@ -20,6 +20,7 @@ from mosel.client import Client, Prediction
 from mosel.config import Settings
 from mosel.errors import MoselError, ServiceUnavailable
 from mosel.launcher import Child, Launcher
+from tests.fruit_on_disk import measured
 
 Payloads = dict[str, NDArray[Any]]
 Draw = Callable[..., Payloads]
@@ -149,6 +150,7 @@ def test_one_with_other_files_is_left_out(
     shutil.copytree(models_dir, tmp_path / "models")
     with (tmp_path / "models" / "fruit" / "networks.py").open("a") as file:
         file.write("\n# Another revision.\n")
+    measured(tmp_path / "models" / "fruit")
     # Two encoders, of which the launcher starts one.
     encoders = {"addresses": {"photo": ["", ""]}, "replicas": {"photo": 1}}
     with Launcher(settings_with(transport=TRANSPORT, encoders=encoders)) as launcher:
