@@ -10,7 +10,8 @@ from mosel.status import retry_after_ms, status_number
 from mosel.transport import slice_rows
 from mosel.transport.host import clock_id
 from mosel.v1 import gateway_pb2, selector_pb2, tensor_pb2
-from selector.core.certificate import CalibrationRows, Certificates, Ladder
+from selector.core.certificate import CalibrationRows, Certificates
+from selector.core.floors import bound_of
 from selector.core.frontier import Strategy
 from selector.core.jobs import NORMAL_PRIORITY, Assurance, Effort, Guarantee, Job, Plan
 from selector.core.profile import LatencyCurve, ModelProfile
@@ -129,16 +130,9 @@ def set_profile(profile: ModelProfile, modality_set: frozenset[str], available: 
         samples=profile.samples,
         latency_ms=profile.idle_latency_ms(modality_set, 1) if measured else 0.0,
         available=available,
-        guaranteed_accuracy=guaranteed(of_accuracy, modality_set),
-        guaranteed_loss=None if (agreement := guaranteed(of_loss, modality_set)) is None else 1 - agreement,
+        guaranteed_accuracy=bound_of(of_accuracy, {modality_set: 1}),
+        guaranteed_loss=None if (agreement := bound_of(of_loss, {modality_set: 1})) is None else 1 - agreement,
     )
-
-
-def guaranteed(ladder: Ladder | None, modality_set: frozenset[str]) -> float | None:
-    """What items are guaranteed to have that all run one set, 0..1; None: nobody knows."""
-    if ladder is None or modality_set not in ladder.scores:
-        return None
-    return ladder.guaranteed(ladder.scores[modality_set])
 
 
 def certificates(calibration: Calibration | None, confidence: float) -> Certificates | None:

@@ -335,7 +335,7 @@ class Dispatcher:
 
     def _answer(self, job: JobInFlight) -> None:
         """All items of a job are done."""
-        work, strategy, now = job.work, job.work.strategy, time.monotonic()
+        work, now = job.work, time.monotonic()
         started_at = now if work.started_at is None else work.started_at
         groups = job.emission.rest()
         try:
@@ -353,7 +353,7 @@ class Dispatcher:
             assurance=assurance_message(work.assurance, work.saved, job.floor_source),
         )
         job.session.send(result=result)
-        self._observer.answered(job, strategy, now)
+        self._observer.answered(job, now)
         self.observations.answered(job)
         self._forget(job)
 

@@ -12,7 +12,6 @@ from mosel.observability.metrics import MIXED, RATIOS, Metrics, reason_of, refus
 from mosel.observability.tracing import OFF, Attributes, Tracing
 from mosel.packages.model_package import name_of
 from mosel.v1 import encoder_pb2, fusion_pb2, selector_pb2
-from selector.core.frontier import Strategy
 from selector.core.jobs import Call, EncodeCall, FuseCall
 from selector.core.stages import service_name
 from selector.in_flight import CallInFlight, CallT, JobInFlight
@@ -101,11 +100,11 @@ class JobObserver:
         """Items of a job are done."""
         self._items[name_of(call.model), format_set(call.modality_set)] += items
 
-    def answered(self, job: JobInFlight, strategy: Strategy, now: float) -> None:
+    def answered(self, job: JobInFlight, now: float) -> None:
         """All items of a job are done."""
         work = job.work
-        model, sets = name_of(work.job.model), [format_set(modality_set) for modality_set, _ in strategy.counts]
-        label = sets[0] if len(sets) == 1 else MIXED
+        model, counts = name_of(work.job.model), work.counts
+        label = format_set(next(iter(counts))) if len(counts) == 1 else MIXED
         started = now if work.started_at is None else work.started_at
         self._answered[model,] += 1
         if work.without:

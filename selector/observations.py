@@ -170,11 +170,11 @@ class Observations:
 
     def answered(self, job: JobInFlight) -> None:
         """All items of a job are done; some may become a sample."""
-        asked, strategy = job.work.job, job.work.strategy
+        asked = job.work.job
         if (observed := self._models.get(asked.model)) is None:
             return
         observed.counts.update(jobs=1, items=asked.size)
-        if asked.exact or strategy.counts != ((job.work.profile.modalities, asked.size),):
+        if asked.exact or job.work.counts.keys() != {job.work.profile.modalities}:
             observed.counts["others"] += asked.size
             return
         if observed.is_read and (sample := observed.observation.add(asked.id, asked.size, time.monotonic())):

@@ -138,6 +138,7 @@ def _sets(calibration: "Calibration", test: "dict[str, float]") -> "Table":
 
     from mosel.modality import format_set
     from selector.conversions import certificates
+    from selector.core.floors import bound_of
 
     labelled, everything = calibration.is_labelled, max(calibration.sets, key=len)
     known = certificates(calibration, CONFIDENCE)
@@ -148,7 +149,7 @@ def _sets(calibration: "Calibration", test: "dict[str, float]") -> "Table":
     compared = calibration.labels if labelled else calibration.answers[:, calibration.sets.index(everything)]
     for column, modality_set in enumerate(calibration.sets):
         share, name = float((calibration.answers[:, column] == compared).mean()), format_set(modality_set)
-        bound = ladder.guaranteed(ladder.scores[modality_set]) if ladder and modality_set in ladder.scores else None
+        bound = bound_of(ladder, {modality_set: 1})
         least = "-" if bound is None else f"{bound if labelled else 1 - bound:.4f}"
         row = (least, f"{share:.4f}", f"{test[name]:.4f}") if labelled else (f"{1 - share:.4f}", least)
         table.add_row(name, *row)

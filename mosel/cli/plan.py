@@ -136,16 +136,15 @@ def _table(planned: "Plan", rows: int, known: "ModelProfile", asked: "CheckedJob
 def _bound(known: "ModelProfile", asked: "CheckedJob") -> "tuple[str, Callable[[Strategy], str]]":
     """What is guaranteed of a strategy, as a title and a cell, which is empty without calibration rows."""
     from mosel.client.assurance import rounded_down, rounded_up
-    from selector.core.floors import mean_score
+    from selector.core.floors import bound_of
 
     of_loss, sent = asked.max_accuracy_loss is not None, frozenset(asked.modalities)
     ladder = known.loss_ladder(sent) if of_loss else known.accuracy_ladder(sent)
 
     def cell(strategy: "Strategy") -> str:
-        counts = dict(strategy.counts)
-        if ladder is None or not counts.keys() <= ladder.scores.keys():
+        bound = bound_of(ladder, dict(strategy.counts))
+        if bound is None:
             return ""
-        bound = ladder.guaranteed(mean_score(ladder.scores, counts))
         return rounded_up(1 - bound) if of_loss else rounded_down(bound)
 
     return ("worse by at most" if of_loss else "at least"), cell

@@ -178,7 +178,8 @@ def _guaranteed(package: "ModelPackage", settings: "Settings") -> dict[str, tupl
     from mosel.cli.models import bound_text, weakness_text
     from mosel.client.assurance import rounded_down, weakness_from
     from mosel.modality import parse_set
-    from selector.conversions import certificates, guaranteed
+    from selector.conversions import certificates
+    from selector.core.floors import bound_of
 
     rows = package.calibration
     if rows is None:
@@ -188,7 +189,7 @@ def _guaranteed(package: "ModelPackage", settings: "Settings") -> dict[str, tupl
 
     def cells(name: str, *worst: "gateway_pb2.Weakness | None") -> tuple[str, str, str]:
         label, group = (weakness_text(part and weakness_from(part)) for part in worst)
-        return bound_text(guaranteed(ladder, parse_set(name)), rounded_down), label, group
+        return bound_text(bound_of(ladder, {parse_set(name): 1}), rounded_down), label, group
 
     found = find_weaknesses(rows, package.output.labels)
     return {name: cells(name, weakest.label, weakest.group) for name, weakest in found.items()}

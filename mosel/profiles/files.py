@@ -141,23 +141,21 @@ class Profile(_Value):
 
 
 def wilson(value: float, samples: int) -> MeasuredAccuracy:
-    """An accuracy with its 95 % interval, see `wilson_interval`. Without samples it is everything."""
-    low, high = wilson_interval(value, samples, _Z95) if samples else (0.0, 1.0)
-    return MeasuredAccuracy(value=value, samples=samples, low=low, high=high)
-
-
-def wilson_interval(value: float, samples: int, z: float) -> tuple[float, float]:
-    """The interval of z standard errors around a share that was measured on at least one sample.
+    """An accuracy with its 95 % interval. Without samples it is everything.
 
     It is Wilson's: `(p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)` (E. B. Wilson, "Probable inference, the law
     of succession, and statistical inference", JASA 22, 1927).
     """
-    centre = value + z**2 / (2 * samples)
-    spread = z * math.sqrt(value * (1 - value) / samples + (z / (2 * samples)) ** 2)
-    scale = 1 + z**2 / samples
+    if not samples:
+        return MeasuredAccuracy(value=value, samples=0, low=0.0, high=1.0)
+    centre = value + _Z95**2 / (2 * samples)
+    spread = _Z95 * math.sqrt(value * (1 - value) / samples + (_Z95 / (2 * samples)) ** 2)
+    scale = 1 + _Z95**2 / samples
     low, high = (centre - spread) / scale, (centre + spread) / scale
     # Rounding must not put the value itself outside.
-    return max(0.0, min(low, value)), min(1.0, max(high, value))
+    return MeasuredAccuracy(
+        value=value, samples=samples, low=max(0.0, min(low, value)), high=min(1.0, max(high, value))
+    )
 
 
 def package_accuracy(package: ModelPackage) -> dict[str, MeasuredAccuracy]:

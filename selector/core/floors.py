@@ -41,16 +41,23 @@ class Floor:
 
     def assurance(self, counts: Mapping[ModalitySet, int]) -> Assurance:
         """What can be said of items that run these sets."""
-        ladder = self.ladder
-        if ladder is None or not counts.keys() <= ladder.scores.keys():
+        ladder, bound = self.ladder, bound_of(self.ladder, counts)
+        if ladder is None or bound is None:
             return Assurance(Guarantee.ESTIMATE)
-        score = mean_score(ladder.scores, counts) if self.over_all is None else self.over_all
-        bound = ladder.guaranteed(score)
+        if self.over_all is not None:
+            bound = ladder.guaranteed(self.over_all)
         guarantee = Guarantee.NONE if self.missed else Guarantee.CALIBRATED
         note = self.missed or ("approximate: calibrated on few groups" if ladder.approximate else "")
         if self.of_loss:
             return Assurance(guarantee, loss=1 - bound, confidence=ladder.confidence, note=note)
         return Assurance(guarantee, accuracy=bound, confidence=ladder.confidence, note=note)
+
+
+def bound_of(ladder: Ladder | None, counts: Mapping[ModalitySet, int]) -> float | None:
+    """What items that run these sets are guaranteed on average, 0..1; None where the ladder says nothing of them."""
+    if ladder is None or not counts.keys() <= ladder.scores.keys():
+        return None
+    return ladder.guaranteed(mean_score(ladder.scores, counts))
 
 
 def mean_score(scores: Scores, counts: Mapping[ModalitySet, int]) -> float:

@@ -65,12 +65,13 @@ def allowed_options(
             f"service {_why_not(accurate[-1], is_up)}, so no modality set that meets {floor.asked} can be run; "
             f"{best_of(profile, running)}"
         )
-    by_score = [Option(s, s.accuracy) for s in reversed(strategies)]
-    if profile.observed and job.modalities in running and scores[job.modalities] >= least - TOLERANCE:
-        return _first(strategy_of(profile, {job.modalities: items}, scores), by_score)
+    everything = profile.observed and job.modalities in running and scores[job.modalities] >= least - TOLERANCE
     effort = job.effort or (Effort.CHEAPEST if job.has_floor else Effort.BEST)
-    if effort is Effort.CHEAPEST:
+    if effort is Effort.CHEAPEST and not everything:
         return [Option(s, -_THRIFT * i) for i, s in enumerate(strategies)]
+    by_score = [Option(s, s.accuracy) for s in reversed(strategies)]
+    if everything:
+        return _first(strategy_of(profile, {job.modalities: items}, scores), by_score)
     if not job.has_floor and job.modalities in running:
         accurate = [s for s in running if scores[s] >= least - TOLERANCE]
         return _first(strategy_of(profile, {_worth_running(profile, job.modalities, accurate, items): items}), by_score)

@@ -89,6 +89,11 @@ class Work:
         return strategy_of(self.profile, self.counts, self.floor.scores)
 
     @property
+    def score(self) -> float:
+        """The mean over the items, 0..1, of what they count for towards the floor."""
+        return mean_score(self.floor.scores, self.counts)
+
+    @property
     def counts(self) -> Counter[ModalitySet]:
         """Items by the modality set that they run, committed or planned."""
         return Counter(self._set_of.values()) + self.planned
@@ -111,12 +116,12 @@ class Work:
     @property
     def degraded(self) -> bool:
         """Whether it gave up accuracy that it would have had on an idle system."""
-        return self.strategy.accuracy < self.preferred - _TOLERANCE
+        return self.score < self.preferred - _TOLERANCE
 
     @property
     def upgraded(self) -> bool:
         """Whether it has more accuracy than a plan gave it while it waited."""
-        return self.strategy.accuracy > self.least + _TOLERANCE
+        return self.score > self.least + _TOLERANCE
 
     def choose(self, option: int) -> None:
         """Plans an option for the items that are not committed."""
