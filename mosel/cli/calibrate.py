@@ -60,6 +60,7 @@ def _with_labels(
     from mosel.data.datasets import find
     from mosel.errors import DatasetError
     from mosel.packages.calibration import read_calibration
+    from mosel.packages.content import CALIBRATION_FILE
 
     if package.samples is None:
         raise DatasetError(
@@ -74,7 +75,7 @@ def _with_labels(
     source = f"the calibration split ({found.origin})"
     written = write_accuracy(package.folder, calibration=scores["calibration"], test=scores["test"], source=source)
     console.print(f"wrote accuracy.json and calibration.npz in {package.folder}", soft_wrap=True, highlight=False)
-    return read_calibration(package.folder / "calibration.npz"), written["test"]["sets"]
+    return read_calibration(package.folder / CALIBRATION_FILE), written["test"]["sets"]
 
 
 def _without_labels(
@@ -85,10 +86,11 @@ def _without_labels(
     from mosel.compute.training import score
     from mosel.data.unlabelled import read_unlabelled
     from mosel.errors import ConfigError
-    from mosel.packages.calibration import read_calibration, save_calibration
+    from mosel.packages.calibration import has_labels, save_calibration
+    from mosel.packages.content import CALIBRATION_FILE
 
-    file = package.folder / "calibration.npz"
-    if file.exists() and not replace and read_calibration(file).is_labelled:
+    file = package.folder / CALIBRATION_FILE
+    if not replace and has_labels(file):
         raise ConfigError(f"{file} has labelled rows, which would be lost; --replace gives them up")
     samples = read_unlabelled(folder, package.modalities)
     with _progress(len(samples)) as advance:

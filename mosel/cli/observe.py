@@ -207,8 +207,10 @@ def _until(prospect: "Prospect", seen: _Observed) -> str:
 def _check_replaceable(package: "ModelPackage") -> None:
     """Raises ConfigError if what is to be saved would replace labelled rows."""
     from mosel.errors import ConfigError
+    from mosel.packages.calibration import has_labels
+    from mosel.packages.content import CALIBRATION_FILE
 
-    if package.calibration is not None and package.calibration.is_labelled:
+    if has_labels(package.folder / CALIBRATION_FILE):
         raise ConfigError(
             f"{package.folder} has labelled calibration rows; --save would replace them by unlabelled ones"
         )
@@ -233,15 +235,9 @@ def _save(package: "ModelPackage", revision: str, rows: "Calibration") -> None:
 
 
 def _plot(file: Path, title: str, found: "Sequence[Prospect]") -> None:
-    from mosel.cli.starting import console
+    from mosel.cli.starting import drawing
 
-    try:
+    with drawing(file):
         from mosel.profiles.savings_plot import write_savings_plot
 
         write_savings_plot(file, title, [(p.loss, p.saved, p.most_saved) for p in found])
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("matplotlib"):
-            raise
-        console.print("no picture: matplotlib is not installed (pip install mosel-server[demo])", markup=False)
-        return
-    console.print(f"picture: {file}", soft_wrap=True, highlight=False)

@@ -232,21 +232,15 @@ def _show(measured: "Profile", guaranteed: Mapping[str, tuple[str, str, str]]) -
 
 
 def _plot(measured: "Profile", package: "ModelPackage", file: Path) -> None:
-    from mosel.cli.starting import console
+    from mosel.cli.starting import drawing
     from mosel.modality import format_set
     from selector.conversions import model_profile
     from selector.core.frontier import frontier
 
-    try:
+    with drawing(file):
         from mosel.profiles.plot import write_plot
 
         known = model_profile(measured, package.default_min_accuracy)
         costs = {format_set(s): known.cost_ms(s, _PLOTTED_ITEMS) for s in known.accuracy}
         strategies = frontier(known, list(known.accuracy), _PLOTTED_ITEMS)
         write_plot(file, measured, _PLOTTED_ITEMS, costs, [(s.cost_ms, s.accuracy) for s in strategies])
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("matplotlib"):
-            raise
-        console.print("no picture: matplotlib is not installed (pip install mosel-server[demo])", markup=False)
-        return
-    console.print(f"picture: {file}", soft_wrap=True, highlight=False)

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,19 @@ def started(settings: "Settings", ready_timeout_s: float) -> Iterator["Launcher"
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def drawing(file: Path) -> Iterator[None]:
+    """Says where the picture is that the body writes; or that there is none, where what draws is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("matplotlib"):
+            raise
+        console.print("no picture: matplotlib is not installed (pip install mosel-server[demo])", markup=False)
+    else:
+        console.print(f"picture: {file}", soft_wrap=True, highlight=False)
 
 
 def _wait(launcher: "Launcher", timeout_s: float) -> None:

@@ -99,6 +99,15 @@ def save_calibration(file: Path, calibration: Calibration) -> None:
     partial.replace(file)
 
 
+def has_labels(file: Path) -> bool:
+    """Whether there are labelled rows in a file, which nobody must lose unasked.
+
+    Raises:
+        PackageError: it is damaged.
+    """
+    return file.exists() and read_calibration(file).is_labelled
+
+
 def read_calibration(file: Path) -> Calibration:
     """Reads what `save_calibration` wrote; never objects.
 
