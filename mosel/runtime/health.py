@@ -58,11 +58,12 @@ class Health(health_pb2_grpc.HealthServicer):
         self._watchers[request.service] += 1
         try:
             while True:
-                changed, status = self._changed, self._status(request.service)
+                # Looked at together: the end may come while the last change is being sent, and is told then.
+                changed, status, stopping = self._changed, self._status(request.service), self._stopping
                 if status != last:
                     last = status
                     await context.write(health_pb2.HealthCheckResponse(status=status))
-                if self._stopping:
+                if stopping:
                     return
                 await changed.wait()
         finally:

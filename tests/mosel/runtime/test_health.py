@@ -3,12 +3,13 @@
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import cast
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from mosel.runtime.health import Health
+from mosel.runtime.health import Context, Health
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
@@ -106,3 +107,18 @@ async def test_the_end_is_told_and_not_held_up_by_watchers(served: Served) -> No
     assert await watchers[1].call.read() is grpc.aio.EOF
     served.health.set("digits", True)
     assert await served.check("digits") == NOT_SERVING
+
+
+async def test_an_end_that_comes_while_a_change_is_being_sent_is_told() -> None:
+    health, told = Health(), list[int]()
+
+    class EndsMeanwhile:
+        """A call whose first message is on its way when the service stops."""
+
+        async def write(self, message: health_pb2.HealthCheckResponse) -> None:
+            told.append(message.status)
+            health.stop()
+
+    health.set("digits", True)
+    await health.Watch(health_pb2.HealthCheckRequest(service="digits"), cast(Context, EndsMeanwhile()))
+    assert told == [SERVING, NOT_SERVING]
