@@ -4,15 +4,25 @@ import os
 import sys
 from glob import glob
 from importlib import import_module as import_by_name
-from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES, ExtensionFileLoader, FileFinder, SourceFileLoader
+from importlib.machinery import (
+    EXTENSION_SUFFIXES,
+    SOURCE_SUFFIXES,
+    ExtensionFileLoader,
+    FileFinder,
+    ModuleSpec,
+    SourceFileLoader,
+)
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
 from mosel.errors import PackageError
+from mosel.packages.content import file_sha256
 
 _NAMESPACE = "mosel_models"
+# Of the native extensions that this process has loaded, by path.
+_native_digests: dict[str, str] = {}
 
 
 def import_module(model: str, folder: Path, module: str) -> ModuleType:
@@ -46,6 +56,18 @@ class _AlwaysCompiled(SourceFileLoader):
         raise OSError(f"{path} is always compiled")
 
 
+class _NeverReplaced(ExtensionFileLoader):
+    """Refuses a file that was replaced: the dynamic linker goes on giving out what it loaded from that path first."""
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        digest = file_sha256(Path(self.path))
+        if _native_digests.setdefault(self.path, digest) != digest:
+            raise ImportError(
+                f"{self.path} was replaced, and this process has loaded what it was before; start it again"
+            )
+        return super().create_module(spec)
+
+
 def _parent(name: str, path: list[str]) -> None:
     """A package without __init__.py, which has the folder as its search path."""
     known = sys.modules.get(name)
@@ -55,7 +77,7 @@ def _parent(name: str, path: list[str]) -> None:
         del sys.modules[stale]
     parent = sys.modules[name] = ModuleType(name)
     parent.__path__ = path
-    loaders = (ExtensionFileLoader, EXTENSION_SUFFIXES), (_AlwaysCompiled, SOURCE_SUFFIXES)
+    loaders = (_NeverReplaced, EXTENSION_SUFFIXES), (_AlwaysCompiled, SOURCE_SUFFIXES)
     for folder in path:
         # Those below are packages without __init__.py, too. Unlike that of Path, this follows links.
         for below in ("", *glob("**/", root_dir=folder, recursive=True)):  # noqa: PTH207

@@ -1,16 +1,20 @@
 """A model as it is, or is about to be, loaded: its files, its profile, and which services have its networks."""
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mosel.config import Settings
+from mosel.errors import MoselError
 from mosel.modality import FUSION, modality_of
 from mosel.packages.model_package import ModelPackage
 from mosel.profiles.files import Point, Profile
 from selector.core.profile import ModelProfile
 
 Points = tuple[Point, ...]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -59,3 +63,23 @@ def lanes_of(package: ModelPackage, settings: Settings) -> list[str]:
     """The services that have a part in a model."""
     encoders = [lane for modality in sorted(package.modalities) for lane in settings.encoder_addresses(modality)]
     return [*encoders, FUSION]
+
+
+async def each(lanes: Sequence[str], call: Callable[[str], Awaitable[None]]) -> dict[str, MoselError]:
+    """Calls every lane at once and waits for all; returns what went wrong, by lane."""
+    results = await asyncio.gather(*map(call, lanes), return_exceptions=True)
+    errors = {lane: result for lane, result in zip(lanes, results, strict=True) if result is not None}
+    for error in errors.values():
+        if not isinstance(error, MoselError):
+            raise error
+    return {lane: error for lane, error in errors.items() if isinstance(error, MoselError)}
+
+
+def but_for_replicas(lanes: Sequence[str], errors: Mapping[str, MoselError]) -> dict[str, str]:
+    """What went wrong with lanes that others of the same modality stand in for; raises what nobody stands in for."""
+    well = {modality_of(lane) for lane in lanes if lane not in errors}
+    for lane, error in errors.items():
+        if modality_of(lane) not in well:
+            raise error
+        log.warning("a replica lacks a model", extra={"peer": lane, "reason": str(error)})
+    return {lane: str(error) for lane, error in errors.items()}

@@ -7,7 +7,7 @@ gateway names it any more, and its networks are freed when its last job is over.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -27,12 +27,14 @@ from selector.core.stages import service_name
 from selector.gateway_session import Gateways, GatewaySession
 from selector.services.compute_services import ComputeServices
 from selector.services.latency_measurement import Latencies
-from selector.services.loaded_model import LoadedModel, lanes_of
+from selector.services.loaded_model import LoadedModel, but_for_replicas, each, lanes_of
 
 R = TypeVar("R")
 
 # How long a load waits for services that are just starting.
 _UP_S = 2.0
+# Files that are wrong are looked at again after the first pause, then each time after twice the last one.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,8 @@ class ModelLoader:
         self._freeing: dict[str, asyncio.Task[None]] = {}
         # By name, as long as somebody loads or unloads it.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        # Those whose files are tried until they are sound.
+        self._trying: set[str] = set()
         self._work = Background(_not_done)
         for package in packages:
             model = self._models[package.id] = self._model_of(package)
@@ -207,8 +211,24 @@ class ModelLoader:
                 self._load_later(model.package.name)
 
     def _load_later(self, name: str) -> None:
-        """Loads a model anew though nobody waits for it; what goes wrong is in the log."""
-        self._work.start(self._load(name))
+        """Loads a model anew though nobody waits for it, again and again while its files are wrong."""
+        if name not in self._trying:
+            self._trying.add(name)
+            self._work.start(self._load_when_sound(name))
+
+    async def _load_when_sound(self, name: str) -> None:
+        pause_s = _FIRST_PAUSE_S
+        try:
+            while name in self._current:
+                try:
+                    await self._load(name)
+                    return
+                except MoselError as error:
+                    log.warning("tried again later", extra={"model": name, "in_s": pause_s, "reason": str(error)})
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        finally:
+            self._trying.discard(name)
 
     async def _load(self, name: str) -> selector_pb2.ModelState:
         async with self._locks.setdefault(name, asyncio.Lock()):
@@ -270,14 +290,14 @@ class ModelLoader:
         Raises:
             ServiceUnavailable: it cannot do without what is away.
         """
-        missing = await _each(lanes, lambda lane: self._services.check_up(lane, _UP_S))
-        return _but_for_replicas(lanes, missing)
+        missing = await each(lanes, lambda lane: self._services.check_up(lane, _UP_S))
+        return but_for_replicas(lanes, missing)
 
     async def _load_in_all(self, model: LoadedModel, away: dict[str, str]) -> None:
         """Loads a model in every service that is there; in one of each kind at least, or it raises what went wrong."""
         there = [lane for lane in model.lanes if lane not in away]
-        failed = await _each(there, lambda lane: self._services.load(lane, model.package.id))
-        lacking = away | _but_for_replicas(there, failed)
+        failed = await each(there, lambda lane: self._services.load(lane, model.package.id))
+        lacking = away | but_for_replicas(there, failed)
         for lane in model.lanes:
             # It is brought to those that are away when they come.
             model.lacks(lane, lacking.get(lane, ""))
@@ -374,23 +394,3 @@ def _read(settings: Settings, name: str) -> ModelPackage:
     package = find_package(settings.models_dir, name)
     package.check_unchanged()
     return package
-
-
-async def _each(lanes: Sequence[str], call: Callable[[str], Awaitable[None]]) -> dict[str, MoselError]:
-    """Calls every lane at once and waits for all; returns what went wrong, by lane."""
-    results = await asyncio.gather(*map(call, lanes), return_exceptions=True)
-    errors = {lane: result for lane, result in zip(lanes, results, strict=True) if result is not None}
-    for error in errors.values():
-        if not isinstance(error, MoselError):
-            raise error
-    return {lane: error for lane, error in errors.items() if isinstance(error, MoselError)}
-
-
-def _but_for_replicas(lanes: Sequence[str], errors: Mapping[str, MoselError]) -> dict[str, str]:
-    """What went wrong with lanes that others of the same modality stand in for; raises what nobody stands in for."""
-    well = {modality_of(lane) for lane in lanes if lane not in errors}
-    for lane, error in errors.items():
-        if modality_of(lane) not in well:
-            raise error
-        log.warning("a replica lacks a model", extra={"peer": lane, "reason": str(error)})
-    return {lane: str(error) for lane, error in errors.items()}
