@@ -1,9 +1,12 @@
 """Channels between the services of this system, and what both ends of a connection agree on."""
 
+from typing import cast
+
 import grpc
 
 from mosel.config import Settings
 from mosel.runtime.exposure import internal_client_tls
+from mosel.runtime.in_process import InProcessChannel, local_services
 from mosel.runtime.messages import limit_bytes
 
 
@@ -44,11 +47,13 @@ def keepalive_options(address: str) -> list[tuple[str, int]]:
 
 
 def open_channel(settings: Settings, address: str) -> grpc.aio.Channel:
-    """A channel to another service of this system; the caller closes it.
+    """A channel to another service of this system, in this process or elsewhere; the caller closes it.
 
     Raises:
         ConfigError: it would cross a network in plain text, or a file of `internal_tls` is wrong.
     """
+    if local_services.expects(address):
+        return cast(grpc.aio.Channel, InProcessChannel(address, channel_options(settings)))
     options, credentials = _options_and_credentials(settings, address)
     if credentials is None:
         return grpc.aio.insecure_channel(address, options)

@@ -27,9 +27,11 @@ from mosel.runtime import leftovers
 from mosel.runtime.channels import channel_options, keepalive_options
 from mosel.runtime.exposure import internal_server_tls, public_tls
 from mosel.runtime.health import Health
+from mosel.runtime.in_process import InProcessServer, local_services
 from mosel.runtime.incoming import note_incoming
 from mosel.runtime.messages import check_message, limit_bytes
 from mosel.status import message_of, status_of, trailers_of
+from mosel.tls import ServerTls
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,6 +50,8 @@ log = logging.getLogger(__name__)
 
 class Service:
     """A gRPC server with health; a context manager that listens inside, and ends at once unless it was stopped before.
+
+    Where its callers are in the same process, as `local_services` says, it takes their calls there and listens nowhere.
 
     Args:
         settings: the effective settings.
@@ -75,27 +79,32 @@ class Service:
     ) -> None:
         self.address = address
         self._settings, self._setting, self._names = settings, setting, names
-        self._tls = public_tls(settings) if public else internal_server_tls(settings, address, setting)
+        self._in_process = not public and local_services.expects(address)
         self._stopped = False
+        self._health = Health()
+        self._server, self._tls = self._make_server(interceptors, public)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        register(self._server)
+
+    def _make_server(
+        self, interceptors: Sequence[grpc.aio.ServerInterceptor], public: bool
+    ) -> tuple[grpc.aio.Server, ServerTls | None]:
+        """The server, and what protects it."""
+        settings, address = self._settings, self.address
         options = channel_options(settings)
+        if self._in_process:
+            return cast(grpc.aio.Server, InProcessServer(address, options, interceptors)), None
+        tls = public_tls(settings) if public else internal_server_tls(settings, address, self._setting)
         if public:
             # What is under way on an old connection is finished, however long that takes.
             options.append(("grpc.max_connection_age_ms", round(settings.gateway.max_connection_age_s * 1000)))
         else:
             options += keepalive_options(address)
-        self._server = grpc.aio.server(options=options, interceptors=interceptors)
-        self._health = Health()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        register(self._server)
+        return grpc.aio.server(options=options, interceptors=interceptors), tls
 
     async def __aenter__(self) -> "Service":
-        path = socket_path(self.address)
-        if path is not None:
-            _prepare_socket(path)
-            leftovers.made(path)
-        port = await self._add_port()
-        if path is None:
-            self.address = f"{self.address.rpartition(':')[0]}:{port}"
+        if not self._in_process:
+            await self._listen()
         self._health.set("", True)
         self.set_ready(False)
         await self._server.start()
@@ -106,7 +115,7 @@ class Service:
         if not self._stopped:
             await self.stop(Deadline.after(0))
         path = socket_path(self.address)
-        if path is not None:
+        if path is not None and not self._in_process:
             leftovers.remove(path)
         log.info("stopped")
 
@@ -127,6 +136,15 @@ class Service:
         self._stopped = True
         self._health.stop()
         await self._server.stop(max(grace.remaining, 0.0) + _LAST_WORDS_S)
+
+    async def _listen(self) -> None:
+        path = socket_path(self.address)
+        if path is not None:
+            _prepare_socket(path)
+            leftovers.made(path)
+        port = await self._add_port()
+        if path is None:
+            self.address = f"{self.address.rpartition(':')[0]}:{port}"
 
     async def _add_port(self) -> int:
         try:
