@@ -217,7 +217,9 @@ class Settings(BaseSettings):
     # Measured profiles of models on this machine (docs/profiling.md).
     profiles_dir: Path = Field(default_factory=_default_profiles_dir)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # Calls that one encoder or fusion process computes at the same time; the selector keeps as many under way.
+    # Of the services that `mosel up` starts: all in one process, or each in its own.
+    placement: Literal["single", "services"] = "single"
+    # Calls that one encoder or fusion service computes at the same time; the selector keeps as many under way.
     workers: int = Field(2, ge=1)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     # The process to end with; 0: none.

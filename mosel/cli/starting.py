@@ -62,7 +62,7 @@ def _wait(launcher: "Launcher", timeout_s: float) -> None:
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=len(launcher.children))
+        task = bar.add_task("", total=len(launcher.services))
 
         def show(ready: list[str], waiting: list[str]) -> None:
             bar.update(task, completed=len(ready), description=", ".join(waiting) or "measuring latencies")

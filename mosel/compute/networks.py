@@ -1,6 +1,7 @@
 """A model package's networks, with their weights. Imports torch, so only encoders, fusion and training import this."""
 
 import ctypes
+import threading
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -66,6 +67,9 @@ class Loaded:
         return cls(package, network, coarsest({p.dtype for p in network.parameters()}))
 
 
+_importing = threading.Lock()
+
+
 class Hosted:
     """The networks of a service, by the ids of their models. Thread-safe; load from one thread at a time.
 
@@ -94,8 +98,10 @@ class Hosted:
         """
         if package.id in self._loaded:
             return
-        forget_modules(package.name)
-        loaded = Loaded.plain(package, self._make(package))
+        # Services of one process take their modules one after the other: what one of them forgets, none is importing.
+        with _importing:
+            forget_modules(package.name)
+            loaded = Loaded.plain(package, self._make(package))
         self._warm(loaded)
         if self._fastest:
             loaded = self._fastest(loaded)

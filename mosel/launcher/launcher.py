@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from mosel.client import Client, ModelInfo, ServiceInfo
 from mosel.config import GatewaySettings, Settings
 from mosel.errors import ConfigError, MoselError, ServiceUnavailable
 from mosel.launcher.backoff import Backoff
-from mosel.packages.model_package import find_packages
+from mosel.packages.model_package import ModelPackage, find_packages
 from mosel.runtime.exposure import check_public
 from mosel.transport.control import remove_orphans
 
@@ -68,14 +68,15 @@ class Child:
 
 
 class Launcher:
-    """All services as child processes; a context manager that leaves no process, socket or file behind.
+    """All services in one or several child processes; a context manager that leaves no process, socket or file behind.
 
     Args:
         settings: the effective settings; `run_dir` is replaced by a private folder of this launcher.
 
     Attributes:
         settings: as the services have them.
-        children: the services by name, in starting order.
+        services: their names.
+        children: the processes by name, in starting order: `mosel` with all services, or one for each of them.
         restarts: how often each was started again, by name.
 
     Raises:
@@ -101,6 +102,8 @@ class Launcher:
                 "gateway": settings.gateway.model_copy(update=ports),
             }
         )
+        self._encoders = encoders_here(self.settings, self.packages.values())
+        self.services = ["fusion", *(f"encoder/{lane}" for lane in self._encoders), "selector", "gateway"]
         self.children: dict[str, Child] = {}
         self.restarts: Counter[str] = Counter()
         self._backoffs: defaultdict[str, Backoff] = defaultdict(Backoff)
@@ -132,13 +135,14 @@ class Launcher:
 
     def __enter__(self) -> "Launcher":
         try:
-            self._start("fusion", "fusion")
-            for modality in sorted({m for package in self.packages.values() for m in package.modalities}):
-                lanes = self.settings.encoder_addresses(modality)
-                for number, lane in enumerate(islice(lanes, self.settings.encoders.replicas.get(modality, 1)), 1):
+            if self.settings.placement == "single":
+                self._start("mosel", "mosel.launcher.single")
+            else:
+                self._start("fusion", "fusion")
+                for lane, (modality, number) in self._encoders.items():
                     self._start(f"encoder/{lane}", "encoders", "--modality", modality, "--replica", str(number))
-            self._start("selector", "selector")
-            self._start("gateway", "gateway")
+                self._start("selector", "selector")
+                self._start("gateway", "gateway")
         except BaseException:
             self._stop()
             raise
@@ -170,12 +174,12 @@ class Launcher:
                 services, models = _look(client)
                 ready = {service.name for service in services if service.ready}
                 details |= {service.name: f"({service.detail})" for service in services if service.detail}
-                progress([n for n in self.children if n in ready], [n for n in self.children if n not in ready])
+                progress([n for n in self.services if n in ready], [n for n in self.services if n not in ready])
                 if self._all_ready(services, models):
                     self._ready_since = time.monotonic()
                     return models
                 time.sleep(_POLL_S)
-        waiting = ", ".join(f"{n} {details.get(n, '')}".strip() for n in self.children if n not in ready)
+        waiting = ", ".join(f"{n} {details.get(n, '')}".strip() for n in self.services if n not in ready)
         raise ServiceUnavailable(f"not ready after {timeout_s:.0f} s: {waiting or 'measuring latencies'}")
 
     def is_ready(self) -> bool:
@@ -236,7 +240,7 @@ class Launcher:
     def _all_ready(self, services: list[ServiceInfo], models: list[ModelInfo]) -> bool:
         ready = {service.name for service in services if service.ready}
         runs = all(model.ready and all(info.available for info in model.sets.values()) for model in models)
-        return bool(models) and runs and ready.issuperset(self.children)
+        return bool(models) and runs and ready.issuperset(self.services)
 
     def _start(self, name: str, module: str, *arguments: str) -> None:
         log = self._folder / f"{name.replace('/', '-')}.log"
@@ -298,6 +302,16 @@ def _uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
         for raised in came:
             signal.raise_signal(raised)
+
+
+def encoders_here(settings: Settings, packages: Iterable[ModelPackage]) -> dict[str, tuple[str, int]]:
+    """The encoders that this machine runs for some packages: modality, and number counted from 1, by lane."""
+    encoders: dict[str, tuple[str, int]] = {}
+    for modality in sorted({modality for package in packages for modality in package.modalities}):
+        lanes = settings.encoder_addresses(modality)
+        for number, lane in enumerate(islice(lanes, settings.encoders.replicas.get(modality, 1)), 1):
+            encoders[lane] = modality, number
+    return encoders
 
 
 def _look(client: Client) -> tuple[list[ServiceInfo], list[ModelInfo]]:

@@ -6,6 +6,7 @@ import platform
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -25,6 +26,7 @@ class Hardware(BaseModel):
         device: what the networks compute on: "cpu", or the GPU's name.
         workers: calls that a service computes at the same time.
         torch_threads: threads of each call, by lane; 1 where nothing is stated.
+        placement: whether the services share a process; what a call costs beside its network depends on it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -34,6 +36,7 @@ class Hardware(BaseModel):
     device: str
     workers: int
     torch_threads: dict[str, int]
+    placement: Literal["single", "services"] = "services"
 
 
 class Versions(BaseModel):
@@ -66,6 +69,7 @@ def this_hardware(settings: Settings, device: str) -> Hardware:
         device=device,
         workers=settings.workers,
         torch_threads={lane: count for lane, count in threads.items() if count != 1},
+        placement=settings.placement,
     )
 
 

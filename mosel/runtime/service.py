@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec, TypeVar, cast
+from typing import Any, Literal, NoReturn, ParamSpec, TypeVar, cast
 
 import grpc
 import uvloop
@@ -166,8 +166,12 @@ def socket_path(address: str) -> Path | None:
     return Path(address.removeprefix("unix:")) if address.startswith("unix:") else None
 
 
-def run_service(name: str, serve: Callable[[Settings, asyncio.Event], Coroutine[Any, Any, None]]) -> NoReturn:
-    """Runs a service until SIGTERM, SIGINT or SIGHUP, and ends the process; a second SIGTERM or SIGINT ends it at once.
+def run_service(
+    name: str,
+    serve: Callable[[Settings, asyncio.Event], Coroutine[Any, Any, None]],
+    placement: Literal["single", "services"] = "services",
+) -> NoReturn:
+    """Runs services until SIGTERM, SIGINT or SIGHUP, and ends the process; a second SIGTERM or SIGINT ends it at once.
 
     The exit code is 0 after a signal, 1 after a second one and after a MoselError, which is printed as one line.
 
@@ -175,6 +179,7 @@ def run_service(name: str, serve: Callable[[Settings, asyncio.Event], Coroutine[
         name: for logs.
         serve: the service; it gets the effective settings and the event that a signal sets. It has the grace
             (`stop_grace_ms`) to end, and little more.
+        placement: whether it is one of several in this process; the setting is what `mosel up` makes of it.
     """
 
     async def with_signals(settings: Settings) -> None:
@@ -192,7 +197,7 @@ def run_service(name: str, serve: Callable[[Settings, asyncio.Event], Coroutine[
         await serve(settings, stop)
 
     try:
-        settings = load_settings()
+        settings = load_settings(placement=placement)
         if settings.parent_pid:
             _end_with(settings.parent_pid)
         configure_logs(name, settings.log_level)
