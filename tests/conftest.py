@@ -149,16 +149,17 @@ def settings_with(models_dir: Path) -> Callable[..., Settings]:
     """Makes settings that serve `fruit` on a free port; flags are those of `load_settings`."""
 
     def make(**flags: object) -> Settings:
-        common = {"models_dir": models_dir, "gateway": FREE_PORTS, "device": "cpu"}
+        # What kills or holds up a service needs it to have a process of its own.
+        common = {"models_dir": models_dir, "gateway": FREE_PORTS, "device": "cpu", "placement": "services"}
         return load_settings(**(common | flags))
 
     return make
 
 
-@pytest.fixture(scope="session")
-def services(settings_with: Callable[..., Settings]) -> Iterator[Launcher]:
-    """All services with default settings, shared by every test that leaves them unharmed."""
-    with Launcher(settings_with()) as launcher:
+@pytest.fixture(scope="session", params=["single", "services"])
+def services(settings_with: Callable[..., Settings], request: pytest.FixtureRequest) -> Iterator[Launcher]:
+    """All services in each placement, shared by every test that leaves them unharmed."""
+    with Launcher(settings_with(placement=request.param)) as launcher:
         launcher.wait_ready(120)
         yield launcher
 

@@ -30,7 +30,14 @@ def addresses(launcher: Launcher) -> dict[str, tuple[str, str]]:
     }
 
 
-@pytest.mark.parametrize("service", ["gateway", "selector", "encoder/photo", "encoder/scent", "fusion"])
+@pytest.mark.parametrize(
+    ("services", "service"),
+    [
+        ("single", "gateway"),
+        *(("services", name) for name in ("gateway", "selector", "encoder/photo", "encoder/scent", "fusion")),
+    ],
+    indirect=["services"],
+)
 def test_check_and_watch_by_service_name(services: Launcher, service: str) -> None:
     address, name = addresses(services)[service]
     with grpc.insecure_channel(address) as channel:

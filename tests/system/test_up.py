@@ -148,7 +148,8 @@ def test_another_platform(
 
 def test_health(services: Launcher, run_mosel: Run) -> None:
     encoder = services.settings.encoder_address("photo")
-    for arguments in ([services.address], [services.address, "--service", "fruit"], [encoder]):
+    own_process = [[encoder]] if services.settings.placement == "services" else []
+    for arguments in ([services.address], [services.address, "--service", "fruit"], *own_process):
         healthy = run_mosel("health", *arguments)
         assert (healthy.returncode, healthy.stdout, healthy.stderr) == (0, "SERVING\n", "")
     assert refusal(run_mosel("health", "127.0.0.1:1")) == "service at 127.0.0.1:1 is not reachable"
@@ -165,7 +166,7 @@ def test_a_proxy_in_the_environment_is_passed_over(services: Launcher, run_mosel
 def test_status_and_models(services: Launcher, run_mosel: Run) -> None:
     status = run_mosel("status", "--address", services.address)
     assert status.returncode == 0
-    for name in services.children:
+    for name in services.services:
         assert re.search(rf"{name} .* ready ", status.stdout)
     assert "not ready" not in status.stdout
     with Client(services.address) as client:
