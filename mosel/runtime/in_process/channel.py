@@ -9,7 +9,6 @@ import grpc
 from mosel.runtime.in_process import calls
 from mosel.runtime.in_process.handing_over import Deserializer, Options, Serializer, limits
 from mosel.runtime.in_process.local_services import LocalServices, local_services
-from mosel.runtime.in_process.message_queue import MessageQueue
 from mosel.runtime.in_process.rpc import CANCELLED_BY_CALLER, Rpc, Status
 
 
@@ -116,14 +115,10 @@ class _MultiCallable:
         if channel.closed:
             raise grpc.aio.UsageError("Channel is closed.")
         rpc = Rpc(
-            self._method, tuple(metadata) if metadata else (), timeout, self._serialize, self._deserialize,
-            channel.limits, channel.under_way,
+            self._method, self._streams, self._streamed, tuple(metadata) if metadata else (), timeout,
+            self._serialize, self._deserialize, channel.limits, channel.under_way,
         )  # fmt: skip
-        if self._streamed:
-            rpc.replies = MessageQueue()
-        if self._streams:
-            rpc.requests = MessageQueue()
-        else:
+        if not self._streams:
             rpc.request = request
         if rpc.status is None:
             _begin(rpc, channel, bool(wait_for_ready))

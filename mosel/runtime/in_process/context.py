@@ -4,7 +4,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from mosel.runtime.in_process.handing_over import hand_over
+from mosel.runtime.in_process.handing_over import Deserializer, Serializer, TooLarge, hand_over
 from mosel.runtime.in_process.rpc import Metadata, Rpc, Status
 
 _OVER = "RPC already finished."
@@ -29,7 +29,7 @@ class InProcessContext:
     def request(self) -> Any:
         """The message of a caller that sends one only."""
         request, self._rpc.request = self._rpc.request, None
-        return hand_over(request, self._rpc.serialize, self._handler.request_deserializer, self._limits[1])
+        return self._incoming(request)
 
     async def read(self) -> Any:
         """The caller's next message, EOF after the last."""
@@ -38,7 +38,7 @@ class InProcessContext:
         message = await self._rpc.requests.get()
         if message is grpc.aio.EOF:
             return message
-        return hand_over(message, self._rpc.serialize, self._handler.request_deserializer, self._limits[1])
+        return self._incoming(message)
 
     def __aiter__(self) -> "InProcessContext":
         return self
@@ -132,8 +132,19 @@ class InProcessContext:
         """Whether the call was cancelled."""
         return self._rpc.status is not None and self._rpc.status.code is grpc.StatusCode.CANCELLED
 
+    def _incoming(self, message: Any) -> Any:
+        return self._within(self._limits[1], message, self._rpc.serialize, self._handler.request_deserializer)
+
     def _outgoing(self, message: Any) -> Any:
-        return hand_over(message, self._handler.response_serializer, self._rpc.deserialize, self._limits[0])
+        return self._within(self._limits[0], message, self._handler.response_serializer, self._rpc.deserialize)
+
+    def _within(self, limit: int, message: Any, serialize: Serializer, deserialize: Deserializer) -> Any:
+        """Hands a message over; one that is too large ends the call, whatever the handler makes of that."""
+        try:
+            return hand_over(message, serialize, deserialize, limit)
+        except TooLarge as error:
+            self._rpc.finish(Status(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)))
+            raise
 
     def _check_open(self) -> None:
         if self._rpc.status is not None:

@@ -26,6 +26,7 @@ class Status(NamedTuple):
 
 # As gRPC words them.
 CANCELLED = Status(grpc.StatusCode.CANCELLED, "CANCELLED")
+STOPPED = Status(grpc.StatusCode.UNAVAILABLE, "Cancelling all calls")
 CANCELLED_BY_CALLER = Status(grpc.StatusCode.CANCELLED, "Locally cancelled by application!", by_caller=True)
 _TOO_LATE = Status(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
 
@@ -35,6 +36,8 @@ class Rpc:
 
     Args:
         method: its full name.
+        streams: whether the caller sends several messages.
+        streamed: whether the server does.
         metadata: what the caller sent before the first message.
         timeout: seconds; None for as long as it takes.
         serialize: how the caller would write its messages.
@@ -60,6 +63,8 @@ class Rpc:
     def __init__(
         self,
         method: str,
+        streams: bool,
+        streamed: bool,
         metadata: Metadata,
         timeout: float | None,
         serialize: Serializer,
@@ -71,8 +76,8 @@ class Rpc:
         self.limits, self.group = limits, group
         self.request: Any = None
         self.reply: Any = None
-        self.requests: MessageQueue | None = None
-        self.replies: MessageQueue | None = None
+        self.requests = MessageQueue() if streams else None
+        self.replies = MessageQueue() if streamed else None
         self.initial: Metadata | None = None
         self.status: Status | None = None
         self.task: asyncio.Task[None] | None = None

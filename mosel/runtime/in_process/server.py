@@ -13,7 +13,7 @@ import grpc
 from mosel.runtime.in_process.context import InProcessContext
 from mosel.runtime.in_process.handing_over import Options, TooLarge, limits
 from mosel.runtime.in_process.local_services import LocalServices, local_services
-from mosel.runtime.in_process.rpc import CANCELLED, Metadata, Rpc, Status
+from mosel.runtime.in_process.rpc import CANCELLED, STOPPED, Metadata, Rpc, Status
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class InProcessServer:
         if self._calls and grace:
             await asyncio.wait(list(self._calls), timeout=grace)
         for rpc in list(self._calls.values()):
-            rpc.break_off(CANCELLED)
+            rpc.break_off(STOPPED)
         if self._calls:
             await asyncio.wait(list(self._calls))
 
@@ -103,10 +103,9 @@ class InProcessServer:
                 return
             context = InProcessContext(rpc, handler, self._limits)
             await _run(handler, context)
-        except grpc.aio.AbortError:
+        except (grpc.aio.AbortError, TooLarge):
+            # The call has ended with it.
             pass
-        except TooLarge as error:
-            rpc.break_off(Status(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)))
         except Exception as error:
             log.exception("unexpected error", extra={"method": rpc.method})
             details = f"Unexpected {type(error)}: {error}"
