@@ -35,7 +35,7 @@ from mosel.validation import explain
 MAX_SOCKET_PATH_BYTES = 90
 _ENV_PREFIX = "MOSEL_"
 # Environment variables that are not settings of a service.
-_OTHER_VARIABLES = {"MOSEL_CONFIG", "MOSEL_DATA", "MOSEL_TOKEN"}
+_OTHER_VARIABLES = {"MOSEL_CHECK_MESSAGES", "MOSEL_CONFIG", "MOSEL_DATA", "MOSEL_TOKEN"}
 
 # Flags of the section `gateway` for services that may listen anywhere.
 FREE_PORTS = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}

@@ -116,7 +116,7 @@ class Service:
             await self.stop(Deadline.after(0))
         path = socket_path(self.address)
         if path is not None and not self._in_process:
-            leftovers.remove(path)
+            await asyncio.to_thread(leftovers.remove, path)
         log.info("stopped")
 
     async def finish(self) -> None:
@@ -140,7 +140,7 @@ class Service:
     async def _listen(self) -> None:
         path = socket_path(self.address)
         if path is not None:
-            _prepare_socket(path)
+            await asyncio.to_thread(_prepare_socket, path)
             leftovers.made(path)
         port = await self._add_port()
         if path is None:

@@ -224,12 +224,16 @@ class ComputeServices:
 
 async def _status(service: ComputeService) -> service_pb2.ServiceStatus:
     try:
-        status = await service.stub.Status(service_pb2.StatusRequest(), timeout=STATUS_TIMEOUT_S)
+        said = await service.stub.Status(service_pb2.StatusRequest(), timeout=STATUS_TIMEOUT_S)
     except grpc.RpcError as error:
         detail = f"does not answer: {error.code().name}"
         return service_pb2.ServiceStatus(name=service.name, address=service.address, detail=detail)
-    if service.refused:
-        status.ready, status.detail = False, service.refused
+    if not service.refused:
+        return said
+    # What it said is its own.
+    status = service_pb2.ServiceStatus()
+    status.CopyFrom(said)
+    status.ready, status.detail = False, service.refused
     return status
 
 

@@ -1,6 +1,7 @@
 """What a stub returns: the caller's end of a call."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterable, Callable, Generator, Iterable
 from functools import partial
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import grpc
 
 from mosel.runtime.in_process.rpc import CANCELLED_BY_CALLER, Rpc, Status
+
+log = logging.getLogger(__name__)
 
 
 class _Call:
@@ -122,7 +125,7 @@ class _Requests(_Call):
         if requests.ended:
             raise asyncio.InvalidStateError('RPC is half closed after calling "done_writing".')
         try:
-            written = await requests.put(request)
+            written = await self._rpc.send(request)
         except asyncio.CancelledError:
             self.cancel()
             raise
@@ -153,18 +156,17 @@ class StreamStreamCall(_Requests, _Replies):
 
 async def send_all(rpc: Rpc, requests: AsyncIterable[Any] | Iterable[Any]) -> None:
     """Sends what a caller gave to iterate, until that ends or the call does; what it raises cancels the call."""
-    queue = rpc.requests
-    assert queue is not None, "it is a stream"
+    assert rpc.requests is not None, "it is a stream"
     try:
         if isinstance(requests, AsyncIterable):
             async for request in requests:
-                if not await queue.put(request):
+                if not await rpc.send(request):
                     return
         else:
             for request in requests:
-                if not await queue.put(request):
+                if not await rpc.send(request):
                     return
-        queue.end()
-    except BaseException:
+        rpc.requests.end()
+    except Exception:
+        log.exception("what gives requests failed", extra={"method": rpc.method})
         rpc.break_off(CANCELLED_BY_CALLER)
-        raise

@@ -116,7 +116,7 @@ class _MultiCallable:
             raise grpc.aio.UsageError("Channel is closed.")
         rpc = Rpc(
             self._method, self._streams, self._streamed, tuple(metadata) if metadata else (), timeout,
-            self._serialize, self._deserialize, channel.limits, channel.under_way,
+            self._serialize, self._deserialize, channel.limits, channel.under_way, channel.services.unchanged,
         )  # fmt: skip
         if not self._streams:
             rpc.request = request

@@ -141,10 +141,13 @@ class InProcessContext:
     def _within(self, limit: int, message: Any, serialize: Serializer, deserialize: Deserializer) -> Any:
         """Hands a message over; one that is too large ends the call, whatever the handler makes of that."""
         try:
-            return hand_over(message, serialize, deserialize, limit)
+            received = hand_over(message, serialize, deserialize, limit)
         except TooLarge as error:
             self._rpc.finish(Status(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)))
             raise
+        if self._rpc.unchanged is not None:
+            self._rpc.unchanged.note(self._rpc.method, received)
+        return received
 
     def _check_open(self) -> None:
         if self._rpc.status is not None:

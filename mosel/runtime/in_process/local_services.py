@@ -1,11 +1,13 @@
 """Which addresses are served inside this process, and by whom at present."""
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from mosel.errors import ConfigError
 from mosel.runtime.in_process.rpc import Rpc
+from mosel.runtime.in_process.unchanged import Unchanged
 from mosel.runtime.in_process.waiters import Waiters
 
 
@@ -17,9 +19,17 @@ class TakesCalls(Protocol):
 
 
 class LocalServices:
-    """The services of one process."""
+    """The services of one process.
 
-    def __init__(self) -> None:
+    Args:
+        unchanged: is told of each message between them, if somebody asks for it.
+
+    Attributes:
+        unchanged: as given.
+    """
+
+    def __init__(self, unchanged: Unchanged | None = None) -> None:
+        self.unchanged = unchanged
         self._expected: set[str] = set()
         self._servers: dict[str, TakesCalls] = {}
         self._came = Waiters()
@@ -64,6 +74,15 @@ class LocalServices:
         if self._servers.get(address) is server:
             del self._servers[address]
 
+    def check_messages(self) -> None:
+        """Looks whether somebody changed a message after it was handed over, if that is asked for.
+
+        Raises:
+            MessageChanged: somebody did.
+        """
+        if self.unchanged is not None:
+            self.unchanged.check()
+
 
 # Of this process.
-local_services = LocalServices()
+local_services = LocalServices(Unchanged() if os.environ.get("MOSEL_CHECK_MESSAGES") else None)

@@ -10,6 +10,7 @@ import grpc
 
 from mosel.runtime.in_process.handing_over import Deserializer, Serializer
 from mosel.runtime.in_process.message_queue import MessageQueue
+from mosel.runtime.in_process.unchanged import Unchanged
 from mosel.runtime.in_process.waiters import Waiters
 
 Metadata = tuple[tuple[str, str | bytes], ...]
@@ -53,11 +54,13 @@ class Rpc:
         status: how the call ended; None before that.
         task: who works for it: the handler's, or one that waits for a server.
         group: the calls of its channel that are under way.
+        unchanged: is told of each message, if somebody asks for it.
     """
 
     __slots__ = (
         "_changed", "_done_callbacks", "_timer", "deadline", "deserialize", "group", "initial", "limits", "metadata",
         "method", "replies", "reply", "request", "requests", "serialize", "status", "task",
+        "unchanged",
     )  # fmt: skip
 
     def __init__(
@@ -71,9 +74,10 @@ class Rpc:
         deserialize: Deserializer,
         limits: tuple[int, int],
         group: set["Rpc"],
+        unchanged: Unchanged | None,
     ) -> None:
         self.method, self.metadata, self.serialize, self.deserialize = method, metadata, serialize, deserialize
-        self.limits, self.group = limits, group
+        self.limits, self.group, self.unchanged = limits, group, unchanged
         self.request: Any = None
         self.reply: Any = None
         self.requests = MessageQueue() if streams else None
@@ -97,6 +101,13 @@ class Rpc:
     def time_remaining(self) -> float | None:
         """Seconds until the deadline, 0 from then on; None if there is none."""
         return None if self.deadline is None else max(self.deadline - time.monotonic(), 0.0)
+
+    async def send(self, request: Any) -> bool:
+        """Sends one of several requests once there is room; False if no more can be sent."""
+        assert self.requests is not None, "the stub streams requests"
+        if self.unchanged is not None:
+            self.unchanged.note(self.method, request)
+        return await self.requests.put(request)
 
     def begin_replies(self, metadata: Metadata = ()) -> None:
         """The server sends what comes before its first message."""

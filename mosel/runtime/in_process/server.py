@@ -78,6 +78,7 @@ class InProcessServer:
             rpc.break_off(STOPPED)
         if self._calls:
             await asyncio.wait(list(self._calls))
+        self._services.check_messages()
 
     def begin(self, rpc: Rpc) -> None:
         """Takes a call."""
