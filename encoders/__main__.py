@@ -21,7 +21,7 @@ from mosel.packages.model_package import find_packages
 from mosel.runtime.channels import open_blocking_channel
 from mosel.runtime.service import Service, run_service
 from mosel.runtime.tracing import open_tracing
-from mosel.transport import Reader, open_arena
+from mosel.transport import SHARED, ArenaKinds, Reader, open_arenas
 from mosel.transport.cupy_ipc import device_ipc_for
 from mosel.transport.device_arena import DeviceArena
 from mosel.transport.layout import MIB
@@ -45,8 +45,25 @@ def main() -> NoReturn:
     run_service(name, partial(serve, name, arguments.modality, arguments.replica, arguments.listen))
 
 
-async def serve(name: str, modality: str, replica: int, listen: str, settings: Settings, stop: asyncio.Event) -> None:
+async def serve(
+    name: str,
+    modality: str,
+    replica: int,
+    listen: str,
+    settings: Settings,
+    stop: asyncio.Event,
+    arenas: ArenaKinds = SHARED,
+) -> None:
     """Loads the networks, listens, and is ready until `stop` is set.
+
+    Args:
+        name: how people know this service.
+        modality: whose networks it runs.
+        replica: which of the modality's encoders it is, counted from 1.
+        listen: the address, empty for that of the settings.
+        settings: the effective settings.
+        stop: ends it.
+        arenas: what embeddings are kept in: that depends on where fusion is.
 
     Raises:
         ConfigError: no model has the modality, or a setting is wrong.
@@ -66,8 +83,10 @@ async def serve(name: str, modality: str, replica: int, listen: str, settings: S
     arena_bytes = transport.encoder_arena_mib * MIB
     with (
         open_tracing(settings, name) as tracing,
-        open_arena(transport, transport.encoder_arena_mib, setting) as (arena, host_publisher),
-        DeviceArena(transport.shm_dir, arena_bytes, setting, ipc) if ipc else nullcontext() as device_arena,
+        open_arenas(transport, transport.encoder_arena_mib, setting, arenas) as host_publisher,
+        DeviceArena(transport.shm_dir, arena_bytes, setting, ipc)
+        if ipc and arenas.shared
+        else nullcontext() as device_arena,
         Reader(transport.shm_dir, partial(open_blocking_channel, settings)) as reader,
         Workers(settings.workers, settings.encoders.torch_threads.get(modality, 1)) as workers,
     ):
@@ -77,10 +96,11 @@ async def serve(name: str, modality: str, replica: int, listen: str, settings: S
 
         def register(server: grpc.aio.Server) -> None:
             encoder_pb2_grpc.add_EncoderServicer_to_server(servicer, server)
-            # For consumers that cannot map the arena.
-            arena_pb2_grpc.add_ProducerServicer_to_server(ProducerServicer(arena), server)
+            if host_publisher.arena:
+                # For consumers that cannot map it.
+                arena_pb2_grpc.add_ProducerServicer_to_server(ProducerServicer(host_publisher.arena), server)
 
-        names = ["mosel.v1.Encoder", PRODUCER]
+        names = ["mosel.v1.Encoder", *([PRODUCER] if host_publisher.arena else [])]
         async with Service(settings, address, "encoders.addresses", register, names=names) as service:
             for package in packages:
                 await workers.run_aside(partial(encoder.networks.load, package))

@@ -34,8 +34,8 @@ from mosel.runtime.http import HttpServer
 from mosel.runtime.service import RefuseGarbage, RefuseHugeAnswers, Service, run_service
 from mosel.runtime.tracing import open_tracing
 from mosel.tls import handshake_refused
-from mosel.transport import open_arena
-from mosel.v1 import arena_pb2, gateway_pb2, gateway_pb2_grpc, tensor_pb2
+from mosel.transport import SHARED, ArenaKinds, open_arenas
+from mosel.v1 import gateway_pb2, gateway_pb2_grpc, tensor_pb2
 
 # For health.
 _NAMES = ("mosel.v1.Gateway", SERVICE.full_name)
@@ -49,8 +49,14 @@ def main() -> NoReturn:
     run_service("gateway", partial(serve, arguments.listen))
 
 
-async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
+async def serve(listen: str, settings: Settings, stop: asyncio.Event, arenas: ArenaKinds = SHARED) -> None:
     """Listens, and finishes what was admitted once `stop` is set.
+
+    Args:
+        listen: the address, empty for that of the settings.
+        settings: the effective settings.
+        stop: ends it.
+        arenas: what payloads are kept in: that depends on where the encoders are.
 
     Raises:
         ConfigError: a setting is wrong, or the port is taken.
@@ -63,9 +69,8 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
     transport = settings.transport
     with (
         open_tracing(settings, "gateway") as tracing,
-        open_arena(transport, transport.gateway_arena_mib, "transport.gateway_arena_mib") as (arena, publisher),
+        open_arenas(transport, transport.gateway_arena_mib, "transport.gateway_arena_mib", arenas) as publisher,
     ):
-        announcement = arena_pb2.Announcement(arenas=[arena.announcement()])
         store = PayloadStore(transport, publisher)
 
         def transport_changed(rung: tensor_pb2.Rung.ValueType) -> None:
@@ -74,17 +79,17 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
 
         async with (
             # Around everything: until the last job is over, encoders may fetch its payloads.
-            FetchListeners(settings, arena) as listeners,
+            FetchListeners(settings, publisher.arena) as listeners,
             SelectorLink(
                 settings,
-                announcement,
+                publisher.announcement(),
                 store.release,
                 transport_changed,
                 models_changed.set,
                 listeners.address_for,
             ) as link,
         ):
-            data_plane = DataPlane(settings, packages, arena.largest_slot, store, link, tracing)
+            data_plane = DataPlane(settings, packages, publisher.largest_slot, store, link, tracing)
             register = partial(_register, data_plane)
             checks = (RefuseGarbage(data_plane.jobs.refused_unread), RefuseHugeAnswers(settings))
             refused = partial(_handshake_refused, data_plane)

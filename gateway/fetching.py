@@ -20,11 +20,11 @@ class FetchListeners:
 
     Args:
         settings: the effective settings.
-        arena: where payloads are.
+        arena: where payloads are; None if they never leave this process.
     """
 
-    def __init__(self, settings: Settings, arena: SharedMemoryArena) -> None:
-        self._settings, self._servicer = settings, ProducerServicer(arena)
+    def __init__(self, settings: Settings, arena: SharedMemoryArena | None) -> None:
+        self._settings, self._servicer = settings, ProducerServicer(arena) if arena else None
         self._listeners: dict[str, Service] = {}
         self._opening = asyncio.Lock()
         self._opened = contextlib.AsyncExitStack()
@@ -36,9 +36,11 @@ class FetchListeners:
             encoder: its own address.
 
         Raises:
-            ServiceUnavailable: nothing leads there.
+            ServiceUnavailable: nothing leads there, or there is nothing to fetch.
             ConfigError: other machines could fetch payloads, and nothing protects them.
         """
+        if self._servicer is None:
+            raise ServiceUnavailable("service gateway keeps payloads for its own process alone")
         host = await _own_host(encoder)
         async with self._opening:
             if host not in self._listeners:

@@ -192,7 +192,7 @@ class TransportSettings(_Section):
     full_wait_ms: float = Field(50, ge=0)
     inline_when_full_max_kib: int = Field(1024, ge=0)
     # The worst path that is accepted; what falls below it is not used, and the service says why.
-    require: Literal["inline", "fetch", "posix_shm", "cuda_ipc"] = "inline"
+    require: Literal["inline", "fetch", "posix_shm", "cuda_ipc", "in_process"] = "inline"
     lease_grace_ms: float = Field(5_000, ge=0)
     max_message_mib: int = Field(64, ge=1)
 

@@ -76,8 +76,9 @@ class PayloadStore:
 
     async def _stored(self, publish: Publish, elements: int, nbytes: int, until: Deadline) -> tensor_pb2.TensorRef:
         while True:
+            takes_long = elements > OFF_LOOP_ELEMENTS and self._publisher.copies
             try:
-                return await self._off_loop(publish) if elements > OFF_LOOP_ELEMENTS else publish()
+                return await self._off_loop(publish) if takes_long else publish()
             except Overloaded:
                 if not await self._room_for(nbytes, until):
                     raise

@@ -18,6 +18,7 @@ from mosel.errors import ConfigError, InternalError, PackageError
 from mosel.modality import ModalitySet, format_set
 from mosel.packages.model_modules import forget_modules
 from mosel.packages.model_package import ModelPackage
+from mosel.transport.torch_exchange import tensor_over
 
 # How much a row may differ between a batch and alone: a share of the largest number, and some units of precision.
 _ROWS_DIFFER, ROUNDINGS = 1e-3, 4
@@ -147,8 +148,7 @@ def resource_of(device: torch.device) -> str:
 
 def to_tensor(array: NDArray[np.generic], dtype: str, device: torch.device) -> torch.Tensor:
     """A gathered array as a torch tensor; the bits of BF16 arrive as uint16."""
-    tensor = torch.from_numpy(array)
-    return (tensor.view(torch.bfloat16) if dtype == "BF16" else tensor).to(device)
+    return tensor_over(array, dtype).to(device)
 
 
 def synchronize(device: torch.device) -> None:

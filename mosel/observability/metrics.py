@@ -36,7 +36,7 @@ Values = Mapping[Labels, float]
 Read = Callable[[], Values]
 
 # Arenas by the prefix that their counters have in a `statistics()`.
-_ARENAS = {"shared_memory": "", "device": "device_"}
+_ARENAS = {"shared_memory": "", "device": "device_", "object": "object_"}
 
 # When a histogram began is of no use here, and would add a line to each.
 disable_created_metrics()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What every arena has: slots with leases, and a control file. Where the bytes are is for subclasses to say."""
+"""What every arena has: slots with leases. Where the bytes are is for subclasses to say."""
 
 import contextlib
 import threading
@@ -22,25 +22,26 @@ class Arena(ABC):
     """The producer's side: fills slots and takes them back. Thread-safe; a context manager.
 
     Args:
-        directory: where shared memory is mounted, /dev/shm.
         nbytes: the budget in bytes.
-        holds_slots: whether the slots are in the control file.
         setting: the setting that states the budget, for messages.
 
-    Raises:
-        ConfigError: the directory does not hold that much; gives the numbers and the setting.
+    Attributes:
+        rung: how consumers reach the slots at best.
+        arena_id, epoch: name the arena; both drawn at random.
+        nonce: random bytes that a consumer can read only through the path that tensors will take.
     """
 
     rung: tensor_pb2.Rung.ValueType
+    arena_id: int
+    epoch: int
+    nonce: bytes
 
-    def __init__(self, directory: Path, nbytes: int, holds_slots: bool, setting: str) -> None:
+    def __init__(self, nbytes: int, setting: str) -> None:
         self.layout = Layout.for_budget(nbytes)
         self._setting = setting
         self._table = SlotTable(self.layout)
         self._lock = threading.Lock()
         self._freed = threading.Condition(self._lock)
-        self._control = ControlFile(directory, self.layout, holds_slots, setting)
-        self.arena_id, self.epoch = self._control.arena_id, self._control.epoch
 
     @property
     def largest_slot(self) -> int:
@@ -53,7 +54,7 @@ class Arena(ABC):
             arena_id=self.arena_id, epoch=self.epoch, rung=self.rung, host=host_identity()
         )
         self._describe(arena)
-        return arena_pb2.AnnouncedArena(arena=arena, nonce=self._control.nonce)
+        return arena_pb2.AnnouncedArena(arena=arena, nonce=self.nonce)
 
     @contextlib.contextmanager
     def filling(self, nbytes: int, expires_at: float, wait_s: float) -> Iterator[Slot]:
@@ -115,9 +116,9 @@ class Arena(ABC):
             self._table.expire(time.monotonic())
             return self._table.statistics()
 
+    @abstractmethod
     def close(self) -> None:
-        """Gives everything back; consumers that have the arena open keep what they opened until they close it."""
-        self._control.close()
+        """Gives everything back, once."""
 
     def __enter__(self) -> Self:
         return self
@@ -128,6 +129,10 @@ class Arena(ABC):
     @abstractmethod
     def _describe(self, arena: arena_pb2.ArenaDescription) -> None:
         """Adds what a consumer needs to reach the slots."""
+
+    @abstractmethod
+    def _claim(self, slot: Slot, nbytes: int) -> None:
+        """Tells readers that a slot will be filled anew with so many bytes, before the first of them is written."""
 
     def _acquire(self, nbytes: int, wait_s: float) -> Slot:
         until = time.monotonic() + wait_s
@@ -140,5 +145,31 @@ class Arena(ABC):
                     raise Overloaded(f"every slot for {nbytes} bytes is in use ({megabytes} MiB, {self._setting})")
                 self._freed.wait(min(until, next_expiry or until) - now)
             # Before the first byte, so that a reader of an older generation finds out.
-            self._control.claim(slot.index, slot.generation, nbytes)
+            self._claim(slot, nbytes)
             return slot
+
+
+class ControlledArena(Arena):
+    """An arena that other processes can open: a control file in shared memory tells them of its slots.
+
+    Args:
+        directory: where shared memory is mounted, /dev/shm.
+        nbytes: the budget in bytes.
+        holds_slots: whether the slots are in the control file.
+        setting: the setting that states the budget, for messages.
+
+    Raises:
+        ConfigError: the directory does not hold that much; gives the numbers and the setting.
+    """
+
+    def __init__(self, directory: Path, nbytes: int, holds_slots: bool, setting: str) -> None:
+        super().__init__(nbytes, setting)
+        self._control = ControlFile(directory, self.layout, holds_slots, setting)
+        self.arena_id, self.epoch, self.nonce = self._control.arena_id, self._control.epoch, self._control.nonce
+
+    def close(self) -> None:
+        """Removes the file; consumers that have the arena open keep what they opened until they close it."""
+        self._control.close()
+
+    def _claim(self, slot: Slot, nbytes: int) -> None:
+        self._control.claim(slot.index, slot.generation, nbytes)

@@ -122,13 +122,18 @@ class ControlView:
         # No slot is ever published with generation 0.
         if generation == 0 or int(self._entries[slot, _GENERATION]) != generation:
             raise ReadNotProven("the slot was reused while it was read")
-        if monotonic_ns() >= lease_expires_ns - PROOF_MARGIN_NS:
-            raise ReadNotProven("the lease of the slot was over before it was read")
+        check_lease(lease_expires_ns)
 
     def close(self) -> None:
         """Unmaps the file."""
         self._entries = _NO_ENTRIES
         self.map.close()
+
+
+def check_lease(expires_ns: int) -> None:
+    """Raises ReadNotProven unless a lease lasts long enough for a read that ends now."""
+    if monotonic_ns() >= expires_ns - PROOF_MARGIN_NS:
+        raise ReadNotProven("the lease of the slot was over before it was read")
 
 
 def remove_orphans(directory: Path) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from mosel.errors import ConfigError, InternalError, ReadNotProven
-from mosel.transport.arena import Arena
+from mosel.transport.arena import ControlledArena
 from mosel.transport.control import NONCE_BYTES, ControlView
 from mosel.transport.device_ipc import HANDLE_BYTES, DeviceIpc
 from mosel.transport.host import host_identity, no_shared_clock
@@ -46,7 +46,7 @@ def settled(ipc: DeviceIpc) -> Iterator[None]:
             raise
 
 
-class DeviceArena(Arena):
+class DeviceArena(ControlledArena):
     """The producer's side; see `Arena`. The handle is exported once.
 
     Args:

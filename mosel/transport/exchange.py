@@ -1,10 +1,9 @@
 """Publisher and Reader: tensors in, refs out, and back. For tensors in host memory."""
 
-import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,10 @@ from mosel.deadline import Deadline
 from mosel.errors import Overloaded, ReadNotProven
 from mosel.tensors import DTYPES, dtype_value
 from mosel.transport.arena import NANOSECONDS, Arena
-from mosel.transport.control import remove_orphans
 from mosel.transport.fetched import Connect, FetchedArena, Wanted
 from mosel.transport.host import no_shared_clock
-from mosel.transport.layout import KIB, MIB
+from mosel.transport.layout import KIB
+from mosel.transport.object_arena import INLINE_BYTES, ObjectArena, ObjectView
 from mosel.transport.refs import CheckedSlice, checked_slice
 from mosel.transport.shared_memory import SharedMemoryArena, SharedMemoryView
 from mosel.transport.slots import Slot
@@ -30,21 +29,23 @@ _RUNGS = {number: name.lower() for name, number in tensor_pb2.Rung.items()}
 
 
 class Publisher:
-    """Turns tensors into refs: inline up to a limit, in a slot of the arena above it.
+    """Turns tensors into refs: inline up to a limit, in a slot of an arena above it.
 
     Args:
-        arena: this process's arena.
+        arena: for consumers in other processes, if there are any.
         settings: the limits.
+        objects: for consumers in this process, if there are any.
 
     Attributes:
-        rung: how consumers are known to reach the arena; INLINE until the selector says otherwise.
-        arena: this process's arena.
-        settings: the limits.
+        rung: how consumers are known to reach the arenas; INLINE until the selector says otherwise.
+        arena, settings, objects: as given.
     """
 
-    def __init__(self, arena: SharedMemoryArena, settings: TransportSettings) -> None:
+    def __init__(
+        self, arena: SharedMemoryArena | None, settings: TransportSettings, objects: ObjectArena | None = None
+    ) -> None:
         self.rung: tensor_pb2.Rung.ValueType = tensor_pb2.INLINE
-        self.arena, self.settings = arena, settings
+        self.arena, self.settings, self.objects = arena, settings, objects
         self._published: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -62,37 +63,59 @@ class Publisher:
         Args:
             dtype: name of the data type.
             shape: shape of the tensor.
-            data: its contiguous bytes.
+            data: its contiguous bytes; with IN_PROCESS they stay where they are, and must not change any more.
             lease_s: seconds for which a slot is kept if nobody releases it.
             wait_s: seconds to wait for a slot when all are in use.
-            rung: how the consumers of this tensor reach the arena, if not as `rung` of this publisher says.
+            rung: how the consumers of this tensor reach this process, if not as `rung` of this publisher says.
 
         Raises:
             PayloadTooLarge: it does not fit into any slot.
             Overloaded: the arena is full, and it is too large to travel inline instead.
         """
         ref = tensor_pb2.TensorRef(dtype=dtype_value(dtype), shape=shape, nbytes=data.nbytes)
-        rung = self.rung if rung is None else rung
-        if rung == tensor_pb2.INLINE or data.nbytes <= self.settings.inline_max_kib * KIB:
+        arena = self._arena_for(self.rung if rung is None else rung)
+        if arena is None or data.nbytes <= inline_max(self.settings, arena):
             return self._inline(ref, data)
         expires_at = time.monotonic() + lease_s
         try:
-            slot = self.arena.write(data, expires_at, wait_s)
+            slot = arena.write(data, expires_at, wait_s)
         except Overloaded:
             if data.nbytes > self.settings.inline_when_full_max_kib * KIB:
                 raise
             return self._inline(ref, data)
-        set_slot(ref, self.arena, slot, expires_at)
-        self.count(self.arena.rung, data.nbytes)
+        set_slot(ref, arena, slot, expires_at)
+        self.count(arena.rung, data.nbytes)
         return ref
 
     def has_room(self, nbytes: int) -> bool:
-        """Whether the arena has a slot for so many bytes now."""
-        return self.arena.has_room(nbytes)
+        """Whether there is a slot for so many bytes now."""
+        arena = self._arena_for(self.rung)
+        return arena is None or arena.has_room(nbytes)
+
+    @property
+    def arenas(self) -> list[ObjectArena | SharedMemoryArena]:
+        """Those there are, best first."""
+        return [arena for arena in (self.objects, self.arena) if arena]
+
+    @property
+    def largest_slot(self) -> int:
+        """Bytes of the largest tensor that every arena takes."""
+        return min(arena.largest_slot for arena in self.arenas)
+
+    @property
+    def copies(self) -> bool:
+        """Whether a large tensor is copied when it is published."""
+        return not isinstance(self._arena_for(self.rung), ObjectArena)
+
+    def announcement(self) -> arena_pb2.Announcement:
+        """What the selector is told: the arenas, best first."""
+        return arena_pb2.Announcement(arenas=[arena.announcement() for arena in self.arenas])
 
     def release(self, slots: Iterable[tensor_pb2.ArenaSlot]) -> None:
         """Takes slots back that nobody reads any more; stale ones and those of other arenas are passed over."""
-        release_slots(self.arena, slots)
+        slots = list(slots)
+        for arena in self.arenas:
+            release_slots(arena, slots)
 
     def count(self, rung: tensor_pb2.Rung.ValueType, nbytes: int) -> None:
         """Counts a tensor that was published."""
@@ -102,8 +125,20 @@ class Publisher:
             self._published[f"tensor_bytes.{name}"] += nbytes
 
     def statistics(self) -> dict[str, int]:
-        """Slots of the arena, `slots_free` and so on, and what was published by rung, `tensors.inline` and so on."""
-        return self.arena.statistics().as_counters() | dict(self._published)
+        """What was published by rung, `tensors.inline` and so on, and slots.
+
+        Those of shared memory are `slots_free` and so on, those that hold objects `object_slots_free` and so on.
+        """
+        counters = self.arena.statistics().as_counters() if self.arena else {}
+        if self.objects:
+            counters |= prefixed("object", self.objects.statistics().as_counters())
+        return counters | dict(self._published)
+
+    def _arena_for(self, rung: tensor_pb2.Rung.ValueType) -> ObjectArena | SharedMemoryArena | None:
+        """Where consumers that are reached so find tensors in host memory; None: only inside messages."""
+        if rung == tensor_pb2.IN_PROCESS and self.objects:
+            return self.objects
+        return None if rung == tensor_pb2.INLINE else self.arena
 
     def _inline(self, ref: tensor_pb2.TensorRef, data: memoryview) -> tensor_pb2.TensorRef:
         ref.inline = bytes(data)
@@ -128,7 +163,7 @@ class Reader:
     def __init__(self, directory: Path, connect: Connect | None = None) -> None:
         self.bytes_read = self.bytes_fetched = 0
         self._directory, self._connect = directory, connect
-        self._views: dict[tuple[int, int], SharedMemoryView] = {}
+        self._views: dict[tuple[int, int], SharedMemoryView | ObjectView] = {}
         self._fetched: dict[tuple[int, int], FetchedArena] = {}
         self._lock, self._opening = threading.Lock(), threading.Lock()
 
@@ -141,17 +176,14 @@ class Reader:
         """
         if arena.rung == tensor_pb2.FETCH:
             return self._open_fetched(arena)
-        reason = no_shared_clock(arena.host)
-        if not reason and arena.rung != tensor_pb2.POSIX_SHM:
-            reason = "this consumer reads shared memory only"
-        if reason:
+        if reason := no_shared_clock(arena.host):
             raise ReadNotProven(reason)
         key = (arena.arena_id, arena.epoch)
         with self._lock:
             # A selector that died could not tell which producers went before it came again.
             self._views = {known: view for known, view in self._views.items() if not view.is_gone()}
             if key not in self._views:
-                self._views[key] = SharedMemoryView(self._directory, *key)
+                self._views[key] = self._view(arena.rung, key)
             return self._views[key].nonce
 
     def close(self, arena_id: int, epoch: int) -> None:
@@ -169,7 +201,7 @@ class Reader:
         item_shape: tuple[int, ...],
         deadline: Deadline | None = None,
     ) -> NDArray[np.generic]:
-        """Copies rows of several tensors into one.
+        """Rows of several tensors as one.
 
         Args:
             slices: the rows, in order.
@@ -178,7 +210,8 @@ class Reader:
             deadline: until when rows may be fetched; None: for a minute.
 
         Returns:
-            [sum of row counts, *item_shape].
+            [sum of row counts, *item_shape]. The rows of one tensor that is in this process already are a view of it,
+            read-only; everything else is copied.
 
         Raises:
             InvalidRequest: a slice is out of bounds, or a tensor has another type or shape.
@@ -192,6 +225,11 @@ class Reader:
     ) -> NDArray[np.generic]:
         """As `gather`, of slices that `checked_slice` has let pass for this dtype and shape."""
         rows = sum(part.rows for part in parts)
+        if len(parts) == 1 and (there := self._bytes_here(parts[0])) is not None:
+            batch = there.view(DTYPES[dtype]).reshape(rows, *item_shape)
+            self.count(batch.nbytes)
+            # Bytes of a message may lie anywhere, and not all that computes can bear that.
+            return batch if batch.flags.aligned else batch.copy()
         batch = np.empty((rows, *item_shape), DTYPES[dtype])
         flat = batch.reshape(-1).view(np.uint8)
         wanted, done = [], 0
@@ -220,6 +258,14 @@ class Reader:
             producer.fetch(parts, deadline or Deadline.after(_FETCH_S))
             with self._lock:
                 self.bytes_fetched += sum(target.nbytes for _, target in parts)
+
+    def object_view(self, part: CheckedSlice) -> ObjectView | None:
+        """The arena that a slice is in, if that is one of objects and is open here; None otherwise."""
+        if part.inline is not None:
+            return None
+        with self._lock:
+            view = self._views.get((part.slot.arena_id, part.slot.epoch))
+        return view if isinstance(view, ObjectView) else None
 
     def count(self, nbytes: int) -> None:
         """Adds to `bytes_read`."""
@@ -270,7 +316,25 @@ class Reader:
                 old.close()
             return nonce
 
-    def _opened(self, slot: tensor_pb2.ArenaSlot) -> SharedMemoryView | FetchedArena:
+    def _view(self, rung: tensor_pb2.Rung.ValueType, key: tuple[int, int]) -> SharedMemoryView | ObjectView:
+        if rung == tensor_pb2.IN_PROCESS:
+            return ObjectView(*key)
+        if rung != tensor_pb2.POSIX_SHM:
+            raise ReadNotProven("this consumer reads shared memory only")
+        return SharedMemoryView(self._directory, *key)
+
+    def _bytes_here(self, part: CheckedSlice) -> NDArray[np.uint8] | None:
+        """The bytes of a slice, proven and not copied, if they are objects of this process; None otherwise."""
+        if part.inline is not None:
+            return np.frombuffer(part.inline, np.uint8)[part.begin : part.end]
+        objects = self.object_view(part)
+        if objects is None:
+            return None
+        found = objects.bytes_of(part.slot.slot, part.nbytes)[part.begin : part.end]
+        objects.prove(part.slot.slot, part.slot.generation, part.slot.lease_expires_ns)
+        return found
+
+    def _opened(self, slot: tensor_pb2.ArenaSlot) -> SharedMemoryView | ObjectView | FetchedArena:
         key = (slot.arena_id, slot.epoch)
         with self._lock:
             opened = self._views.get(key) or self._fetched.get(key)
@@ -279,21 +343,15 @@ class Reader:
         return opened
 
 
-@contextlib.contextmanager
-def open_arena(settings: TransportSettings, mib: int, setting: str) -> Iterator[tuple[SharedMemoryArena, Publisher]]:
-    """A new arena with its publisher, after orphans of dead processes have been removed.
+def inline_max(settings: TransportSettings, arena: Arena) -> int:
+    """Bytes up to which tensors travel inline, rather than in a slot of an arena."""
+    limit = settings.inline_max_kib * KIB
+    return min(limit, INLINE_BYTES) if arena.rung == tensor_pb2.IN_PROCESS else limit
 
-    Args:
-        settings: the transport's.
-        mib: the arena's budget in MiB.
-        setting: the setting that states the budget, for messages.
 
-    Raises:
-        ConfigError: shared memory is too small for it.
-    """
-    remove_orphans(settings.shm_dir)
-    with SharedMemoryArena(settings.shm_dir, mib * MIB, setting) as arena:
-        yield arena, Publisher(arena, settings)
+def prefixed(name: str, counters: dict[str, int]) -> dict[str, int]:
+    """Counters of an arena by the name of its kind."""
+    return {f"{name}_{counter}": count for counter, count in counters.items()}
 
 
 def set_slot(ref: tensor_pb2.TensorRef, arena: Arena, slot: Slot, expires_at: float) -> None:

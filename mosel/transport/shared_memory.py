@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mosel.errors import InvalidRequest, ReadNotProven
-from mosel.transport.arena import Arena
+from mosel.transport.arena import ControlledArena
 from mosel.transport.control import ControlView
 from mosel.transport.layout import KIB
 from mosel.transport.slots import Slot
@@ -17,7 +17,7 @@ from mosel.v1 import arena_pb2, tensor_pb2
 PIECE_BYTES = 512 * KIB
 
 
-class SharedMemoryArena(Arena):
+class SharedMemoryArena(ControlledArena):
     """The producer's side; see `Arena`."""
 
     rung = tensor_pb2.POSIX_SHM

@@ -11,6 +11,7 @@ import enum
 import heapq
 from collections import deque
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 from mosel.transport.layout import SLOT_SIZES, Layout
 
@@ -26,6 +27,15 @@ class SlotState(enum.Enum):
     PUBLISHED = "published"
 
 
+class Content(Protocol):
+    """The bytes of a tensor that are kept in place."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many."""
+        ...
+
+
 @dataclass(slots=True)
 class Slot:
     """One slot and its lease."""
@@ -35,6 +45,7 @@ class Slot:
     offset: int
     generation: int = 0
     state: SlotState = SlotState.FREE
+    content: Content | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +172,7 @@ class SlotTable:
             heapq.heapify(self._leases)
 
     def _free_again(self, slot: Slot) -> None:
-        slot.state = SlotState.FREE
+        slot.state, slot.content = SlotState.FREE, None
         self._free[slot.size_class].append(slot)
 
 

@@ -1,4 +1,4 @@
-"""Publisher and Reader for torch tensors, wherever they are: device memory, shared memory or inline."""
+"""Publisher and Reader for torch tensors, wherever they are: as they are, in device or shared memory, or inline."""
 
 import contextlib
 import threading
@@ -7,15 +7,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mosel.deadline import Deadline
 from mosel.errors import Overloaded, ReadNotProven
 from mosel.tensors import dtype_value
 from mosel.transport.device_arena import DeviceArena, DeviceLost, DeviceView, settled
 from mosel.transport.device_ipc import DeviceIpc
-from mosel.transport.exchange import Publisher, Reader, release_slots, set_slot
+from mosel.transport.exchange import Publisher, Reader, inline_max, prefixed, release_slots, set_slot
 from mosel.transport.layout import KIB
+from mosel.transport.object_arena import ObjectArena
 from mosel.transport.refs import CheckedSlice, checked_slice
 from mosel.v1 import arena_pb2, tensor_pb2
 
@@ -39,7 +42,7 @@ class TensorPublisher:
     """Turns torch tensors into refs. Thread-safe.
 
     Args:
-        publisher: for what goes through host memory.
+        publisher: for what goes through host memory, and has the arena of objects.
         device_arena: this process's device memory, if it has a GPU that supports it.
     """
 
@@ -52,7 +55,8 @@ class TensorPublisher:
         """Publishes a tensor; when this returns, its bytes are complete.
 
         Args:
-            tensor: [rows, ...], of one of `TORCH_DTYPES`; on any device.
+            tensor: [rows, ...], of one of `TORCH_DTYPES`; on any device. With IN_PROCESS it stays where it is, and must
+                not change any more.
             rung: how the consumers of this tensor reach this process.
             lease_s: seconds for which a slot is kept if nobody releases it.
             wait_s: seconds to wait for a slot when all are in use.
@@ -62,12 +66,15 @@ class TensorPublisher:
             Overloaded: the arena is full, and it is too large to travel inline instead.
             InternalError: the GPU failed.
         """
-        arena, limits = self._device_arena, self._publisher.settings
-        if arena is None or rung != tensor_pb2.CUDA_IPC or tensor.nbytes <= limits.inline_max_kib * KIB:
+        arena, limits = self._arena_for(rung), self._publisher.settings
+        if arena is None or tensor.nbytes <= inline_max(limits, arena):
             return self._publish_from_host(tensor, rung, lease_s, wait_s)
         expires_at = time.monotonic() + lease_s
         try:
-            slot = arena.write(tensor.contiguous(), expires_at, wait_s)
+            if isinstance(arena, ObjectArena):
+                slot = arena.keep(_alone(tensor), expires_at, wait_s)
+            else:
+                slot = arena.write(tensor.contiguous(), expires_at, wait_s)
         except Overloaded:
             if tensor.nbytes > limits.inline_when_full_max_kib * KIB:
                 raise
@@ -75,16 +82,17 @@ class TensorPublisher:
         dtype = dtype_value(_NAMES[tensor.dtype])
         ref = tensor_pb2.TensorRef(dtype=dtype, shape=tensor.shape, nbytes=tensor.nbytes)
         set_slot(ref, arena, slot, expires_at)
-        self._publisher.count(tensor_pb2.CUDA_IPC, tensor.nbytes)
+        self._publisher.count(arena.rung, tensor.nbytes)
         return ref
 
     def announcement(self) -> arena_pb2.Announcement:
         """This process's arenas, best first."""
-        arenas = [self._device_arena] if self._device_arena else []
-        return arena_pb2.Announcement(arenas=[arena.announcement() for arena in (*arenas, self._publisher.arena)])
+        publisher = self._publisher
+        arenas = [arena for arena in (publisher.objects, self._device_arena, publisher.arena) if arena]
+        return arena_pb2.Announcement(arenas=[arena.announcement() for arena in arenas])
 
     def release(self, slots: Iterable[tensor_pb2.ArenaSlot]) -> None:
-        """Takes slots of either arena back; stale ones and those of other arenas are passed over."""
+        """Takes slots of any arena back; stale ones and those of other arenas are passed over."""
         slots = list(slots)
         self._publisher.release(slots)
         if self._device_arena:
@@ -94,9 +102,14 @@ class TensorPublisher:
         """As of `Publisher`, and the slots of the arena in device memory, `device_slots_free` and so on."""
         counters = self._publisher.statistics()
         if self._device_arena:
-            device = self._device_arena.statistics().as_counters()
-            counters |= {f"device_{name}": count for name, count in device.items()}
+            counters |= prefixed("device", self._device_arena.statistics().as_counters())
         return counters
+
+    def _arena_for(self, rung: tensor_pb2.Rung.ValueType) -> ObjectArena | DeviceArena | None:
+        """Where consumers that are reached so find tensors where they were made; None: only in host memory."""
+        if rung == tensor_pb2.IN_PROCESS:
+            return self._publisher.objects
+        return self._device_arena if rung == tensor_pb2.CUDA_IPC else None
 
     def _publish_from_host(
         self, tensor: torch.Tensor, rung: tensor_pb2.Rung.ValueType, lease_s: float, wait_s: float
@@ -177,7 +190,7 @@ class TensorReader:
         item_shape: tuple[int, ...],
         deadline: Deadline | None = None,
     ) -> torch.Tensor:
-        """Copies rows of several tensors into one; when this returns, they are complete and proven.
+        """Rows of several tensors as one; when this returns, they are complete and proven.
 
         Args:
             slices: the rows, in order.
@@ -186,7 +199,8 @@ class TensorReader:
             deadline: until when rows may be fetched; None: for a minute.
 
         Returns:
-            [sum of row counts, *item_shape], on the device.
+            [sum of row counts, *item_shape], on the device. The rows of one tensor that is there already are a view of
+            it, not to be written to; everything else is copied.
 
         Raises:
             InvalidRequest: a slice is out of bounds, or a tensor has another type or shape.
@@ -195,20 +209,15 @@ class TensorReader:
         """
         parts = [checked_slice(s, dtype, item_shape) for s in slices]
         views = self._views_of(parts)
-        if self._ipc is None or not views:
-            host = torch.from_numpy(self._reader.gather_checked(parts, dtype, item_shape, deadline))
-            return host.view(TORCH_DTYPES[dtype]).to(self._device)
-        rows = sum(part.rows for part in parts)
-        batch = torch.empty((rows, *item_shape), dtype=TORCH_DTYPES[dtype], device=self._device)
-        with contextlib.ExitStack() as held:
-            for opened in views.values():
-                held.enter_context(opened.held())
-            self._copy(self._ipc, parts, views, batch.reshape(-1).view(torch.uint8), deadline)
-            for part in parts:
-                if view := _view_of(part, views):
-                    view.prove(part.slot.slot, part.slot.generation, part.slot.lease_expires_ns)
-        self._reader.count(batch.nbytes)
-        return batch
+        if self._ipc is not None and views:
+            flat = self._copied(self._ipc, parts, views, deadline)
+        elif any(self._reader.object_view(part) for part in parts):
+            pieces = [self._source(part, None, deadline).to(self._device) for part in parts]
+            flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        else:
+            return tensor_over(self._reader.gather_checked(parts, dtype, item_shape, deadline), dtype).to(self._device)
+        self._reader.count(flat.nbytes)
+        return flat.view(TORCH_DTYPES[dtype]).reshape(sum(part.rows for part in parts), *item_shape)
 
     def arenas_open(self) -> int:
         """How many arenas are open."""
@@ -230,6 +239,20 @@ class TensorReader:
         keys = {(part.slot.arena_id, part.slot.epoch) for part in parts if part.inline is None}
         with self._lock:
             return {key: self._views[key] for key in keys if key in self._views}
+
+    def _copied(
+        self, ipc: DeviceIpc, parts: list[CheckedSlice], views: _Views, deadline: Deadline | None
+    ) -> torch.Tensor:
+        """The bytes of all parts, some of them in device memory of other processes: copied and proven."""
+        flat = torch.empty(sum(part.end - part.begin for part in parts), dtype=torch.uint8, device=self._device)
+        with contextlib.ExitStack() as held:
+            for opened in views.values():
+                held.enter_context(opened.held())
+            self._copy(ipc, parts, views, flat, deadline)
+            for part in parts:
+                if view := _view_of(part, views):
+                    view.prove(part.slot.slot, part.slot.generation, part.slot.lease_expires_ns)
+        return flat
 
     def _copy(
         self,
@@ -258,9 +281,44 @@ class TensorReader:
     def _source(self, part: CheckedSlice, view: DeviceView | None, deadline: Deadline | None) -> torch.Tensor:
         if view:
             return view.bytes_of(part.slot.slot, part.nbytes)[part.begin : part.end]
+        if objects := self._reader.object_view(part):
+            content = objects.taken(part.slot, part.nbytes)
+            whole = content if isinstance(content, torch.Tensor) else tensor_over(np.asarray(content), "UINT8")
+            return whole[part.begin : part.end]
         host = torch.empty(part.end - part.begin, dtype=torch.uint8)
         self._reader.copy([(part, host.numpy())], deadline)
         return host
+
+
+class _Writable:
+    """An array's memory as numpy's array interface states it, but for the read-only flag, of which torch would warn."""
+
+    def __init__(self, array: NDArray[np.generic]) -> None:
+        interface = array.__array_interface__
+        self.__array_interface__ = interface | {"data": (interface["data"][0], False)}
+        # Kept while it is used.
+        self._array = array
+
+
+def tensor_over(array: NDArray[np.generic], dtype: str) -> torch.Tensor:
+    """An array as a torch tensor over the same memory, also where that is not to be written to.
+
+    The bits of BF16 arrive as uint16. Torch has no read-only tensors: networks that write to their inputs are refused when they are loaded.
+    """
+    writable = array if array.flags.writeable else np.asarray(_Writable(array))
+    tensor = torch.from_numpy(writable)
+    return tensor.view(torch.bfloat16) if dtype == "BF16" else tensor
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, uint8 [nbytes] on its device, complete: the tensor itself wherever that is possible."""
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    # What is a view of a larger tensor would keep all of that in memory, and nobody would count it.
+    if flat.untyped_storage().nbytes() != flat.nbytes:
+        flat = flat.clone()
+    if flat.is_cuda:
+        torch.cuda.current_stream(flat.device).synchronize()
+    return flat
 
 
 def _view_of(part: CheckedSlice, views: _Views) -> DeviceView | None:

@@ -152,7 +152,7 @@ class ArenaDescription(_message.Message):
     arena_id: _builtins.int
     epoch: _builtins.int
     rung: _tensor_pb2.Rung.ValueType
-    """By which path it is opened: POSIX_SHM or CUDA_IPC as announced, or FETCH."""
+    """By which path it is opened: POSIX_SHM, CUDA_IPC or IN_PROCESS as announced, or FETCH."""
     cuda_handle: _builtins.bytes
     """cudaIpcMemHandle_t of the arena's device memory, 64 bytes; only with CUDA_IPC. Never logged."""
     gpu_uuid: _builtins.str

@@ -71,6 +71,8 @@ class _RungEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Rung.ValueType],
     """A slot in POSIX shared memory."""
     CUDA_IPC: _Rung.ValueType  # 4
     """A slot in device memory, opened through a CUDA IPC handle."""
+    IN_PROCESS: _Rung.ValueType  # 5
+    """A slot of the same process that holds the tensor itself: nothing is copied, and neither side writes to it any more."""
 
 class Rung(_Rung, metaclass=_RungEnumTypeWrapper):
     """How a consumer reaches a producer's tensors, from worst to best."""
@@ -84,6 +86,8 @@ POSIX_SHM: Rung.ValueType  # 3
 """A slot in POSIX shared memory."""
 CUDA_IPC: Rung.ValueType  # 4
 """A slot in device memory, opened through a CUDA IPC handle."""
+IN_PROCESS: Rung.ValueType  # 5
+"""A slot of the same process that holds the tensor itself: nothing is copied, and neither side writes to it any more."""
 Global___Rung: _TypeAlias = Rung  # noqa: Y015
 
 @_typing.final
@@ -174,7 +178,7 @@ class TensorRef(_message.Message):
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def slot(self) -> Global___ArenaSlot:
-        """In an arena of either kind; which one, the consumer knows since the arena was opened."""
+        """In an arena of any kind; which one, the consumer knows since the arena was opened."""
 
     def __init__(
         self,

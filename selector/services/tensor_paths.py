@@ -137,7 +137,7 @@ class TensorPaths:
     def _attached(self, gateway: GatewaySession, encoders: Iterable[ComputeService]) -> list[str]:
         return [e.lane for e in encoders if self.attachments.is_attached(gateway.name, e.lane)]
 
-    def _why_too_slow(self, tensors: str, edge: Edge, best: Rung = tensor_pb2.CUDA_IPC) -> str:
+    def _why_too_slow(self, tensors: str, edge: Edge, best: Rung = tensor_pb2.IN_PROCESS) -> str:
         """Why an edge is not what `transport.require` asks for, or not `best` where that is less; empty if it is."""
         if edge.rung >= min(self._required, best):
             return ""

@@ -15,7 +15,7 @@ from mosel.compute import networks
 from mosel.config import TransportSettings
 from mosel.errors import InternalError, InvalidRequest, ModelNotFound, PackageError
 from mosel.packages.model_package import ModelPackage
-from mosel.transport import Publisher, Reader, SharedMemoryArena, open_arena, slice_rows
+from mosel.transport import Publisher, Reader, SharedMemoryArena, open_arenas, slice_rows
 from mosel.transport.torch_exchange import TensorPublisher
 from mosel.v1 import tensor_pb2
 from tests.fruit_on_disk import Fruit, measured
@@ -32,9 +32,10 @@ def transport(tmp_path: Path) -> TransportSettings:
 
 @pytest.fixture
 def arena(transport: TransportSettings) -> Iterator[tuple[SharedMemoryArena, Publisher]]:
-    with open_arena(transport, 1, "test") as (arena, publisher):
+    with open_arenas(transport, 1, "test") as publisher:
+        assert publisher.arena
         publisher.rung = SHM
-        yield arena, publisher
+        yield publisher.arena, publisher
 
 
 @pytest.fixture

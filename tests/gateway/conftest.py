@@ -16,7 +16,7 @@ from gateway.servicer import GatewayServicer
 from mosel.config import FREE_PORTS, Settings
 from mosel.packages.model_package import ModelPackage
 from mosel.runtime.service import RefuseGarbage
-from mosel.transport import Publisher, SharedMemoryArena, open_arena
+from mosel.transport import Publisher, SharedMemoryArena, open_arenas
 from mosel.v1 import arena_pb2, gateway_pb2_grpc, tensor_pb2
 from tests.gateway.scripted import Gateway, nowhere, serving
 
@@ -40,8 +40,9 @@ class Opened:
 @pytest.fixture
 def opened(settings: Settings) -> Iterator[Opened]:
     transport = settings.transport
-    with open_arena(transport, transport.gateway_arena_mib, "transport.gateway_arena_mib") as (arena, publisher):
-        yield Opened(arena, publisher, arena_pb2.Announcement(arenas=[arena.announcement()]))
+    with open_arenas(transport, transport.gateway_arena_mib, "transport.gateway_arena_mib") as publisher:
+        assert publisher.arena
+        yield Opened(publisher.arena, publisher, publisher.announcement())
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from gateway.fetching import FetchListeners
 from mosel.config import Settings
 from mosel.errors import ReadNotProven, ServiceUnavailable
 from mosel.runtime.channels import open_blocking_channel
-from mosel.transport import Publisher, Reader, SharedMemoryArena, open_arena, slice_rows
+from mosel.transport import Publisher, Reader, SharedMemoryArena, open_arenas, slice_rows
 from mosel.v1 import tensor_pb2
 
 
@@ -23,9 +23,10 @@ def settings(settings_with: Callable[..., Settings], tmp_path: Path) -> Settings
 
 @pytest.fixture
 def opened(settings: Settings) -> Iterator[tuple[SharedMemoryArena, Publisher]]:
-    with open_arena(settings.transport, 1, "transport.gateway_arena_mib") as opened:
-        opened[0].announcement()
-        yield opened
+    with open_arenas(settings.transport, 1, "transport.gateway_arena_mib") as publisher:
+        assert publisher.arena
+        publisher.announcement()
+        yield publisher.arena, publisher
 
 
 async def test_payloads_are_fetched_from_the_address_that_leads_to_the_encoder(

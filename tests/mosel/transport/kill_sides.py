@@ -17,6 +17,7 @@ from mosel.errors import Overloaded, ReadNotProven
 from mosel.transport import Reader, SharedMemoryArena, slice_rows
 from mosel.transport.exchange import release_slots, set_slot
 from mosel.transport.layout import KIB, MIB
+from mosel.transport.shared_memory import SharedMemoryView
 from mosel.v1 import arena_pb2, tensor_pb2
 
 LEASE_S = 0.02
@@ -107,6 +108,7 @@ class Consumer:
     def _unproven(self, slot: tensor_pb2.ArenaSlot, nbytes: int) -> NDArray[np.uint8]:
         """What a reader that proves nothing would have got."""
         view = self._reader._views[slot.arena_id, slot.epoch]
+        assert isinstance(view, SharedMemoryView)
         return np.frombuffer(view.map, np.uint8, nbytes, view.layout.slot_offset(slot.slot)).copy()
 
 

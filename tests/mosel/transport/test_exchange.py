@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mosel.config import TransportSettings
 from mosel.errors import Overloaded, PayloadTooLarge, ReadNotProven
 from mosel.tensors import DTYPES
-from mosel.transport import Publisher, Reader, SharedMemoryArena, open_arena, slice_rows
+from mosel.transport import Publisher, Reader, SharedMemoryArena, open_arenas, slice_rows
 from mosel.transport.control import PROOF_MARGIN_NS
 from mosel.transport.layout import KIB, MIB
 from mosel.transport.shared_memory import SharedMemoryView
@@ -256,7 +256,9 @@ def test_threads_share_a_reader(shm: Path, reader: Reader) -> None:
 def test_an_opened_arena_follows_the_settings(shm: Path) -> None:
     (shm / f"mosel-arena-{1:016x}-{2:016x}").write_bytes(b"orphan")
     transport = TransportSettings(shm_dir=shm, inline_max_kib=1)
-    with open_arena(transport, 2, "setting") as (arena, made):
+    with open_arenas(transport, 2, "setting") as made:
+        assert made.arena
+        arena = made.arena
         assert len(list(shm.iterdir())) == 1
         assert arena.layout.total_bytes <= 2 * MIB + 4 * KIB
         made.rung = tensor_pb2.POSIX_SHM
