@@ -21,7 +21,10 @@ from mosel.observability.logs import as_service
 from mosel.packages.model_package import find_packages
 from mosel.runtime.in_process import local_services
 from mosel.runtime.service import run_service
+from mosel.transport import ArenaKinds
 
+# Tensors that do not leave the process take no shared memory.
+_OBJECTS = ArenaKinds(in_process=True, shared=False)
 # Serves with some settings until an event is set.
 Serve = Callable[[Settings, asyncio.Event], Coroutine[Any, Any, None]]
 
@@ -38,21 +41,22 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         ConfigError: a setting is wrong.
         PackageError: a model package is wrong.
     """
+    packages = find_packages(settings.models_dir, settings.models).values()
+    here = encoders_here(settings, packages)
+    own = {settings.encoder_address(*encoder) for encoder in here.values()}
+    known = {at for modality, _ in here.values() for at in settings.encoder_addresses(modality).values()}
     compute: dict[str, Serve] = {"fusion": partial(fusion.serve, "")}
-    addresses = [settings.selector_address, settings.fusion_address]
-    for lane, (modality, number) in encoders_here(
-        settings, find_packages(settings.models_dir, settings.models).values()
-    ).items():
+    for lane, (modality, number) in here.items():
         name = f"encoder/{lane}"
-        compute[name] = partial(encoders.serve, name, modality, number, "")
-        addresses.append(settings.encoder_address(modality, number))
+        compute[name] = partial(encoders.serve, name, modality, number, "", arenas=_OBJECTS)
+    edge = partial(gateway.serve, "", arenas=_OBJECTS if known == own else ArenaKinds(in_process=True, shared=True))
     try:
-        with local_services.expect(addresses):
+        with local_services.expect({settings.selector_address, settings.fusion_address, *own}):
             async with (
                 asyncio.TaskGroup() as group,
                 _running(group, settings, compute),
                 _running(group, settings, {"selector": partial(selector.serve, "")}),
-                _running(group, settings, {"gateway": partial(gateway.serve, "")}),
+                _running(group, settings, {"gateway": edge}),
             ):
                 await stop.wait()
     except BaseExceptionGroup as failed:
