@@ -16,6 +16,10 @@ DEFAULT_ADDRESS = "127.0.0.1:8001"
 ModelsFolder = Annotated[Path | None, typer.Option("--models", help="Folder of model packages.")]
 Models = Annotated[list[str] | None, typer.Option("--model", help="Serve only this model (repeatable).")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+Placement = Annotated[
+    str | None,
+    typer.Option(help="single: all services in one process (faster, less memory). services: each in its own."),
+]
 Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
 GrpcPort = Annotated[int | None, typer.Option(help="gRPC port; 0 takes a free one.")]
 HttpPort = Annotated[int | None, typer.Option(help="HTTP port; 0 takes a free one.")]
@@ -41,6 +45,7 @@ def settings_from(
     model: list[str] | None = None,
     device: str | None = None,
     tls: Mapping[str, Path | None] | None = None,
+    placement: str | None = None,
     /,
     **gateway: str | int | Path | None,
 ) -> "Settings":
@@ -55,6 +60,7 @@ def settings_from(
         "models_dir": models,
         "models": tuple(model) if model else None,
         "device": device,
+        "placement": placement,
         "tls": _given(tls or {}) or None,
         "gateway": _given(gateway) or None,
     }

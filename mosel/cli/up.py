@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from mosel.cli.options import Device, GrpcPort, Host, HttpPort, MetricsPort, Models, ModelsFolder
+from mosel.cli.options import Device, GrpcPort, Host, HttpPort, MetricsPort, Models, ModelsFolder, Placement
 
 
 def up(
     models: ModelsFolder = None,
     model: Models = None,
     device: Device = None,
+    placement: Placement = None,
     host: Host = None,
     grpc_port: GrpcPort = None,
     http_port: HttpPort = None,
@@ -40,6 +41,7 @@ def up(
         model,
         device,
         {"certificate": tls_certificate, "key": tls_key, "client_ca": tls_client_ca},
+        placement,
         host=host,
         grpc_port=grpc_port,
         http_port=http_port,

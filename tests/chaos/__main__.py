@@ -18,9 +18,18 @@ def main() -> int:
     parser.add_argument("--load", type=float, default=0.5, help="in multiples of what the services can answer")
     parser.add_argument("--trace", type=Path, help="CSV file second,requests that arrivals follow")
     parser.add_argument("--replicas", type=int, default=1, help="of each encoder")
+    parser.add_argument("--placement", choices=("single", "services"), default="services")
     parser.add_argument("--seed", type=int, default=0, help="of all chance")
     given = parser.parse_args()
-    report = chaos(Options(given.minutes * 60, given.load, given.trace, given.replicas, given.seed))
+    options = Options(
+        seconds=given.minutes * 60,
+        load=given.load,
+        trace=given.trace,
+        replicas=given.replicas,
+        placement=given.placement,
+        seed=given.seed,
+    )
+    report = chaos(options)
     console = Console(width=160, highlight=False)
     console.print(machine_line(), tables(report))
     broken = report.wrong() + report.late()

@@ -102,7 +102,7 @@ class Killer:
         needy = [name for name in self._launcher.children if name.startswith("encoder/") or name == "gateway"]
         while True:
             services = list(self._rng.permutation(list(self._launcher.children)))
-            starved = self._rng.choice(needy) if self._memory.own else ""
+            starved = self._rng.choice(needy) if self._memory.own and needy else ""
             yield from ((str(service), service == starved) for service in services)
 
     def _kill(self, service: str, memory_full: bool) -> None:

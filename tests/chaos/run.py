@@ -48,6 +48,7 @@ class Options:
         load: in multiples of what the services can answer with every modality.
         trace: CSV file second,requests; None: a bursty one.
         replicas: of each encoder.
+        placement: of the services; in one process, all are killed together.
         seed: of all chance.
     """
 
@@ -56,6 +57,7 @@ class Options:
     load: float = 0.5
     trace: Path | None = None
     replicas: int = 1
+    placement: str = "services"
     seed: int = 0
 
     @property
@@ -196,6 +198,7 @@ def _settings(options: Options, memory: SharedMemory, profiles_dir: Path | None)
     flags = {
         "models": (MODEL,),
         "device": "cpu",
+        "placement": options.placement,
         "gateway": FREE_PORTS,
         "transport": transport,
         "encoders": {"replicas": dict.fromkeys(_MODALITIES, options.replicas)},

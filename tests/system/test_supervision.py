@@ -27,8 +27,9 @@ MIB = 1024 * 1024
 
 @pytest.fixture
 def running(tutorial_folder: Path, mosel_command: Command, private: dict[str, str]) -> Iterator[Popen[str]]:
-    """A `mosel up`, not ready yet."""
-    with up(mosel_command("up", "--models", "my_models", "--grpc-port", "0"), private, tutorial_folder) as process:
+    """A `mosel up`, not ready yet; each service has a process of its own."""
+    arguments = "up", "--models", "my_models", "--grpc-port", "0", "--placement", "services"
+    with up(mosel_command(*arguments), private, tutorial_folder) as process:
         yield process
 
 
