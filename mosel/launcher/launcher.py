@@ -102,8 +102,7 @@ class Launcher:
                 "gateway": settings.gateway.model_copy(update=ports),
             }
         )
-        self._encoders = encoders_here(self.settings, self.packages.values())
-        self.services = ["fusion", *(f"encoder/{lane}" for lane in self._encoders), "selector", "gateway"]
+        self.services: list[str] = []
         self.children: dict[str, Child] = {}
         self.restarts: Counter[str] = Counter()
         self._backoffs: defaultdict[str, Backoff] = defaultdict(Backoff)
@@ -135,11 +134,13 @@ class Launcher:
 
     def __enter__(self) -> "Launcher":
         try:
+            encoders = encoders_here(self.settings, self.packages.values())
+            self.services = ["fusion", *(f"encoder/{lane}" for lane in encoders), "selector", "gateway"]
             if self.settings.placement == "single":
                 self._start("mosel", "mosel.launcher.single")
             else:
                 self._start("fusion", "fusion")
-                for lane, (modality, number) in self._encoders.items():
+                for lane, (modality, number) in encoders.items():
                     self._start(f"encoder/{lane}", "encoders", "--modality", modality, "--replica", str(number))
                 self._start("selector", "selector")
                 self._start("gateway", "gateway")

@@ -35,7 +35,7 @@ def test_the_tutorial_as_it_is_written(
     with up(mosel_command("up", "--models", "my_models", "--grpc-port", "0"), private, tutorial_folder) as process:
         at = ready_address(process)
         children = psutil.Process(process.pid).children()
-        assert len(children) == 5
+        assert len(children) == 1
 
         listed = run_mosel("models", "--address", at)
         assert "fruit 1 (ready): Apple, lemon or plum" in listed.stdout
@@ -69,11 +69,18 @@ def test_killed_it_takes_every_service_along(
     assert list(Path(private["MOSEL_TRANSPORT__SHM_DIR"]).iterdir()) == []
 
 
+@pytest.mark.parametrize(("placement", "processes"), [("single", 1), ("services", 5)])
 def test_ctrl_c_while_it_starts(
-    tutorial_folder: Path, mosel_command: Command, private: dict[str, str], until: Until
+    tutorial_folder: Path,
+    mosel_command: Command,
+    private: dict[str, str],
+    until: Until,
+    placement: str,
+    processes: int,
 ) -> None:
-    with up(mosel_command("up", "--models", "my_models", "--grpc-port", "0"), private, tutorial_folder) as process:
-        until(lambda: len(psutil.Process(process.pid).children()) == 5, "all services are started")
+    command = mosel_command("up", "--models", "my_models", "--grpc-port", "0", "--placement", placement)
+    with up(command, private, tutorial_folder) as process:
+        until(lambda: len(psutil.Process(process.pid).children()) == processes, "all services are started")
         children = psutil.Process(process.pid).children()
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
@@ -262,19 +269,19 @@ BAD_PACKAGES = {
         "model.toml",
         "networks:Photo",
         "networks:Foto",
-        r"encoder/photo .*/fruit/networks\.py has no 'Foto', which model\.toml names as 'networks:Foto'",
+        r"mosel .*/fruit/networks\.py has no 'Foto', which model\.toml names as 'networks:Foto'",
     ),
     "no such module": (
         "model.toml",
         "networks:Fusion",
         "layers:Fusion",
-        r"fusion .*/fruit/layers\.py: no such file, but model\.toml of 'fruit' names it",
+        r"mosel .*/fruit/layers\.py: no such file, but model\.toml of 'fruit' names it",
     ),
     "weights that do not fit": (
         "networks.py",
         "nn.Linear(8, 3)}",
         "nn.Linear(9, 3)}",
-        r"fusion .*/fruit/weights\.safetensors: keys 'fusion\.\*' do not fit networks:Fusion: .*",
+        r"mosel .*/fruit/weights\.safetensors: keys 'fusion\.\*' do not fit networks:Fusion: .*",
     ),
     "embedding that is not as stated": (
         "model.toml",
