@@ -98,7 +98,10 @@ class InProcessServer:
         """Runs the handler; whatever it raises becomes a status."""
         context: InProcessContext | None = None
         try:
-            handler = await self._handler(rpc)
+            # At once for most calls.
+            handler = None if self._interceptors else self._handlers.get(rpc.method)
+            if handler is None:
+                handler = await self._intercepted(self._interceptors, _CallDetails(rpc.method, rpc.metadata))
             if handler is None:
                 rpc.finish(Status(grpc.StatusCode.UNIMPLEMENTED, "Method not found!"))
                 return
@@ -114,11 +117,6 @@ class InProcessServer:
                 rpc.finish(Status(grpc.StatusCode.UNKNOWN, details))
             else:
                 context.fail(grpc.StatusCode.UNKNOWN, details)
-
-    async def _handler(self, rpc: Rpc) -> Any:
-        if not self._interceptors and (handler := self._handlers.get(rpc.method)) is not None:
-            return handler
-        return await self._intercepted(self._interceptors, _CallDetails(rpc.method, rpc.metadata))
 
     async def _intercepted(self, interceptors: Sequence[grpc.aio.ServerInterceptor], details: Any) -> Any:
         """The handler after these interceptors have seen the call."""
