@@ -44,6 +44,8 @@ _LIMIT = pytest.StashKey[Any]()
 
 if RECORDINGS.is_dir():
     os.environ.setdefault("MOSEL_DATA", str(RECORDINGS))
+# In what tests start: whoever changes a message after it was handed over inside a process is found.
+os.environ.setdefault("MOSEL_CHECK_MESSAGES", "1")
 
 Payloads = dict[str, NDArray[np.generic]]
 Output = NDArray[np.float32]

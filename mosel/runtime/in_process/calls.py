@@ -87,9 +87,14 @@ class _OneReply(_Call):
 class _Replies(_Call):
     """Iterating gives the replies, and so does reading."""
 
+    def __init__(self, rpc: Rpc) -> None:
+        super().__init__(rpc)
+        self._loop = asyncio.get_running_loop()
+
     def __del__(self) -> None:
-        # Nobody can read them any more.
-        self.cancel()
+        # Nobody can read them any more. The garbage collector may come in any thread.
+        if self._rpc.status is None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._rpc.break_off, CANCELLED_BY_CALLER)
 
     async def read(self) -> Any:
         """The next reply, EOF after the last."""

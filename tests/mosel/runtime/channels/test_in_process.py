@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -20,7 +21,7 @@ from mosel.runtime.in_process.message_queue import MOST_WAITING
 from mosel.runtime.in_process.rpc import Rpc
 from mosel.runtime.in_process.unchanged import MessageChanged, Unchanged
 from mosel.runtime.service import Context
-from tests.mosel.runtime.channels.ends import Ends, data, failure_of, hang, number, open_ends, soon
+from tests.mosel.runtime.channels.ends import SOON_S, Ends, data, failure_of, hang, number, open_ends, soon
 
 OF_A_CALL = (Rpc, InProcessContext, UnaryUnaryCall, UnaryStreamCall, StreamUnaryCall, StreamStreamCall)
 who: ContextVar[str] = ContextVar("who", default="nobody")
@@ -108,7 +109,8 @@ async def test_a_call_without_time_never_reaches_its_handler(ends: Ends) -> None
     assert (await failure_of(method(number(1), timeout=0))).code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-async def test_a_stream_that_nobody_holds_any_more_ends_its_handler(ends: Ends) -> None:
+@pytest.mark.parametrize("thread", ["this", "another"])
+async def test_a_stream_that_nobody_holds_any_more_ends_its_handler(ends: Ends, thread: str) -> None:
     begun, cancelled = asyncio.Event(), asyncio.Event()
 
     @ends.stream_stream
@@ -119,9 +121,13 @@ async def test_a_stream_that_nobody_holds_any_more_ends_its_handler(ends: Ends) 
         await asyncio.Event().wait()
         yield number(1)
 
-    call = method(numbers())
+    calls = [method(numbers())]
     await soon(begun)
-    del call
+    if thread == "this":
+        calls.clear()
+    else:
+        # By then, the loop has nothing to do.
+        threading.Timer(SOON_S, calls.clear).start()
     await soon(cancelled)
 
 
