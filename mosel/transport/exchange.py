@@ -17,7 +17,7 @@ from mosel.transport.arena import NANOSECONDS, Arena
 from mosel.transport.fetched import Connect, FetchedArena, Wanted
 from mosel.transport.host import no_shared_clock
 from mosel.transport.layout import KIB
-from mosel.transport.object_arena import INLINE_BYTES, ObjectArena, ObjectView
+from mosel.transport.object_arena import ObjectArena, ObjectView
 from mosel.transport.refs import CheckedSlice, checked_slice
 from mosel.transport.shared_memory import SharedMemoryArena, SharedMemoryView
 from mosel.transport.slots import Slot
@@ -74,7 +74,7 @@ class Publisher:
         """
         ref = tensor_pb2.TensorRef(dtype=dtype_value(dtype), shape=shape, nbytes=data.nbytes)
         arena = self._arena_for(self.rung if rung is None else rung)
-        if arena is None or data.nbytes <= inline_max(self.settings, arena):
+        if arena is None or data.nbytes <= self.settings.inline_max_kib * KIB:
             return self._inline(ref, data)
         expires_at = time.monotonic() + lease_s
         try:
@@ -341,12 +341,6 @@ class Reader:
         if opened is None:
             raise ReadNotProven("the arena that the ref names is not open here")
         return opened
-
-
-def inline_max(settings: TransportSettings, arena: Arena) -> int:
-    """Bytes up to which tensors travel inline, rather than in a slot of an arena."""
-    limit = settings.inline_max_kib * KIB
-    return min(limit, INLINE_BYTES) if arena.rung == tensor_pb2.IN_PROCESS else limit
 
 
 def prefixed(name: str, counters: dict[str, int]) -> dict[str, int]:

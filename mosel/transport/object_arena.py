@@ -18,9 +18,6 @@ from mosel.transport.control import NONCE_BYTES, check_lease
 from mosel.transport.slots import Content, Slot
 from mosel.v1 import arena_pb2, tensor_pb2
 
-# Inside one process, tensors up to here travel inline: a slot that has to be released would cost as much.
-INLINE_BYTES = 8 * 1024
-
 
 class ObjectArena(Arena):
     """The producer's side; see `Arena`. Consumers of this process find it while it is open.
@@ -111,7 +108,9 @@ class ObjectView:
         """
         content = self._arena.content_of(slot)
         if content is None or content.nbytes != nbytes:
-            raise ReadNotProven("the slot does not hold such a tensor: the ref is wrong, or the slot was reused")
+            raise ReadNotProven(
+                "the slot holds no such tensor: the ref is wrong, the slot was reused, or its lease is over"
+            )
         return content
 
     def bytes_of(self, slot: int, nbytes: int) -> NDArray[np.uint8]:

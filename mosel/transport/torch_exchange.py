@@ -16,7 +16,7 @@ from mosel.errors import Overloaded, ReadNotProven
 from mosel.tensors import dtype_value
 from mosel.transport.device_arena import DeviceArena, DeviceLost, DeviceView, settled
 from mosel.transport.device_ipc import DeviceIpc
-from mosel.transport.exchange import Publisher, Reader, inline_max, prefixed, release_slots, set_slot
+from mosel.transport.exchange import Publisher, Reader, prefixed, release_slots, set_slot
 from mosel.transport.layout import KIB
 from mosel.transport.object_arena import ObjectArena
 from mosel.transport.refs import CheckedSlice, checked_slice
@@ -67,7 +67,9 @@ class TensorPublisher:
             InternalError: the GPU failed.
         """
         arena, limits = self._arena_for(rung), self._publisher.settings
-        if arena is None or tensor.nbytes <= inline_max(limits, arena):
+        # Inside one process, what is on a GPU never gains by leaving it.
+        stays = tensor.is_cuda and rung == tensor_pb2.IN_PROCESS
+        if arena is None or (tensor.nbytes <= limits.inline_max_kib * KIB and not stays):
             return self._publish_from_host(tensor, rung, lease_s, wait_s)
         expires_at = time.monotonic() + lease_s
         try:
@@ -303,7 +305,7 @@ class _Writable:
 def tensor_over(array: NDArray[np.generic], dtype: str) -> torch.Tensor:
     """An array as a torch tensor over the same memory, also where that is not to be written to.
 
-    The bits of BF16 arrive as uint16. Torch has no read-only tensors: networks that write to their inputs are refused when they are loaded.
+    The bits of BF16 arrive as uint16. Torch has no read-only tensors: it is for networks not to write to their inputs.
     """
     writable = array if array.flags.writeable else np.asarray(_Writable(array))
     tensor = torch.from_numpy(writable)

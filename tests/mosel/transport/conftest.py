@@ -9,7 +9,8 @@ import pytest
 
 from mosel.transport import Reader, SharedMemoryArena
 from mosel.transport.layout import MIB
-from tests.mosel.transport.support import SETTING
+from mosel.transport.object_arena import ObjectArena
+from tests.mosel.transport.support import SETTING, AnyArena
 
 if TYPE_CHECKING:
     from tests.mosel.transport.device_link import Link
@@ -21,14 +22,20 @@ def shm() -> Iterator[Path]:
         yield Path(folder)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.function.__annotations__.get("arena") == AnyArena:
+        metafunc.parametrize("arena", ["posix_shm", "in_process"], indirect=True)
+
+
 @pytest.fixture
-def arena(shm: Path) -> Iterator[SharedMemoryArena]:
-    with SharedMemoryArena(shm, MIB, SETTING) as arena:
+def arena(shm: Path, request: pytest.FixtureRequest) -> Iterator[AnyArena]:
+    in_process = getattr(request, "param", "posix_shm") == "in_process"
+    with ObjectArena(MIB, SETTING) if in_process else SharedMemoryArena(shm, MIB, SETTING) as arena:
         yield arena
 
 
 @pytest.fixture
-def reader(shm: Path, arena: SharedMemoryArena) -> Iterator[Reader]:
+def reader(shm: Path, arena: AnyArena) -> Iterator[Reader]:
     with Reader(shm) as reader:
         reader.open(arena.announcement().arena)
         yield reader

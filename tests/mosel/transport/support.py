@@ -9,24 +9,34 @@ from numpy.typing import NDArray
 from mosel.config import TransportSettings
 from mosel.tensors import DTYPES
 from mosel.transport import Publisher, SharedMemoryArena
+from mosel.transport.object_arena import ObjectArena
 from mosel.transport.slots import Slot
 from mosel.v1 import tensor_pb2
 
 SETTING = "transport.gateway_arena_mib"
 ITEM = (3, 5)
+# A test whose `arena` is of this type runs over each of them.
+AnyArena = SharedMemoryArena | ObjectArena
 
 Change = Callable[[tensor_pb2.RowSlice], None]
 
 
-def write(arena: SharedMemoryArena, data: bytes, lease_s: float = 60.0, wait_s: float = 0.0) -> Slot:
+def write(arena: AnyArena, data: bytes, lease_s: float = 60.0, wait_s: float = 0.0) -> Slot:
     return arena.write(memoryview(data), time.monotonic() + lease_s, wait_s)
 
 
-def publisher(arena: SharedMemoryArena, place: str = "slot") -> Publisher:
+def publisher(arena: AnyArena, place: str = "slot") -> Publisher:
     """One whose tensors all go to the same kind of place, inline or into a slot."""
-    made = Publisher(arena, TransportSettings(inline_max_kib=0, inline_when_full_max_kib=0))
-    made.rung = tensor_pb2.INLINE if place == "inline" else tensor_pb2.POSIX_SHM
+    made = publisher_with(arena, inline_max_kib=0, inline_when_full_max_kib=0)
+    made.rung = tensor_pb2.INLINE if place == "inline" else arena.rung
     return made
+
+
+def publisher_with(arena: AnyArena, **limits: int) -> Publisher:
+    transport = TransportSettings.model_validate(limits)
+    if isinstance(arena, ObjectArena):
+        return Publisher(None, transport, arena)
+    return Publisher(arena, transport)
 
 
 def tensor(dtype: str, rows: int, item: tuple[int, ...] = ITEM) -> NDArray[np.generic]:

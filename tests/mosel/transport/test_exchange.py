@@ -19,14 +19,14 @@ from mosel.transport.control import PROOF_MARGIN_NS
 from mosel.transport.layout import KIB, MIB
 from mosel.transport.shared_memory import SharedMemoryView
 from mosel.v1 import arena_pb2, tensor_pb2
-from tests.mosel.transport.support import ITEM, publish, publisher, tensor
+from tests.mosel.transport.support import ITEM, AnyArena, publish, publisher, publisher_with, tensor
 
 
 @pytest.mark.parametrize("place", ["inline", "slot"])
 @pytest.mark.parametrize("item", [(), (7,), ITEM])
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_every_dtype_comes_back_bit_for_bit(
-    arena: SharedMemoryArena, reader: Reader, dtype: str, item: tuple[int, ...], place: str
+    arena: AnyArena, reader: Reader, dtype: str, item: tuple[int, ...], place: str
 ) -> None:
     array = tensor(dtype, 6, item)
     ref = publish(publisher(arena, place), dtype, array)
@@ -37,38 +37,38 @@ def test_every_dtype_comes_back_bit_for_bit(
     assert reader.bytes_read == array.nbytes
 
 
-def with_settings(arena: SharedMemoryArena, rung: tensor_pb2.Rung.ValueType, **limits: int) -> Publisher:
-    made = Publisher(arena, TransportSettings.model_validate(limits))
-    made.rung = rung
+def with_settings(arena: AnyArena, **limits: int) -> Publisher:
+    made = publisher_with(arena, **limits)
+    made.rung = arena.rung
     return made
 
 
-def test_the_limit_decides_what_travels_inline(arena: SharedMemoryArena) -> None:
-    made = with_settings(arena, tensor_pb2.POSIX_SHM, inline_max_kib=1)
+def test_the_limit_decides_what_travels_inline(arena: AnyArena) -> None:
+    made = with_settings(arena, inline_max_kib=1)
     at_limit, above = np.zeros(KIB, np.uint8), np.zeros(KIB + 1, np.uint8)
     assert publish(made, "UINT8", at_limit).WhichOneof("place") == "inline"
     assert publish(made, "UINT8", above).WhichOneof("place") == "slot"
 
 
-def test_everything_travels_inline_until_a_path_is_proven(arena: SharedMemoryArena) -> None:
-    made = Publisher(arena, TransportSettings(inline_max_kib=0))
+def test_everything_travels_inline_until_a_path_is_proven(arena: AnyArena) -> None:
+    made = publisher_with(arena, inline_max_kib=0)
     ref = publish(made, "UINT8", np.zeros(2 * arena.largest_slot, np.uint8))
     assert ref.WhichOneof("place") == "inline"
-    made.rung = tensor_pb2.POSIX_SHM
+    made.rung = arena.rung
     assert publish(made, "UINT8", np.zeros(1, np.uint8)).WhichOneof("place") == "slot"
     assert arena.statistics().acquired_total == 1
 
 
-def test_the_rung_of_one_tensor_may_differ(arena: SharedMemoryArena) -> None:
+def test_the_rung_of_one_tensor_may_differ(arena: AnyArena) -> None:
     made, data = publisher(arena, "inline"), memoryview(b"abc")
-    ref = made.publish("UINT8", (3,), data, 60.0, rung=tensor_pb2.POSIX_SHM)
+    ref = made.publish("UINT8", (3,), data, 60.0, rung=arena.rung)
     assert ref.WhichOneof("place") == "slot"
-    made.rung = tensor_pb2.POSIX_SHM
+    made.rung = arena.rung
     assert made.publish("UINT8", (3,), data, 60.0, rung=tensor_pb2.INLINE).WhichOneof("place") == "inline"
 
 
-def test_a_full_arena_sends_inline_what_is_small_enough_and_refuses_the_rest(arena: SharedMemoryArena) -> None:
-    made = with_settings(arena, tensor_pb2.POSIX_SHM, inline_max_kib=0, inline_when_full_max_kib=1)
+def test_a_full_arena_sends_inline_what_is_small_enough_and_refuses_the_rest(arena: AnyArena) -> None:
+    made = with_settings(arena, inline_max_kib=0, inline_when_full_max_kib=1)
     for _ in range(arena.layout.slot_count):
         assert publish(made, "UINT8", np.zeros(KIB, np.uint8)).WhichOneof("place") == "slot"
     ref = publish(made, "UINT8", np.ones(KIB, np.uint8))
@@ -78,7 +78,7 @@ def test_a_full_arena_sends_inline_what_is_small_enough_and_refuses_the_rest(are
     assert arena.statistics().refused_total == 2
 
 
-def test_a_ref_says_when_its_lease_ends(arena: SharedMemoryArena) -> None:
+def test_a_ref_says_when_its_lease_ends(arena: AnyArena) -> None:
     before = time.monotonic_ns()
     ref = publish(publisher(arena), "UINT8", tensor("UINT8", 2), lease_s=5.0)
     assert 0 <= ref.slot.lease_expires_ns - before - 5 * 10**9 < 10**9
@@ -92,7 +92,7 @@ def test_a_ref_says_when_its_lease_ends(arena: SharedMemoryArena) -> None:
     )
 )
 def test_slices_of_several_tensors_are_gathered_in_order(
-    arena: SharedMemoryArena, reader: Reader, parts: list[tuple[str, int, int, int]]
+    arena: AnyArena, reader: Reader, parts: list[tuple[str, int, int, int]]
 ) -> None:
     slices, expected, refs = [], [np.empty((0, *ITEM), np.float32)], []
     for place, rows, start, count in parts:
@@ -110,7 +110,7 @@ def test_slices_of_several_tensors_are_gathered_in_order(
     assert arena.statistics().published == 0
 
 
-def test_of_an_inline_tensor_only_the_rows_travel_on(arena: SharedMemoryArena) -> None:
+def test_of_an_inline_tensor_only_the_rows_travel_on(arena: AnyArena) -> None:
     array = tensor("FP32", 4)
     ref = publish(publisher(arena, "inline"), "FP32", array)
     assert slice_rows(ref, 0, 4).ref == ref
@@ -120,14 +120,14 @@ def test_of_an_inline_tensor_only_the_rows_travel_on(arena: SharedMemoryArena) -
     assert (part.row_start, part.row_count) == (0, 2)
 
 
-def test_of_a_shared_tensor_the_ref_travels_on(arena: SharedMemoryArena) -> None:
+def test_of_a_shared_tensor_the_ref_travels_on(arena: AnyArena) -> None:
     ref = publish(publisher(arena), "FP32", tensor("FP32", 4))
     part = slice_rows(ref, 1, 2)
     assert part.ref == ref
     assert (part.row_start, part.row_count) == (1, 2)
 
 
-def test_releasing_takes_own_slots_back_once_and_passes_over_others(arena: SharedMemoryArena) -> None:
+def test_releasing_takes_own_slots_back_once_and_passes_over_others(arena: AnyArena) -> None:
     made = publisher(arena)
     ref = publish(made, "FP32", tensor("FP32", 4))
     for field in ("arena_id", "epoch", "slot", "generation"):
@@ -141,7 +141,7 @@ def test_releasing_takes_own_slots_back_once_and_passes_over_others(arena: Share
     assert (statistics.published, statistics.released_total) == (0, 1)
 
 
-def test_a_slot_that_was_used_again_is_not_read(arena: SharedMemoryArena, reader: Reader) -> None:
+def test_a_slot_that_was_used_again_is_not_read(arena: AnyArena, reader: Reader) -> None:
     made = publisher(arena)
     ref = publish(made, "FP32", tensor("FP32", 4))
     made.release([ref.slot])
@@ -174,12 +174,12 @@ def test_a_slot_that_is_used_again_during_the_copy_is_noticed(
         reader.gather([slice_rows(ref, 0, 4)], "FP32", ITEM)
 
 
-def test_a_tensor_larger_than_every_slot_is_refused(arena: SharedMemoryArena) -> None:
+def test_a_tensor_larger_than_every_slot_is_refused(arena: AnyArena) -> None:
     with pytest.raises(PayloadTooLarge):
         publish(publisher(arena), "UINT8", np.zeros(arena.largest_slot + 1, np.uint8))
 
 
-def test_a_read_that_ends_after_its_lease_is_not_believed(arena: SharedMemoryArena, reader: Reader) -> None:
+def test_a_read_that_ends_after_its_lease_is_not_believed(arena: AnyArena, reader: Reader) -> None:
     """Nobody has taken the slot yet: the clock alone decides."""
     margin_s = PROOF_MARGIN_NS / 1e9
     for lease_s in (0.0, margin_s / 2, margin_s):
@@ -188,7 +188,7 @@ def test_a_read_that_ends_after_its_lease_is_not_believed(arena: SharedMemoryAre
             reader.gather([slice_rows(ref, 0, 4)], "FP32", ITEM)
 
 
-def test_of_several_slices_none_is_returned_when_one_is_not_proven(arena: SharedMemoryArena, reader: Reader) -> None:
+def test_of_several_slices_none_is_returned_when_one_is_not_proven(arena: AnyArena, reader: Reader) -> None:
     made, array = publisher(arena), tensor("FP32", 4)
     sound, old = publish(made, "FP32", array), publish(made, "FP32", array, lease_s=0.0)
     with pytest.raises(ReadNotProven):
@@ -196,7 +196,7 @@ def test_of_several_slices_none_is_returned_when_one_is_not_proven(arena: Shared
     assert reader.bytes_read == 0
 
 
-def test_only_arenas_that_were_opened_are_read(shm: Path, arena: SharedMemoryArena) -> None:
+def test_only_arenas_that_were_opened_are_read(shm: Path, arena: AnyArena) -> None:
     ref = publish(publisher(arena), "FP32", tensor("FP32", 2))
     with Reader(shm) as stranger:
         with pytest.raises(ReadNotProven, match="not open"):
@@ -270,7 +270,7 @@ def test_an_opened_arena_follows_the_settings(shm: Path) -> None:
 def produce(shm: str, pipe: Connection) -> None:
     """Another process: publishes two tensors, sends their refs, and takes back what it is told."""
     with SharedMemoryArena(Path(shm), MIB, "setting") as arena:
-        made = with_settings(arena, tensor_pb2.POSIX_SHM, inline_max_kib=1)
+        made = with_settings(arena, inline_max_kib=1)
         pipe.send_bytes(arena.announcement().SerializeToString())
         for rows in (1, 500):
             array = np.arange(rows * 15, dtype=np.float32).reshape(rows, *ITEM)

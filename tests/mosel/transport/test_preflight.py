@@ -7,9 +7,10 @@ import pytest
 from mosel.transport import Reader, SharedMemoryArena
 from mosel.transport.preflight import preflight
 from mosel.v1 import arena_pb2, tensor_pb2
+from tests.mosel.transport.support import AnyArena
 
 
-def described(arena: SharedMemoryArena, **changes: object) -> arena_pb2.OpenArenaRequest:
+def described(arena: AnyArena, **changes: object) -> arena_pb2.OpenArenaRequest:
     request = arena_pb2.OpenArenaRequest(arena=arena.announcement().arena)
     for name, value in changes.items():
         owner = request.arena.host if name in ("boot_id", "time_namespace") else request.arena
@@ -17,7 +18,7 @@ def described(arena: SharedMemoryArena, **changes: object) -> arena_pb2.OpenAren
     return request
 
 
-def test_the_nonce_is_read_through_the_path_and_never_told(shm: Path, arena: SharedMemoryArena) -> None:
+def test_the_nonce_is_read_through_the_path_and_never_told(shm: Path, arena: AnyArena) -> None:
     announced = arena.announcement()
     assert announced.nonce not in announced.arena.SerializeToString()
     with Reader(shm) as reader:
@@ -26,7 +27,7 @@ def test_the_nonce_is_read_through_the_path_and_never_told(shm: Path, arena: Sha
         assert reader.arenas_open() == 1
 
 
-def test_an_arena_is_opened_once(shm: Path, arena: SharedMemoryArena) -> None:
+def test_an_arena_is_opened_once(shm: Path, arena: AnyArena) -> None:
     with Reader(shm) as reader:
         first = preflight(reader, described(arena))
         view = reader._views[arena.arena_id, arena.epoch]
@@ -66,8 +67,9 @@ def test_shared_memory_that_is_not_shared_is_noticed(tmp_path: Path, arena: Shar
     assert (report.nonce, report.reason) == (b"", "the arena is not there")
 
 
-def test_a_producer_that_is_gone_is_noticed(shm: Path, arena: SharedMemoryArena) -> None:
+def test_a_producer_that_is_gone_is_noticed(shm: Path, arena: AnyArena) -> None:
     request = described(arena)
     arena.close()
     with Reader(shm) as reader:
-        assert "not there" in preflight(reader, request).reason
+        reason = "not there" if isinstance(arena, SharedMemoryArena) else "not in this process"
+        assert reason in preflight(reader, request).reason

@@ -6,9 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mosel.errors import InvalidRequest, MoselError, ReadNotProven
-from mosel.transport import Reader, SharedMemoryArena, slice_rows
+from mosel.transport import Reader, slice_rows
 from mosel.v1 import tensor_pb2
-from tests.mosel.transport.support import ITEM, Change, field, publish, publisher, shape, tensor
+from tests.mosel.transport.support import ITEM, AnyArena, Change, field, publish, publisher, shape, tensor
 
 
 def no_place(part: tensor_pb2.RowSlice) -> None:
@@ -54,7 +54,7 @@ SLOT_ONLY = {
     + [pytest.param("inline", *case, id=f"inline: {name}") for name, case in (MALFORMED | INLINE_ONLY).items()],
 )
 def test_a_malformed_slice_is_refused_by_name(
-    arena: SharedMemoryArena, reader: Reader, place: str, change: Change, message: str
+    arena: AnyArena, reader: Reader, place: str, change: Change, message: str
 ) -> None:
     part = slice_rows(publish(publisher(arena, place), "FP32", tensor("FP32", 4)), 0, 4)
     change(part)
@@ -76,9 +76,7 @@ def test_a_malformed_slice_is_refused_by_name(
         ("lease_expires_ns", 1),
     ],
 )
-def test_a_ref_to_what_was_not_published_is_not_proven(
-    arena: SharedMemoryArena, reader: Reader, name: str, value: int
-) -> None:
+def test_a_ref_to_what_was_not_published_is_not_proven(arena: AnyArena, reader: Reader, name: str, value: int) -> None:
     ref = publish(publisher(arena), "FP32", tensor("FP32", 4))
     setattr(ref.slot, name, value)
     with pytest.raises(ReadNotProven):
@@ -107,7 +105,7 @@ CHANGES = st.one_of(
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.sampled_from(["inline", "slot"]), changes=st.lists(CHANGES, min_size=1, max_size=3))
 def test_whatever_a_peer_sends_the_reader_answers_with_bytes_or_one_of_its_errors(
-    arena: SharedMemoryArena, reader: Reader, place: str, changes: list[Change]
+    arena: AnyArena, reader: Reader, place: str, changes: list[Change]
 ) -> None:
     array = tensor("FP32", 4)
     ref = publish(publisher(arena, place), "FP32", array)
