@@ -1,7 +1,7 @@
 """A producer and a consumer of torch tensors on one fake GPU."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,15 @@ from mosel.config import TransportSettings
 from mosel.transport import Publisher, Reader, SharedMemoryArena, slice_rows
 from mosel.transport.device_arena import DeviceArena
 from mosel.transport.layout import MIB
+from mosel.transport.object_arena import ObjectArena
 from mosel.transport.torch_exchange import TORCH_DTYPES, TensorPublisher, TensorReader
 from mosel.v1 import arena_pb2, tensor_pb2
 from tests.mosel.transport.fake_cuda import FakeGpu, FakeRuntime, runtimes
 
 CPU = torch.device("cpu")
-INLINE, POSIX_SHM, CUDA_IPC = tensor_pb2.INLINE, tensor_pb2.POSIX_SHM, tensor_pb2.CUDA_IPC
-RUNGS = [INLINE, POSIX_SHM, CUDA_IPC]
+INLINE, POSIX_SHM = tensor_pb2.INLINE, tensor_pb2.POSIX_SHM
+CUDA_IPC, IN_PROCESS = tensor_pb2.CUDA_IPC, tensor_pb2.IN_PROCESS
+RUNGS = [INLINE, POSIX_SHM, CUDA_IPC, IN_PROCESS]
 ITEM = (3, 5)
 
 
@@ -41,19 +43,20 @@ class Link:
     def in_use(self) -> int:
         counters = self.publisher.statistics()
         states = ("slots_published", "slots_filling")
-        return sum(counters[f"{prefix}{state}"] for prefix in ("", "device_") for state in states)
+        return sum(counters.get(f"{prefix}{state}", 0) for prefix in ("", "device_", "object_") for state in states)
 
 
 @contextmanager
 def producing(
-    shm: Path, runtime: FakeRuntime, mib: int = 1, **limits: Any
+    shm: Path, runtime: FakeRuntime, mib: int = 1, in_process: bool = False, **limits: Any
 ) -> Iterator[tuple[DeviceArena, TensorPublisher]]:
     transport = TransportSettings(**({"inline_max_kib": 0, "inline_when_full_max_kib": 0} | limits))
     with (
         SharedMemoryArena(shm, mib * MIB, "host setting") as arena,
         DeviceArena(shm, mib * MIB, "device setting", runtime) as device_arena,
+        ObjectArena(mib * MIB, "object setting") if in_process else nullcontext() as objects,
     ):
-        yield device_arena, TensorPublisher(Publisher(arena, transport), device_arena)
+        yield device_arena, TensorPublisher(Publisher(arena, transport, objects), device_arena)
 
 
 def attach(reader: TensorReader, publisher: TensorPublisher) -> None:

@@ -17,9 +17,10 @@ from mosel.transport import Reader, SharedMemoryArena, slice_rows
 from mosel.transport.control import PROOF_MARGIN_NS
 from mosel.transport.exchange import release_slots, set_slot
 from mosel.transport.layout import SLOT_SIZES
-from mosel.transport.slots import Slot
+from mosel.transport.object_arena import ObjectArena
+from mosel.transport.slots import Slot, SlotState
 from mosel.v1 import tensor_pb2
-from tests.mosel.transport.support import SETTING
+from tests.mosel.transport.support import SETTING, AnyArena
 
 # So few that slots are soon reused.
 SLOTS = 2
@@ -80,10 +81,19 @@ class ArenaMachine(RuleBasedStateMachine):
         return int(self.now * 1e9)
 
     def start(self) -> None:
-        self.arena = SharedMemoryArena(self.folder, SLOTS * SLOT_SIZES[0], SETTING)
+        self.arena = self.make()
         self.reader.open(self.arena.announcement().arena)
         self.filling: list[Filling] = []
         self.generations: dict[int, int] = {}
+
+    def make(self) -> AnyArena:
+        return SharedMemoryArena(self.folder, SLOTS * SLOT_SIZES[0], SETTING)
+
+    def fill(self, one: Filling, nbytes: int) -> None:
+        """Puts so many bytes of what a slot is to hold there."""
+        assert isinstance(self.arena, SharedMemoryArena)
+        with self.arena.writable(one.slot, one.nbytes) as target:
+            target[:nbytes] = content(self.arena.epoch, one.slot.index, one.generation, one.nbytes)[:nbytes]
 
     @rule(nbytes=st.sampled_from([1000, SLOT_SIZES[0]]), lease_s=st.sampled_from([0.01, 0.5, 60.0]))
     def acquire(self, nbytes: int, lease_s: float) -> None:
@@ -105,16 +115,13 @@ class ArenaMachine(RuleBasedStateMachine):
     def write_half(self, data: st.DataObject) -> None:
         """A fill that is not done: whoever reads the slot now sees neither the old tensor nor the new one."""
         one = data.draw(st.sampled_from(self.filling))
-        with self.arena.writable(one.slot, one.nbytes) as target:
-            half = one.nbytes // 2
-            target[:half] = content(self.arena.epoch, one.slot.index, one.generation, one.nbytes)[:half]
+        self.fill(one, one.nbytes // 2)
 
     @precondition(lambda self: self.filling)
     @rule(data=st.data())
     def publish(self, data: st.DataObject) -> None:
         one = self.filling.pop(data.draw(st.integers(0, len(self.filling) - 1)))
-        with self.arena.writable(one.slot, one.nbytes) as target:
-            target[:] = content(self.arena.epoch, one.slot.index, one.generation, one.nbytes)
+        self.fill(one, one.nbytes)
         one.filling.__exit__(None, None, None)
         ref = tensor_pb2.TensorRef(dtype=tensor_pb2.UINT8, shape=[one.nbytes], nbytes=one.nbytes)
         set_slot(ref, self.arena, one.slot, one.expires_at)
@@ -148,7 +155,7 @@ class ArenaMachine(RuleBasedStateMachine):
     @rule(closes=st.booleans())
     def restart(self, closes: bool) -> None:
         """The consumer may hear of it late: until then it reads what it mapped."""
-        if closes:
+        if closes or self.arena.rung == tensor_pb2.IN_PROCESS:
             self.reader.close(self.arena.arena_id, self.arena.epoch)
             for one in self.published:
                 one.opened = one.opened and one.ref.slot.epoch != self.arena.epoch
@@ -161,14 +168,16 @@ class ArenaMachine(RuleBasedStateMachine):
         one = data.draw(st.sampled_from(self.published))
         ref, slot = one.ref, one.ref.slot
         in_time = self.now < one.expires_at - MARGIN_S
+        # Objects are dropped when they are released, what was copied stays until the slot is used again.
+        gone = one.reused or (one.released and self.arena.rung == tensor_pb2.IN_PROCESS)
         try:
             batch = self.reader.gather([slice_rows(ref, 0, ref.nbytes)], "UINT8", ())
         except ReadNotProven:
             # 2 ns: the lease is rounded to whole nanoseconds.
-            assert one.reused or not one.opened or self.now >= one.expires_at - MARGIN_S - 2e-9
+            assert gone or not one.opened or self.now >= one.expires_at - MARGIN_S - 2e-9
         else:
             assert in_time
-            assert not one.reused
+            assert not gone
             assert one.opened
             assert batch.tobytes() == content(slot.epoch, slot.slot, slot.generation, ref.nbytes)
 
@@ -200,5 +209,24 @@ class ArenaMachine(RuleBasedStateMachine):
             self.end()
 
 
+class ObjectArenaMachine(ArenaMachine):
+    """The same in one process: what an object arena holds is dropped with its slot, and when the producer ends."""
+
+    def make(self) -> AnyArena:
+        return ObjectArena(SLOTS * SLOT_SIZES[0], SETTING)
+
+    def fill(self, one: Filling, nbytes: int) -> None:
+        data = content(self.arena.epoch, one.slot.index, one.generation, one.nbytes)
+        one.slot.content = np.frombuffer(data[:nbytes] + bytes(one.nbytes - nbytes), np.uint8)
+
+    @invariant()
+    def free_slots_hold_nothing(self) -> None:
+        free = [slot for slot in self.arena._table.slots if slot.state is SlotState.FREE]
+        assert all(slot.content is None for slot in free)
+
+
 TestArenaStates = ArenaMachine.TestCase
-TestArenaStates.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestObjectArenaStates = ObjectArenaMachine.TestCase
+TestArenaStates.settings = TestObjectArenaStates.settings = settings(
+    max_examples=120, stateful_step_count=40, deadline=None
+)

@@ -1,5 +1,6 @@
 """Torch tensors in, refs out, and back, through every kind of memory; the GPU is a nasty fake."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,25 @@ from mosel.transport.cupy_ipc import device_ipc_for
 from mosel.transport.layout import KIB, MIB
 from mosel.transport.torch_exchange import TORCH_DTYPES, TensorPublisher, TensorReader
 from mosel.v1 import tensor_pb2
-from tests.mosel.transport.device_link import CPU, CUDA_IPC, INLINE, ITEM, POSIX_SHM, RUNGS, Link, bits, linked, noise
+from tests.mosel.transport.device_link import (
+    CPU,
+    CUDA_IPC,
+    IN_PROCESS,
+    INLINE,
+    ITEM,
+    POSIX_SHM,
+    RUNGS,
+    Link,
+    bits,
+    linked,
+    noise,
+)
+
+
+@pytest.fixture
+def link(shm: Path) -> Iterator[Link]:
+    with linked(shm, in_process=True) as link:
+        yield link
 
 
 @pytest.mark.parametrize("rung", RUNGS, ids=tensor_pb2.Rung.Name)
@@ -88,10 +107,15 @@ def test_limits_decide_what_travels_inline(shm: Path) -> None:
 
 
 def test_the_announcement_has_the_best_first_and_statistics_tell_them_apart(link: Link) -> None:
-    assert [announced.arena.rung for announced in link.publisher.announcement().arenas] == [CUDA_IPC, POSIX_SHM]
-    refs = [link.publish(noise((10,)), rung) for rung in (POSIX_SHM, CUDA_IPC, CUDA_IPC)]
+    assert [announced.arena.rung for announced in link.publisher.announcement().arenas] == [
+        IN_PROCESS,
+        CUDA_IPC,
+        POSIX_SHM,
+    ]
+    refs = [link.publish(noise((10,)), rung) for rung in (POSIX_SHM, CUDA_IPC, CUDA_IPC, *[IN_PROCESS] * 3)]
     statistics = link.publisher.statistics()
     assert (statistics["slots_published"], statistics["device_slots_published"]) == (1, 2)
+    assert (statistics["object_slots_published"], statistics["tensors.in_process"]) == (3, 3)
     link.publisher.release(ref.slot for ref in refs * 2)
     statistics = link.publisher.statistics()
     assert (statistics["slots_released_total"], statistics["device_slots_released_total"]) == (1, 2)
