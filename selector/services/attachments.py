@@ -46,13 +46,15 @@ class Attachments:
             ServiceUnavailable: the consumer does not answer.
         """
         announced = self._announced.get(producer, [])
-        reasons: list[str] = []
+        failed: list[tuple[Rung, str]] = []
         rung: Rung = tensor_pb2.INLINE
         for path in announced:
             if reason := await self._why_not(consumer, path):
-                reasons.append(reason)
+                failed.append((path.arena.rung, reason))
             else:
                 rung = max(rung, path.arena.rung)
+        # What is worse than the path that is taken needs no excuse.
+        reasons = [reason for tried, reason in failed if tried > rung]
         if rung == tensor_pb2.INLINE:
             rung, reason = await self._by_fetching(producer, consumer, announced)
             reasons.append(reason)

@@ -15,8 +15,8 @@ from mosel.compute import networks
 from mosel.config import TransportSettings
 from mosel.errors import InternalError, InvalidRequest, ModelNotFound, PackageError
 from mosel.packages.model_package import ModelPackage
-from mosel.transport import Publisher, Reader, SharedMemoryArena, open_arenas, slice_rows
-from mosel.transport.torch_exchange import TensorPublisher
+from mosel.transport import ArenaKinds, Publisher, Reader, SharedMemoryArena, open_arenas, slice_rows
+from mosel.transport.torch_exchange import TensorPublisher, TensorReader
 from mosel.v1 import tensor_pb2
 from tests.fruit_on_disk import Fruit, measured
 
@@ -75,6 +75,41 @@ def test_rows_of_several_payloads_are_one_batch(
     assert arena[0].statistics().published == 3
 
 
+def test_in_one_process_nothing_is_copied_on_the_way_to_the_network_and_on_to_fusion(
+    transport: TransportSettings, fruit: ModelPackage, draw: Draw
+) -> None:
+    here = ArenaKinds(in_process=True, shared=False)
+    seen: list[torch.Tensor] = []
+    with (
+        open_arenas(transport, 1, "gateway", here) as payloads,
+        open_arenas(transport, 1, "encoder", here) as embeddings,
+        Reader(transport.shm_dir) as payload_reader,
+        Reader(transport.shm_dir) as host_reader,
+        TensorReader(host_reader, transport.shm_dir, CPU, None) as reader,
+    ):
+        publisher = TensorPublisher(embeddings, None)
+        encoder = ModalityEncoder("scent", CPU, payload_reader, publisher)
+        encoder.networks.load(fruit)
+        for arenas, consumer in ((payloads.announcement(), payload_reader), (publisher.announcement(), reader)):
+            for announced in arenas.arenas:
+                assert consumer.open(announced.arena) == announced.nonce
+        loaded = encoder.networks.get(fruit.id)
+        assert loaded
+        loaded.network.register_forward_hook(lambda _, inputs, output: seen.extend((*inputs, output)))
+        payloads.rung, array = tensor_pb2.IN_PROCESS, draw(9)["scent"]
+        rows = [slice_rows(published(payloads, array), 2, 5)]
+        ref, _ = encoder.encode(fruit.id, rows, tensor_pb2.IN_PROCESS, lease_s=60)
+        batch = reader.gather([slice_rows(ref, 0, 5)], "FP32", (8,))
+        payload, made = seen
+        assert np.shares_memory(payload.numpy(), array)
+        assert (batch.data_ptr(), batch.shape) == (made.data_ptr(), made.shape)
+        assert torch.equal(batch, networks.load_encoder(fruit, "scent", CPU)(torch.from_numpy(array[2:7])))
+        assert encoder.counters["payload_bytes_read"] == 5 * 6 * 4
+        publisher.release([ref.slot])
+        assert publisher.statistics()["object_slots_published"] == 0
+    assert list(transport.shm_dir.iterdir()) == []
+
+
 def test_payloads_that_are_not_this_modality_s_are_refused(
     encoder: ModalityEncoder, fruit: ModelPackage, arena: tuple[SharedMemoryArena, Publisher], draw: Draw
 ) -> None:
@@ -124,6 +159,8 @@ def test_a_network_that_contradicts_its_description_is_found_by_loading(
     [
         ("super().forward(payload) / 0", r"returned numbers that are not finite on example rows"),
         ("super().forward(payload - payload.mean(0))", r"returns other numbers for a row alone than in a batch"),
+        # What it reads may be shared with others.
+        ("super().forward(payload.mul_(2))", r"returns other numbers for a row alone than in a batch"),
         ("super().forward(payload.cumsum(0))", r"returns other numbers for a row alone than in a batch"),
         ("super().forward(payload.flip(0).cumsum(0).flip(0))", r"returns other numbers for a row alone"),
     ],

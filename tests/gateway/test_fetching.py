@@ -58,3 +58,9 @@ async def test_an_encoder_that_nothing_leads_to_is_named(
     async with FetchListeners(settings, opened[0]) as listeners:
         with pytest.raises(ServiceUnavailable, match=f"^service gateway finds no way to {encoder}: "):
             await listeners.address_for(encoder)
+
+
+async def test_payloads_that_never_leave_the_process_are_not_fetched(settings: Settings) -> None:
+    async with FetchListeners(settings, None) as listeners:
+        with pytest.raises(ServiceUnavailable, match="keeps payloads for its own process alone"):
+            await listeners.address_for("127.0.0.1:7001")

@@ -13,6 +13,7 @@ from mosel.config import TransportSettings
 from mosel.errors import FloorUnreachable, MoselError, Overloaded
 from mosel.observability.metrics import Metrics, merged, parts, reason_of, refusals, show_arenas, single, up
 from mosel.transport import Publisher, SharedMemoryArena
+from mosel.transport.object_arena import ObjectArena
 from mosel.v1 import tensor_pb2
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -148,6 +149,18 @@ def test_statistics_become_values() -> None:
 def arena(tmp_path: Path) -> Iterator[SharedMemoryArena]:
     with SharedMemoryArena(tmp_path, 2 * 1024 * 1024, "transport.gateway_arena_mib") as arena:
         yield arena
+
+
+def test_objects_of_the_process_are_counted_too() -> None:
+    with ObjectArena(2 * 1024 * 1024, "transport.gateway_arena_mib") as objects:
+        publisher = Publisher(None, TransportSettings(inline_max_kib=1), objects)
+        publisher.rung = tensor_pb2.IN_PROCESS
+        metrics = Metrics("gateway")
+        show_arenas(metrics, publisher.statistics)
+        publisher.publish("UINT8", (5000,), memoryview(bytes(5000)), 60)
+        found = samples(asyncio.run(metrics.page()))
+    assert found[key("mosel_tensor_bytes_total", rung="in_process", service="gateway")] == 5000
+    assert found[key("mosel_arena_slots", arena="object", state="published", service="gateway")] == 1
 
 
 def test_tensors_are_counted_by_their_rung(arena: SharedMemoryArena) -> None:

@@ -31,14 +31,6 @@ class _NoLuckError(Exception):
     """A fill that fails."""
 
 
-class Owned(np.ndarray):
-    """An array of which one can ask whether it is still there."""
-
-
-def owned(nbytes: int = 1000) -> Owned:
-    return np.zeros(nbytes, np.uint8).view(Owned)
-
-
 def gathered(reader: Reader, ref: tensor_pb2.TensorRef, start: int, count: int) -> np.ndarray:
     return reader.gather([slice_rows(ref, start, count)], "FP32", ITEM)
 
@@ -92,7 +84,7 @@ def test_rows_that_were_read_outlive_their_slot_and_their_arena() -> None:
 @pytest.mark.parametrize("ends", ["release", "expiry", "close", "another fill"])
 def test_an_object_is_dropped_with_its_slot(ends: str) -> None:
     with ObjectArena(MIB, SETTING) as arena:
-        array = owned()
+        array = np.zeros(1000, np.uint8)
         dropped = weakref.ref(array)
         slot = arena.keep(array, time.monotonic() + (60 if ends != "expiry" else 0))
         del array
@@ -107,7 +99,7 @@ def test_an_object_is_dropped_with_its_slot(ends: str) -> None:
                 arena.close()
             else:
                 assert arena.release(slot.index, slot.generation)
-                while arena.keep(owned(), time.monotonic() + 60).index != slot.index:
+                while arena.keep(np.zeros(1000, np.uint8), time.monotonic() + 60).index != slot.index:
                     pass
             assert dropped() is None
         finally:
@@ -116,7 +108,7 @@ def test_an_object_is_dropped_with_its_slot(ends: str) -> None:
 
 def test_a_fill_that_fails_keeps_no_object() -> None:
     with ObjectArena(MIB, SETTING) as arena:
-        array = owned()
+        array = np.zeros(1000, np.uint8)
         dropped = weakref.ref(array)
         with contextlib.suppress(_NoLuckError), arena.filling(array.nbytes, time.monotonic() + 60, 0.0) as slot:
             slot.content = array
@@ -222,7 +214,7 @@ def test_a_producer_needs_consumers_somewhere() -> None:
 def test_what_a_slot_does_not_hold_is_not_read(slot: int) -> None:
     with ObjectArena(MIB, SETTING) as arena:
         view = ObjectView(arena.arena_id, arena.epoch)
-        kept = arena.keep(owned(1000), time.monotonic() + 60)
+        kept = arena.keep(np.zeros(1000, np.uint8), time.monotonic() + 60)
         changes: list[Callable[[], object]] = [
             lambda: view.bytes_of(slot if slot else kept.index, 1001),
             lambda: view.bytes_of(slot if slot else kept.index + 1, 1000),

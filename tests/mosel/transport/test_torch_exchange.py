@@ -1,8 +1,10 @@
 """Torch tensors in, refs out, and back, through every kind of memory; the GPU is a nasty fake."""
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +15,7 @@ from mosel.errors import Overloaded, PayloadTooLarge, ReadNotProven
 from mosel.transport import Publisher, Reader, SharedMemoryArena, slice_rows
 from mosel.transport.cupy_ipc import device_ipc_for
 from mosel.transport.layout import KIB, MIB
+from mosel.transport.object_arena import ObjectArena
 from mosel.transport.torch_exchange import TORCH_DTYPES, TensorPublisher, TensorReader
 from mosel.v1 import tensor_pb2
 from tests.mosel.transport.device_link import (
@@ -148,3 +151,54 @@ def test_without_a_gpu_the_rest_works_and_the_reason_is_told(shm: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_a_reason() -> None:
     assert device_ipc_for(torch.device("cuda")) == (None, "no CUDA IPC: torch finds no GPU")
+
+
+def test_a_tensor_in_one_process_stays_where_it_was_made(link: Link) -> None:
+    tensor = noise((6, *ITEM), "FP32")
+    ref = link.publish(tensor, IN_PROCESS)
+    rows = link.reader.gather([slice_rows(ref, 2, 3)], "FP32", ITEM)
+    assert rows.data_ptr() == tensor[2:].data_ptr()
+    assert bits(rows) == bits(tensor[2:5])
+    link.publisher.release([ref.slot])
+    assert bits(rows) == bits(tensor[2:5]), "who has it keeps it"
+    with pytest.raises(ReadNotProven):
+        link.gather(ref, dtype="FP32", item=ITEM)
+    assert link.reader.bytes_read == rows.nbytes
+
+
+def test_a_view_of_a_larger_tensor_keeps_only_its_own_bytes(link: Link) -> None:
+    for view in (noise((1, 100, 7), "FP32")[:, 0], noise((50, 7), "FP32")[20:22]):
+        rows = link.gather(link.publish(view, IN_PROCESS), dtype="FP32", item=(7,))
+        assert bits(rows) == bits(view.contiguous())
+        assert rows.untyped_storage().nbytes() == view.nbytes
+
+
+def test_a_tensor_is_dropped_when_its_slot_is_released(link: Link) -> None:
+    memory = np.zeros(1000, np.uint8)
+    kept = weakref.ref(memory)
+    tensor = torch.from_numpy(memory)
+    del memory
+    ref = link.publish(tensor, IN_PROCESS)
+    del tensor
+    assert kept() is not None
+    link.publisher.release([ref.slot])
+    assert kept() is None
+
+
+def test_payloads_that_are_objects_become_tensors_over_the_same_bytes(shm: Path) -> None:
+    array = np.arange(24, dtype=np.float32).reshape(4, 6)
+    array.flags.writeable = False
+    transport = TransportSettings(inline_max_kib=0)
+    with (
+        ObjectArena(MIB, "setting") as objects,
+        Reader(shm) as host_reader,
+        TensorReader(host_reader, shm, CPU, None) as reader,
+    ):
+        reader.open(objects.announcement().arena)
+        ref = Publisher(None, transport, objects).publish("FP32", (4, 6), array.data.cast("B"), 60.0, rung=IN_PROCESS)
+        rows = reader.gather([slice_rows(ref, 1, 2)], "FP32", (6,))
+        assert np.shares_memory(rows.numpy(), array)
+        assert np.array_equal(rows.numpy(), array[1:3])
+        kept = TensorPublisher(Publisher(None, transport, objects), None).publish(rows, IN_PROCESS, 60.0)
+        with pytest.raises(ReadNotProven, match="object of torch"):
+            host_reader.gather([slice_rows(kept, 0, 2)], "FP32", (6,))

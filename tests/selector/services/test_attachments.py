@@ -6,7 +6,7 @@ from mosel.v1 import arena_pb2, selector_pb2, tensor_pb2
 from selector.services.attachments import Attachments, Edge
 
 CUDA, SHM, INLINE = tensor_pb2.CUDA_IPC, tensor_pb2.POSIX_SHM, tensor_pb2.INLINE
-FETCH = tensor_pb2.FETCH
+FETCH, IN_PROCESS = tensor_pb2.FETCH, tensor_pb2.IN_PROCESS
 
 
 class Consumers:
@@ -61,6 +61,18 @@ async def test_the_best_path_that_works_is_taken_and_what_does_not_is_explained(
     edge = await attachments.attach("image", "fusion")
     assert edge == Edge(INLINE, "cuda_ipc: no GPU here; posix_shm: no GPU here")
     assert attachments.statistics() == {"edges.inline": 1}
+
+
+async def test_of_paths_only_those_that_would_be_better_are_explained() -> None:
+    consumers = Consumers()
+    attachments = consumers.attachments()
+    attachments.announce("image", consumers.announcement(IN_PROCESS, CUDA, SHM))
+    consumers.works["fusion", CUDA] = False
+    assert await attachments.attach("image", "fusion") == Edge(IN_PROCESS, "")
+    consumers.works["fusion", IN_PROCESS] = False
+    why = "in_process: no GPU here; cuda_ipc: no GPU here"
+    assert await attachments.attach("image", "fusion") == Edge(SHM, why)
+    assert attachments.statistics() == {"edges.posix_shm": 1}
 
 
 async def test_a_path_that_shows_another_nonce_is_not_used() -> None:
