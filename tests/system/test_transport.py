@@ -97,13 +97,14 @@ def refusals(client: Client) -> list[str]:
     return ["", ""]
 
 
+@pytest.mark.parametrize("required", ["cuda_ipc", "in_process"])
 def test_a_path_that_is_required_and_not_there_keeps_the_system_from_being_ready(
-    settings_with: Callable[..., Settings], until: Until
+    settings_with: Callable[..., Settings], until: Until, required: str
 ) -> None:
-    with Launcher(settings_with(transport={"require": "cuda_ipc"})) as launcher:
+    with Launcher(settings_with(transport={"require": required})) as launcher:
         with Client(launcher.address, retries=None) as client:
             until(lambda: all("transport.require" in told for told in refusals(client)), "the selector has said no")
-        with pytest.raises(ServiceUnavailable, match=r"encoder/photo \(transport\.require is cuda_ipc, but"):
+        with pytest.raises(ServiceUnavailable, match=rf"encoder/photo \(transport\.require is {required}, but"):
             launcher.wait_ready(3)
         with Client(launcher.address) as client:
             assert not any(model.ready for model in client.models())
