@@ -200,6 +200,7 @@ def test_missing_data_and_unknown_splits_are_named(tmp_path: Path, made_up: Path
         samples_module.load(made_up, "calibration")
 
 
+@pytest.mark.slow
 def test_training_writes_a_whole_package(made_up: Path, tmp_path: Path, package: ModelPackage) -> None:
     train = package.load_module("train")
     for out in ("one", "two"):
