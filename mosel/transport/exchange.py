@@ -210,8 +210,8 @@ class Reader:
             deadline: until when rows may be fetched; None: for a minute.
 
         Returns:
-            [sum of row counts, *item_shape]. The rows of one tensor that is in this process already are a view of it,
-            read-only; everything else is copied.
+            [sum of row counts, *item_shape]. The rows of one object of this process are a view of it, read-only;
+            everything else is copied.
 
         Raises:
             InvalidRequest: a slice is out of bounds, or a tensor has another type or shape.
@@ -324,9 +324,7 @@ class Reader:
         return SharedMemoryView(self._directory, *key)
 
     def _bytes_here(self, part: CheckedSlice) -> NDArray[np.uint8] | None:
-        """The bytes of a slice, proven and not copied, if they are objects of this process; None otherwise."""
-        if part.inline is not None:
-            return np.frombuffer(part.inline, np.uint8)[part.begin : part.end]
+        """The bytes of a slice, proven and not copied, if it is of an object of this process; None otherwise."""
         objects = self.object_view(part)
         if objects is None:
             return None
