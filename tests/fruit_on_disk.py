@@ -84,7 +84,8 @@ def measured(folder: Path) -> ModelPackage:
 
 
 def slots_held(client: Client) -> int:
-    names = ("slots_published", "slots_filling", "slots_held", "jobs_held", "jobs", "queued_items")
+    slots = ("slots_published", "slots_filling", "object_slots_published", "object_slots_filling", "slots_held")
+    names = (*slots, "jobs_held", "jobs", "queued_items")
     return sum(service.counters.get(name, 0) for service in client.status() for name in names)
 
 

@@ -14,7 +14,7 @@ from mosel.errors import MoselError
 from mosel.launcher import Launcher
 from tests.chaos.memory import SharedMemory
 
-_SLOTS = ("slots_published", "slots_filling", "slots_held")
+_SLOTS = ("slots_published", "slots_filling", "object_slots_published", "object_slots_filling", "slots_held")
 _JOBS = ("jobs_held", "jobs", "jobs_in_flight", "jobs_at_selector", "queued_items")
 # Slots that nobody gives back come free when their leases end; connections of callers that left close meanwhile.
 _SETTLE_S = 60.0

@@ -71,7 +71,8 @@ def own(launcher: Launcher, until: Until, counters: Counters) -> Iterator[Launch
 
 
 def slots_held(counters: dict[str, dict[str, int]]) -> int:
-    names = ("slots_published", "slots_filling", "slots_held", "jobs_held", "jobs", "queued_items")
+    slots = ("slots_published", "slots_filling", "object_slots_published", "object_slots_filling", "slots_held")
+    names = (*slots, "jobs_held", "jobs", "queued_items")
     return sum(service.get(name, 0) for service in counters.values() for name in names)
 
 
