@@ -1,9 +1,10 @@
 """The data plane: the one way in for every protocol: jobs, models, and how all is. Knows no protocol."""
 
 import asyncio
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from gateway.access.guard import Guard
 from gateway.gauges import show_as_triton, show_jobs, show_models
@@ -15,7 +16,7 @@ from gateway.jobs.registry import JobRegistry
 from gateway.jobs.request_observer import RequestObserver
 from gateway.jobs.store import PayloadStore
 from gateway.jobs.upload import ArrivingBytes
-from gateway.selector_link import SelectorLink, Write
+from gateway.selector_link import SelectorLink
 from gateway.served_packages import ServedPackages
 from gateway.weaknesses import Weaknesses
 from mosel.config import Settings
@@ -24,6 +25,9 @@ from mosel.observability.metrics import Metrics
 from mosel.observability.tracing import OFF, Tracing
 from mosel.packages.model_package import ModelPackage
 from mosel.v1 import gateway_pb2, selector_pb2, service_pb2
+
+# Sends an event to whoever observes.
+Write = Callable[[gateway_pb2.ObserveEvent], Awaitable[None]]
 
 
 class DataPlane:
@@ -116,13 +120,15 @@ class DataPlane:
         """
         await self.link.unload(model)
 
-    async def observe(self, model: str, share: float, write: Write) -> None:
+    async def observe(
+        self, model: str, share: float, write: Callable[[gateway_pb2.ObserveEvent], Awaitable[None]]
+    ) -> None:
         """Has a model observed until it is cancelled; writes what there is to tell.
 
         Args:
             model: its name.
             share: of the items, above 0 to 1; 0: all.
-            write: sends an event to whoever observes.
+            write: takes each event.
 
         Raises:
             ModelNotFound: there is no such model.
@@ -133,17 +139,23 @@ class DataPlane:
             known = ", ".join(sorted(self.packages)) or "none"
             raise ModelNotFound(f"model '{model}' is not served; known: {known}")
         request = gateway_pb2.ObserveRequest(model=self.packages[model].id, share=share)
-        observing = asyncio.create_task(self.link.observe(request, write))
         stopping = asyncio.create_task(self.stopping.wait())
-        try:
-            await asyncio.wait((observing, stopping), return_when=asyncio.FIRST_COMPLETED)
-            if not observing.done():
-                raise ServiceUnavailable("service gateway is stopping")
-            await observing
-        finally:
-            observing.cancel()
-            stopping.cancel()
-            await asyncio.wait((observing, stopping))
+        async with contextlib.aclosing(self.link.observe(request)) as events:
+            said = asyncio.ensure_future(anext(events, None))
+            try:
+                while True:
+                    # Nothing else is given up: gRPC sends no status while a message is on its way.
+                    await asyncio.wait((said, stopping), return_when=asyncio.FIRST_COMPLETED)
+                    if not said.done():
+                        raise ServiceUnavailable("service gateway is stopping")
+                    if (event := said.result()) is None:
+                        return
+                    await write(event)
+                    said = asyncio.ensure_future(anext(events, None))
+            finally:
+                said.cancel()
+                stopping.cancel()
+                await asyncio.wait((said, stopping))
 
     def state_of(self, model: str) -> selector_pb2.ModelState:
         """What the selector last said of a model; nothing is ready while it is away."""

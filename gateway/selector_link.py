@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import NoReturn
 
 import grpc
@@ -26,7 +26,6 @@ _HEARD_S = 1.0
 
 # What is said of a job; the last is a result or an error.
 Word = selector_pb2.JobPart | selector_pb2.JobResult | MoselError
-Write = Callable[[gateway_pb2.ObserveEvent], Awaitable[None]]
 
 log = logging.getLogger(__name__)
 
@@ -225,8 +224,8 @@ class SelectorLink:
             raise error_from_rpc(error, "selector") from None
         await self._heard(lambda: model not in self.models)
 
-    async def observe(self, request: gateway_pb2.ObserveRequest, write: Write) -> None:
-        """Has a model, named as `name@revision`, observed until it is cancelled; writes what the selector says.
+    async def observe(self, request: gateway_pb2.ObserveRequest) -> AsyncGenerator[gateway_pb2.ObserveEvent, None]:
+        """Has a model, named as `name@revision`, observed until it is closed; gives what the selector says.
 
         Raises:
             MoselError: whatever the selector answered.
@@ -236,7 +235,7 @@ class SelectorLink:
         call = self._stub.Observe(request)
         try:
             async for event in call:
-                await write(event)
+                yield event
         except grpc.RpcError as error:
             raise error_from_rpc(error, "selector") from None
         finally:

@@ -212,6 +212,20 @@ def counters() -> Callable[[Client], dict[str, dict[str, int]]]:
 
 
 @pytest.fixture(scope="session")
+def gateway_holds(counters: Callable[[Client], dict[str, dict[str, int]]]) -> Callable[[Client], int]:
+    """Jobs, slots of arenas and bytes that a gateway holds."""
+    of_jobs, of_slots = ("jobs_in_flight", "jobs_at_selector", "arriving_bytes"), ("slots_published", "slots_filling")
+
+    def count(client: Client) -> int:
+        held = counters(client)["gateway"]
+        slots = [held[f"{kind}{name}"] for kind in ("", "object_") for name in of_slots if f"{kind}{name}" in held]
+        assert slots
+        return sum(slots) + sum(held[name] for name in of_jobs)
+
+    return count
+
+
+@pytest.fixture(scope="session")
 def until() -> Callable[..., None]:
     """Waits until a condition holds; fails the test after a generous time."""
 

@@ -18,6 +18,7 @@ def test_everything_that_needs_a_gpu_is_rehearsed_without_one(tmp_path: Path) ->
     for step in steps(tmp_path, "cpu"):
         assert f"## {step.title}: well" in report
     assert "* encoder/audio to fusion: posix_shm" in report
+    assert "* encoder/audio to fusion: in_process" in report
     assert "**NO**" not in report
     assert "A rehearsal" in report
 

@@ -35,14 +35,20 @@ _LONGEST = 610
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nothing_happened(services: Launcher, counters: Counters, until: Until, draw: Draw, directly: Directly) -> Any:
+def nothing_happened(
+    services: Launcher,
+    counters: Counters,
+    gateway_holds: Callable[[Client], int],
+    until: Until,
+    draw: Draw,
+    directly: Directly,
+) -> Any:
     """Every process is alive, nothing is held, and a good request is answered."""
     before = {child.process.pid for child in services.children.values()}
     yield
     assert services.ended() == []
-    names = ("jobs_in_flight", "jobs_at_selector", "arriving_bytes", "slots_published", "slots_filling")
     with Client(services.address) as client:
-        until(lambda: not any(counters(client)["gateway"][name] for name in names), "nothing is held")
+        until(lambda: not gateway_holds(client), "nothing is held")
         until(lambda: not counters(client)["selector"]["jobs"], "the selector has no jobs")
         assert {service.pid for service in client.status()} == before
         payloads = draw(3, seed=9)

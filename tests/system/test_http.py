@@ -24,10 +24,9 @@ SETS = [["photo"], ["scent"], ["photo", "scent"]]
 
 
 @pytest.fixture
-def held(client: Client, counters: Counters) -> Callable[[], int]:
+def held(client: Client, gateway_holds: Callable[[Client], int]) -> Callable[[], int]:
     """Jobs, slots and bytes that the gateway holds."""
-    names = ("jobs_in_flight", "jobs_at_selector", "arriving_bytes", "slots_published", "slots_filling")
-    return lambda: sum(counters(client)["gateway"][name] for name in names)
+    return lambda: gateway_holds(client)
 
 
 @pytest.fixture(autouse=True)

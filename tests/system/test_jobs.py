@@ -36,10 +36,9 @@ FLOORS = [0.0, 0.7, 0.75, 0.8, 0.85, 0.9]
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(client: Client, counters: Counters, until: Until) -> Iterator[None]:
+def nothing_is_left(client: Client, gateway_holds: Callable[[Client], int], until: Until) -> Iterator[None]:
     yield
-    names = ("jobs_in_flight", "jobs_at_selector", "arriving_bytes", "slots_published", "slots_filling")
-    until(lambda: not any(counters(client)["gateway"][name] for name in names), "nothing is held")
+    until(lambda: not gateway_holds(client), "nothing is held")
 
 
 def batches(payloads: Payloads, step: int) -> Iterator[Payloads]:

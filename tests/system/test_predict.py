@@ -118,17 +118,18 @@ def test_payloads_of_modalities_that_are_not_chosen_are_read_by_nobody(
     assert read == 5 * payloads["scent"].nbytes
 
 
-def test_large_payloads_travel_by_shared_memory_and_every_slot_comes_back(
-    client: Client, draw: Draw, counters: Counters, until: Callable[..., None]
+def test_large_payloads_travel_in_an_arena_and_every_slot_comes_back(
+    services: Launcher, client: Client, draw: Draw, counters: Counters, until: Callable[..., None]
 ) -> None:
+    arena = "object_slots" if services.settings.placement == "single" else "slots"
     before = counters(client)["gateway"]
     client.predict("fruit", draw(200))
-    until(lambda: counters(client)["gateway"]["slots_published"] == 0, "every slot is free")
+    until(lambda: counters(client)["gateway"][f"{arena}_published"] == 0, "every slot is free")
     after = counters(client)["gateway"]
     # The photos of 200 items have 338 KiB, their scents 5 KiB.
-    assert after["slots_acquired_total"] == before["slots_acquired_total"] + 1
-    assert after["slots_released_total"] == before["slots_released_total"] + 1
-    assert after["slots_expired_total"] == 0
+    assert after[f"{arena}_acquired_total"] == before[f"{arena}_acquired_total"] + 1
+    assert after[f"{arena}_released_total"] == before[f"{arena}_released_total"] + 1
+    assert after[f"{arena}_expired_total"] == 0
 
 
 def test_threads_get_their_own_answers(client: Client, draw: Draw, directly: Directly) -> None:
