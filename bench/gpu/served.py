@@ -29,7 +29,7 @@ def main() -> None:
     """Prints a list in Markdown; exits with 1 where predictions differ or embeddings do not stay on the GPU."""
     settings = load_settings(models=_MODELS, gateway=FREE_PORTS)
     device = networks.choose_device(settings.device)
-    failures = []
+    failures = list[str]()
     for placement, rung in _RUNGS.items():
         print(f"* placement {placement}:")
         with _services(settings.model_copy(update={"placement": placement})) as (launcher, client):
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def _wrong(launcher: Launcher, client: Client, rung: str) -> Iterator[str]:
-    """Says how predictions and edges are; gives what is wrong with them. No rung: embeddings may travel as they like."""
+    """Says how predictions and edges are; gives what is wrong with them. Without a rung, any edge is right."""
     for name, package in launcher.packages.items():
         worst, sets = _worst(client, package)
         print(f"  * {name}: largest difference from the processor over {sets} modality sets: {worst:.1e}")

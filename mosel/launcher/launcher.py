@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -29,6 +30,9 @@ _POLL_S = 0.1
 _LOOK_TIMEOUT_S = 2.0
 _LAST_LINE_BYTES = 4096
 _MOST_LOG_BYTES = 64 * 1024 * 1024
+# What the kernel gives to connections, /proc/sys/net/ipv4/ip_local_port_range; and below, what is tried for listeners.
+_OWN_PORTS, _OWN_PORTS_FROM = Path("/proc/sys/net/ipv4/ip_local_port_range"), 32768
+_LOWEST_PORT, _TRIED_PORTS = 20_000, 64
 # Called with the names of the services that are ready and of those that are not.
 Progress = Callable[[list[str], list[str]], None]
 
@@ -329,13 +333,24 @@ def _runtime_folder() -> str:
     return private if os.access(private, os.W_OK) else tempfile.gettempdir()
 
 
+def _free_port(host: str) -> int:
+    """A free port that the kernel gives to nobody by itself: it stays free until a gateway listens there."""
+    first = int(_OWN_PORTS.read_text().split()[0]) if _OWN_PORTS.exists() else _OWN_PORTS_FROM
+    below = range(_LOWEST_PORT, first)
+    for port in random.sample(below, min(_TRIED_PORTS, len(below))):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
+    return 0
+
+
 def _usable_port(gateway: GatewaySettings, name: str) -> int:
     """The port that a setting names, or a free one for 0.
 
     Raises:
         ConfigError: nobody can listen there.
     """
-    host, port = gateway.host, getattr(gateway, name)
+    host, port = gateway.host, getattr(gateway, name) or _free_port(gateway.host)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
