@@ -13,6 +13,7 @@ from encoders.encoder import ModalityEncoder
 from encoders.servicer import EncoderServicer
 from mosel.compute import networks
 from mosel.compute.forms import Forms
+from mosel.compute.joined import JoinedEncoders
 from mosel.compute.workers import Workers
 from mosel.config import Settings
 from mosel.errors import ConfigError
@@ -53,6 +54,7 @@ async def serve(
     settings: Settings,
     stop: asyncio.Event,
     arenas: ArenaKinds = SHARED,
+    joined: JoinedEncoders | None = None,
 ) -> None:
     """Loads the networks, listens, and is ready until `stop` is set.
 
@@ -64,6 +66,7 @@ async def serve(
         settings: the effective settings.
         stop: ends it.
         arenas: what embeddings are kept in: that depends on where fusion is.
+        joined: where fusion finds it, if it is in this process.
 
     Raises:
         ConfigError: no model has the modality, or a setting is wrong.
@@ -104,6 +107,8 @@ async def serve(
         async with Service(settings, address, "encoders.addresses", register, names=names) as service:
             for package in packages:
                 await workers.run_aside(partial(encoder.networks.load, package))
+            if joined:
+                joined.join(modality, encoder)
             service.set_ready(True)
             await stop.wait()
             await service.finish()

@@ -6,10 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mosel.compute import networks
 from mosel.compute.forms import Forms
+from mosel.compute.joined import Embedded
 from mosel.deadline import Deadline
 from mosel.errors import ModelNotFound
 from mosel.packages.model_package import ModelPackage
@@ -74,21 +77,17 @@ class ModalityEncoder:
             InternalError: an embedding is not finite.
             DeadlineExceeded: payload rows could not be fetched in time.
         """
-        loaded = self._loaded(model)
-        spec = loaded.package.modalities[self.modality]
-        batch = self._reader.gather(rows, spec.dtype, spec.shape, deadline)
+        batch = self._gather(model, rows, deadline)
         started = time.perf_counter()
-        embeddings = loaded.network(networks.to_tensor(batch, spec.dtype, self._device)).float()
-        # Computed where they are, before the wait for them that there is anyway.
-        finite = embeddings.isfinite().all()
+        embedded = self._embed(model, batch)
         networks.synchronize(self._device)
         seconds = time.perf_counter() - started
-        part = self._part(loaded.package)
-        part.check_shape(embeddings, len(batch))
-        part.check_finite(bool(finite))
-        with self._lock:
-            self.counters.update(calls=1, items=len(batch), payload_bytes_read=batch.nbytes)
-        return self._publisher.publish(embeddings, rung, lease_s, wait_s), seconds
+        embedded.check_finite()
+        return self._publisher.publish(embedded.embeddings, rung, lease_s, wait_s), seconds
+
+    def embed(self, model: str, rows: Sequence[tensor_pb2.RowSlice], deadline: Deadline | None = None) -> Embedded:
+        """As `encode`, for fusion in the same process: the embeddings stay where they are, on a GPU unfinished."""
+        return self._embed(model, self._gather(model, rows, deadline))
 
     @property
     def resource(self) -> str:
@@ -103,6 +102,22 @@ class ModalityEncoder:
             PackageError: the network fails, or returns another shape than model.toml states, or no finite numbers.
         """
         return self._ready_call(self._loaded(model), batch_size)
+
+    def _gather(
+        self, model: str, rows: Sequence[tensor_pb2.RowSlice], deadline: Deadline | None
+    ) -> NDArray[np.generic]:
+        spec = self._loaded(model).package.modalities[self.modality]
+        return self._reader.gather(rows, spec.dtype, spec.shape, deadline)
+
+    def _embed(self, model: str, batch: NDArray[np.generic]) -> Embedded:
+        loaded = self._loaded(model)
+        dtype, part = loaded.package.modalities[self.modality].dtype, self._part(loaded.package)
+        embeddings = loaded.network(networks.to_tensor(batch, dtype, self._device)).float()
+        part.check_shape(embeddings, len(batch))
+        with self._lock:
+            self.counters.update(calls=1, items=len(batch), payload_bytes_read=batch.nbytes)
+        # Computed where they are, before the wait for them that there is anyway.
+        return Embedded(embeddings, embeddings.isfinite().all(), part)
 
     def _make(self, package: ModelPackage) -> torch.nn.Module:
         if self.modality not in package.modalities:

@@ -10,6 +10,7 @@ from fusion.predictor import Predictor
 from fusion.servicer import FusionServicer
 from mosel.compute import networks
 from mosel.compute.forms import Forms
+from mosel.compute.joined import JoinedEncoders
 from mosel.compute.workers import Workers
 from mosel.config import Settings
 from mosel.packages.model_package import find_packages
@@ -32,8 +33,14 @@ def main() -> NoReturn:
     run_service("fusion", partial(serve, arguments.listen))
 
 
-async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
+async def serve(listen: str, settings: Settings, stop: asyncio.Event, joined: JoinedEncoders | None = None) -> None:
     """Loads the networks, listens, and is ready until `stop` is set.
+
+    Args:
+        listen: the address, empty for that of the settings.
+        settings: the effective settings.
+        stop: ends it.
+        joined: the encoders that share its process.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -51,7 +58,7 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event) -> None:
         TensorReader(host_reader, shm_dir, device, ipc, no_ipc) as reader,
         Workers(settings.workers, settings.fusion.torch_threads) as workers,
     ):
-        predictor = Predictor(device, reader, Forms(settings, device))
+        predictor = Predictor(device, reader, Forms(settings, device), joined)
         servicer = FusionServicer(predictor, workers, reader, address, settings.models_dir, tracing)
         register = partial(fusion_pb2_grpc.add_FusionServicer_to_server, servicer)
         async with Service(settings, address, "fusion.address", register, names=["mosel.v1.Fusion"]) as service:

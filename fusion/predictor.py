@@ -12,6 +12,7 @@ import torch
 
 from mosel.compute import networks
 from mosel.compute.forms import Forms
+from mosel.compute.joined import Embedded, JoinedEncoders
 from mosel.deadline import Deadline
 from mosel.errors import InvalidRequest, ModelNotFound
 from mosel.modality import ModalitySet, format_set, parse_set, subsets
@@ -20,26 +21,34 @@ from mosel.tensors import DTYPES, from_proto, to_proto
 from mosel.transport.torch_exchange import TensorReader
 from mosel.v1 import fusion_pb2, tensor_pb2
 
-# The rows of one group's embeddings by modality.
-EmbeddingRows = Mapping[str, Sequence[tensor_pb2.RowSlice]]
+# The rows of one group's embeddings, or payloads, by modality.
+GroupRows = Mapping[str, Sequence[tensor_pb2.RowSlice]]
 
 
 class Predictor:
-    """Embedding rows of any non-empty set of modalities in, outputs out. Thread-safe.
+    """Rows of any non-empty set of modalities in, outputs out. Thread-safe.
 
     Args:
         device: where the networks run.
         reader: gathers embedding rows.
         forms: finds the form that a network is fastest in; None: it is served as it is made.
+        joined: the encoders that it may call itself.
 
     Attributes:
         networks: those that are loaded, by model, `name@revision`.
+        joined: as given.
     """
 
-    def __init__(self, device: torch.device, reader: TensorReader, forms: Forms | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        reader: TensorReader,
+        forms: Forms | None = None,
+        joined: JoinedEncoders | None = None,
+    ) -> None:
         self.counters: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._device, self._reader = device, reader
+        self._device, self._reader, self.joined = device, reader, joined or JoinedEncoders()
         self.networks = networks.Hosted(
             lambda package: networks.load_fusion(package, device),
             self._warm,
@@ -48,20 +57,27 @@ class Predictor:
         )
 
     def fuse(
-        self, model: str, groups: Sequence[EmbeddingRows], deadline: Deadline | None = None
+        self,
+        model: str,
+        groups: Sequence[GroupRows],
+        deadline: Deadline | None = None,
+        *,
+        from_payloads: bool = False,
     ) -> tuple[list[tensor_pb2.Tensor], float]:
         """Predicts groups of items; groups with the same modality set are one batch.
 
         Args:
             model: whose network, `name@revision`.
-            groups: embedding rows by modality, all modalities of a group with the same number of rows.
+            groups: rows of embeddings by modality, all modalities of a group with the same number of rows.
             deadline: until when rows may be fetched; None: for a minute.
+            from_payloads: they are rows of payloads, which joined encoders encode first.
 
         Returns:
-            The output [rows, *output] of each group, and the seconds that the network took.
+            The output [rows, *output] of each group, and the seconds that the networks took.
 
         Raises:
             ModelNotFound, InvalidRequest, ReadNotProven.
+            ServiceUnavailable: an encoder is not joined.
             InternalError: an output is not finite.
             DeadlineExceeded: rows could not be fetched in time.
         """
@@ -74,20 +90,27 @@ class Predictor:
         outputs = [tensor_pb2.Tensor()] * len(groups)
         seconds = 0.0
         for modality_set, indices in by_set.items():
-            of_set = [groups[i] for i in indices]
-            batch = {m: self._gather(package, m, of_set, deadline) for m in sorted(modality_set)}
+            rows = {m: [part for i in indices for part in groups[i][m]] for m in sorted(modality_set)}
+            embedded = list[Embedded]()
             started = time.perf_counter()
+            if from_payloads:
+                embedded = [self.joined.of(m).embed(model, parts, deadline) for m, parts in rows.items()]
+                batch = {m: one.embeddings for m, one in zip(rows, embedded, strict=True)}
+            else:
+                batch = {m: self._gather(package, m, parts, deadline) for m, parts in rows.items()}
+                started = time.perf_counter()
             output = loaded.network(batch).float().cpu()
             seconds += time.perf_counter() - started
+            for one in embedded:
+                one.check_finite()
             part = networks.fusion_part(package, modality_set)
             part.check_shape(output, sum(sizes[i] for i in indices))
             # Numbers may be too large for the type that they are answered in.
             answers = output.numpy().astype(DTYPES[package.output.dtype], copy=False)
             part.check_finite(networks.are_finite(output) and bool(np.isfinite(answers).all()))
-            for index, rows in zip(
-                indices, np.split(answers, np.cumsum([sizes[i] for i in indices])[:-1]), strict=True
-            ):
-                outputs[index] = to_proto(rows)
+            of_groups = np.split(answers, np.cumsum([sizes[i] for i in indices])[:-1])
+            for index, answer in zip(indices, of_groups, strict=True):
+                outputs[index] = to_proto(answer)
         with self._lock:
             self.counters.update(calls=1, items=sum(sizes))
             self.counters["embedding_bytes_read"] = self._reader.bytes_read
@@ -137,9 +160,8 @@ class Predictor:
         return run
 
     def _gather(
-        self, package: ModelPackage, modality: str, groups: Sequence[EmbeddingRows], deadline: Deadline | None
+        self, package: ModelPackage, modality: str, rows: Sequence[tensor_pb2.RowSlice], deadline: Deadline | None
     ) -> torch.Tensor:
-        rows = [part for group in groups for part in group[modality]]
         return self._reader.gather(rows, "FP32", package.modalities[modality].embedding, deadline)
 
     def _loaded(self, model: str) -> networks.Loaded:
@@ -161,7 +183,7 @@ def answers_of(outputs: Iterable[tensor_pb2.Tensor]) -> list[fusion_pb2.Answers]
     return answers
 
 
-def _row_count(group: EmbeddingRows, package: ModelPackage) -> int:
+def _row_count(group: GroupRows, package: ModelPackage) -> int:
     if not group or not group.keys() <= package.modalities.keys():
         raise InvalidRequest(f"a group has modalities {sorted(group)}; expected some of {sorted(package.modalities)}")
     counts = {modality: sum(part.row_count for part in rows) for modality, rows in group.items()}

@@ -51,12 +51,14 @@ class FusionServicer(fusion_pb2_grpc.FusionServicer):
 
     @answers_with_status
     async def Fuse(self, request: fusion_pb2.FuseRequest, context: Context) -> fusion_pb2.FuseReply:
-        groups = [{name: rows.rows for name, rows in group.embeddings.items()} for group in request.groups]
+        groups = [{name: rows.rows for name, rows in group.rows.items()} for group in request.groups]
         sets = {format_set(group) for group in groups}
         with self._observer.follow("fuse", request, sets.pop() if len(sets) == 1 else MIXED) as call:
             deadline = deadline_of(context)
             outputs, call.seconds = await self._workers.run(
-                lambda: self._predictor.fuse(request.model, groups, deadline), deadline, "fusing"
+                lambda: self._predictor.fuse(request.model, groups, deadline, from_payloads=request.from_payloads),
+                deadline,
+                "fusing",
             )
             call.items = sum(output.shape[0] for output in outputs)
         compute_us = round(call.seconds * 1e6)
@@ -105,6 +107,7 @@ class FusionServicer(fusion_pb2_grpc.FusionServicer):
             boot_id=host_identity().boot_id,
             models=self._predictor.networks.models,
             forms=self._predictor.networks.forms,
+            joined_modalities=self._predictor.joined.modalities,
         )
 
     @answers_with_status

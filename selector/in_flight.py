@@ -116,5 +116,5 @@ def fuse_request(call: FuseCall, jobs: Sequence[JobInFlight | SampleInFlight]) -
         group = request.groups.add()
         for modality in call.modality_set:
             places = job.embeddings[modality]
-            group.embeddings[modality].rows.extend(slices(places[item] for item in rows.items))
+            group.rows[modality].rows.extend(slices(places[item] for item in rows.items))
     return request

@@ -14,6 +14,7 @@ import encoders.__main__ as encoders
 import fusion.__main__ as fusion
 import gateway.__main__ as gateway
 import selector.__main__ as selector
+from mosel.compute.joined import JoinedEncoders
 from mosel.config import Settings
 from mosel.errors import MoselError
 from mosel.launcher.launcher import encoders_here
@@ -45,10 +46,11 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     here = encoders_here(settings, packages)
     own = {settings.encoder_address(*encoder) for encoder in here.values()}
     known = {at for modality, _ in here.values() for at in settings.encoder_addresses(modality).values()}
-    compute: dict[str, Serve] = {"fusion": partial(fusion.serve, "")}
+    joined = JoinedEncoders(modality for modality, _ in here.values())
+    compute: dict[str, Serve] = {"fusion": partial(fusion.serve, "", joined=joined)}
     for lane, (modality, number) in here.items():
         name = f"encoder/{lane}"
-        compute[name] = partial(encoders.serve, name, modality, number, "", arenas=_OBJECTS)
+        compute[name] = partial(encoders.serve, name, modality, number, "", arenas=_OBJECTS, joined=joined)
     edge = partial(gateway.serve, "", arenas=_OBJECTS if known == own else ArenaKinds(in_process=True, shared=True))
     try:
         with local_services.expect({settings.selector_address, settings.fusion_address, *own}):

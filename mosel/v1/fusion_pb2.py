@@ -27,29 +27,29 @@ from mosel.v1 import service_pb2 as mosel_dot_v1_dot_service__pb2
 from mosel.v1 import tensor_pb2 as mosel_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15mosel/v1/fusion.proto\x12\x08mosel.v1\x1a\x14mosel/v1/arena.proto\x1a\x16mosel/v1/service.proto\x1a\x15mosel/v1/tensor.proto\"~\n\x0b\x46useRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x06groups\x18\x02 \x03(\x0b\x32\x13.mosel.v1.FuseGroup\x12\x0f\n\x07job_ids\x18\x03 \x03(\x0c\x12\x14\n\x0ctraceparents\x18\x04 \x03(\t\x12\x14\n\x0c\x61nswers_only\x18\x05 \x01(\x08\"\x90\x01\n\tFuseGroup\x12\x37\n\nembeddings\x18\x01 \x03(\x0b\x32#.mosel.v1.FuseGroup.EmbeddingsEntry\x1aJ\n\x0f\x45mbeddingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.mosel.v1.EmbeddingRows:\x02\x38\x01\"1\n\rEmbeddingRows\x12 \n\x04rows\x18\x01 \x03(\x0b\x32\x12.mosel.v1.RowSlice\"f\n\tFuseReply\x12!\n\x07outputs\x18\x01 \x03(\x0b\x32\x10.mosel.v1.Tensor\x12\x12\n\ncompute_us\x18\x02 \x01(\x04\x12\"\n\x07\x61nswers\x18\x03 \x03(\x0b\x32\x11.mosel.v1.Answers\".\n\x07\x41nswers\x12\x0e\n\x06labels\x18\x01 \x03(\x05\x12\x13\n\x0b\x63onfidences\x18\x02 \x03(\x02\"v\n\x14ProfileFusionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmodality_set\x18\x02 \x01(\t\x12\x13\n\x0b\x62\x61tch_sizes\x18\x03 \x03(\r\x12\x0f\n\x07repeats\x18\x04 \x01(\r\x12\x13\n\x0b\x63oncurrency\x18\x05 \x01(\r2\xf2\x03\n\x06\x46usion\x12\x32\n\x04\x46use\x12\x15.mosel.v1.FuseRequest\x1a\x13.mosel.v1.FuseReply\x12\x42\n\tOpenArena\x12\x1a.mosel.v1.OpenArenaRequest\x1a\x19.mosel.v1.PreflightReport\x12\x44\n\nCloseArena\x12\x1b.mosel.v1.CloseArenaRequest\x1a\x19.mosel.v1.CloseArenaReply\x12\x32\n\x04Load\x12\x15.mosel.v1.LoadRequest\x1a\x13.mosel.v1.LoadReply\x12\x38\n\x06Unload\x12\x17.mosel.v1.UnloadRequest\x1a\x15.mosel.v1.UnloadReply\x12\x41\n\x07Profile\x12\x1e.mosel.v1.ProfileFusionRequest\x1a\x16.mosel.v1.ProfileReply\x12:\n\x06Status\x12\x17.mosel.v1.StatusRequest\x1a\x17.mosel.v1.ServiceStatus\x12=\n\x07Metrics\x12\x18.mosel.v1.MetricsRequest\x1a\x18.mosel.v1.ServiceMetricsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15mosel/v1/fusion.proto\x12\x08mosel.v1\x1a\x14mosel/v1/arena.proto\x1a\x16mosel/v1/service.proto\x1a\x15mosel/v1/tensor.proto\"\x95\x01\n\x0b\x46useRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x06groups\x18\x02 \x03(\x0b\x32\x13.mosel.v1.FuseGroup\x12\x0f\n\x07job_ids\x18\x03 \x03(\x0c\x12\x14\n\x0ctraceparents\x18\x04 \x03(\t\x12\x14\n\x0c\x61nswers_only\x18\x05 \x01(\x08\x12\x15\n\rfrom_payloads\x18\x06 \x01(\x08\"}\n\tFuseGroup\x12+\n\x04rows\x18\x01 \x03(\x0b\x32\x1d.mosel.v1.FuseGroup.RowsEntry\x1a\x43\n\tRowsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.mosel.v1.ModalityRows:\x02\x38\x01\"0\n\x0cModalityRows\x12 \n\x04rows\x18\x01 \x03(\x0b\x32\x12.mosel.v1.RowSlice\"f\n\tFuseReply\x12!\n\x07outputs\x18\x01 \x03(\x0b\x32\x10.mosel.v1.Tensor\x12\x12\n\ncompute_us\x18\x02 \x01(\x04\x12\"\n\x07\x61nswers\x18\x03 \x03(\x0b\x32\x11.mosel.v1.Answers\".\n\x07\x41nswers\x12\x0e\n\x06labels\x18\x01 \x03(\x05\x12\x13\n\x0b\x63onfidences\x18\x02 \x03(\x02\"v\n\x14ProfileFusionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmodality_set\x18\x02 \x01(\t\x12\x13\n\x0b\x62\x61tch_sizes\x18\x03 \x03(\r\x12\x0f\n\x07repeats\x18\x04 \x01(\r\x12\x13\n\x0b\x63oncurrency\x18\x05 \x01(\r2\xf2\x03\n\x06\x46usion\x12\x32\n\x04\x46use\x12\x15.mosel.v1.FuseRequest\x1a\x13.mosel.v1.FuseReply\x12\x42\n\tOpenArena\x12\x1a.mosel.v1.OpenArenaRequest\x1a\x19.mosel.v1.PreflightReport\x12\x44\n\nCloseArena\x12\x1b.mosel.v1.CloseArenaRequest\x1a\x19.mosel.v1.CloseArenaReply\x12\x32\n\x04Load\x12\x15.mosel.v1.LoadRequest\x1a\x13.mosel.v1.LoadReply\x12\x38\n\x06Unload\x12\x17.mosel.v1.UnloadRequest\x1a\x15.mosel.v1.UnloadReply\x12\x41\n\x07Profile\x12\x1e.mosel.v1.ProfileFusionRequest\x1a\x16.mosel.v1.ProfileReply\x12:\n\x06Status\x12\x17.mosel.v1.StatusRequest\x1a\x17.mosel.v1.ServiceStatus\x12=\n\x07Metrics\x12\x18.mosel.v1.MetricsRequest\x1a\x18.mosel.v1.ServiceMetricsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mosel.v1.fusion_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FUSEGROUP_EMBEDDINGSENTRY']._loaded_options = None
-  _globals['_FUSEGROUP_EMBEDDINGSENTRY']._serialized_options = b'8\001'
-  _globals['_FUSEREQUEST']._serialized_start=104
-  _globals['_FUSEREQUEST']._serialized_end=230
-  _globals['_FUSEGROUP']._serialized_start=233
-  _globals['_FUSEGROUP']._serialized_end=377
-  _globals['_FUSEGROUP_EMBEDDINGSENTRY']._serialized_start=303
-  _globals['_FUSEGROUP_EMBEDDINGSENTRY']._serialized_end=377
-  _globals['_EMBEDDINGROWS']._serialized_start=379
-  _globals['_EMBEDDINGROWS']._serialized_end=428
-  _globals['_FUSEREPLY']._serialized_start=430
-  _globals['_FUSEREPLY']._serialized_end=532
-  _globals['_ANSWERS']._serialized_start=534
-  _globals['_ANSWERS']._serialized_end=580
-  _globals['_PROFILEFUSIONREQUEST']._serialized_start=582
-  _globals['_PROFILEFUSIONREQUEST']._serialized_end=700
-  _globals['_FUSION']._serialized_start=703
-  _globals['_FUSION']._serialized_end=1201
+  _globals['_FUSEGROUP_ROWSENTRY']._loaded_options = None
+  _globals['_FUSEGROUP_ROWSENTRY']._serialized_options = b'8\001'
+  _globals['_FUSEREQUEST']._serialized_start=105
+  _globals['_FUSEREQUEST']._serialized_end=254
+  _globals['_FUSEGROUP']._serialized_start=256
+  _globals['_FUSEGROUP']._serialized_end=381
+  _globals['_FUSEGROUP_ROWSENTRY']._serialized_start=314
+  _globals['_FUSEGROUP_ROWSENTRY']._serialized_end=381
+  _globals['_MODALITYROWS']._serialized_start=383
+  _globals['_MODALITYROWS']._serialized_end=431
+  _globals['_FUSEREPLY']._serialized_start=433
+  _globals['_FUSEREPLY']._serialized_end=535
+  _globals['_ANSWERS']._serialized_start=537
+  _globals['_ANSWERS']._serialized_end=583
+  _globals['_PROFILEFUSIONREQUEST']._serialized_start=585
+  _globals['_PROFILEFUSIONREQUEST']._serialized_end=703
+  _globals['_FUSION']._serialized_start=706
+  _globals['_FUSION']._serialized_end=1204
 # @@protoc_insertion_point(module_scope)

@@ -28,10 +28,13 @@ class FuseRequest(_message.Message):
     JOB_IDS_FIELD_NUMBER: _builtins.int
     TRACEPARENTS_FIELD_NUMBER: _builtins.int
     ANSWERS_ONLY_FIELD_NUMBER: _builtins.int
+    FROM_PAYLOADS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """name@revision, as it was when the jobs inside were admitted."""
     answers_only: _builtins.bool
     """Only the answers are wanted, to compare modality sets; outputs are left out."""
+    from_payloads: _builtins.bool
+    """The rows are of payloads: they are encoded first, in the same call."""
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___FuseGroup]: ...
     @_builtins.property
@@ -48,10 +51,11 @@ class FuseRequest(_message.Message):
         job_ids: _abc.Iterable[_builtins.bytes] | None = ...,
         traceparents: _abc.Iterable[_builtins.str] | None = ...,
         answers_only: _builtins.bool = ...,
+        from_payloads: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers_only", b"answers_only", "groups", b"groups", "job_ids", b"job_ids", "model", b"model", "traceparents", b"traceparents"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers_only", b"answers_only", "from_payloads", b"from_payloads", "groups", b"groups", "job_ids", b"job_ids", "model", b"model", "traceparents", b"traceparents"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -64,19 +68,19 @@ class FuseGroup(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
-    class EmbeddingsEntry(_message.Message):
+    class RowsEntry(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
         KEY_FIELD_NUMBER: _builtins.int
         VALUE_FIELD_NUMBER: _builtins.int
         key: _builtins.str
         @_builtins.property
-        def value(self) -> Global___EmbeddingRows: ...
+        def value(self) -> Global___ModalityRows: ...
         def __init__(
             self,
             *,
             key: _builtins.str = ...,
-            value: Global___EmbeddingRows | None = ...,
+            value: Global___ModalityRows | None = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -84,26 +88,28 @@ class FuseGroup(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-    EMBEDDINGS_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def embeddings(self) -> _containers.MessageMap[_builtins.str, Global___EmbeddingRows]:
-        """Embedding rows by modality, in the order of the items; every modality has the same number of rows."""
+    def rows(self) -> _containers.MessageMap[_builtins.str, Global___ModalityRows]:
+        """Rows by modality, in the order of the items; every modality has the same number of rows."""
 
     def __init__(
         self,
         *,
-        embeddings: _abc.Mapping[_builtins.str, Global___EmbeddingRows] | None = ...,
+        rows: _abc.Mapping[_builtins.str, Global___ModalityRows] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["embeddings", b"embeddings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FuseGroup: _TypeAlias = FuseGroup  # noqa: Y015
 
 @_typing.final
-class EmbeddingRows(_message.Message):
+class ModalityRows(_message.Message):
+    """Rows of embeddings, or of payloads."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ROWS_FIELD_NUMBER: _builtins.int
@@ -120,7 +126,7 @@ class EmbeddingRows(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___EmbeddingRows: _TypeAlias = EmbeddingRows  # noqa: Y015
+Global___ModalityRows: _TypeAlias = ModalityRows  # noqa: Y015
 
 @_typing.final
 class FuseReply(_message.Message):

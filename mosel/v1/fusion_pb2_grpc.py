@@ -82,8 +82,10 @@ class FusionServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Fuse(self, request, context):
-        """Called by the selector when the embeddings of one or more groups of items are there.
-        Sets off: the embedding rows are read, fused and predicted. Deadline: the latest of the jobs inside.
+        """Called by the selector when the embeddings of one or more groups of items are there; or at once, if the encoders of
+        all that these items run are joined (ServiceStatus).
+        Sets off: the rows are read, payloads are encoded, and embeddings fused and predicted. Deadline: the latest of the
+        jobs inside.
         Errors: as Encoder.Encode.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -34,8 +34,10 @@ class FusionStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> FusionAsyncStub: ...
     Fuse: _grpc.UnaryUnaryMultiCallable[_fusion_pb2.FuseRequest, _fusion_pb2.FuseReply]
-    """Called by the selector when the embeddings of one or more groups of items are there.
-    Sets off: the embedding rows are read, fused and predicted. Deadline: the latest of the jobs inside.
+    """Called by the selector when the embeddings of one or more groups of items are there; or at once, if the encoders of
+    all that these items run are joined (ServiceStatus).
+    Sets off: the rows are read, payloads are encoded, and embeddings fused and predicted. Deadline: the latest of the
+    jobs inside.
     Errors: as Encoder.Encode.
     """
     OpenArena: _grpc.UnaryUnaryMultiCallable[_arena_pb2.OpenArenaRequest, _arena_pb2.PreflightReport]
@@ -66,8 +68,10 @@ class FusionStub:
 class FusionAsyncStub(FusionStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Fuse: _aio.UnaryUnaryMultiCallable[_fusion_pb2.FuseRequest, _fusion_pb2.FuseReply]  # type: ignore[assignment]
-    """Called by the selector when the embeddings of one or more groups of items are there.
-    Sets off: the embedding rows are read, fused and predicted. Deadline: the latest of the jobs inside.
+    """Called by the selector when the embeddings of one or more groups of items are there; or at once, if the encoders of
+    all that these items run are joined (ServiceStatus).
+    Sets off: the rows are read, payloads are encoded, and embeddings fused and predicted. Deadline: the latest of the
+    jobs inside.
     Errors: as Encoder.Encode.
     """
     OpenArena: _aio.UnaryUnaryMultiCallable[_arena_pb2.OpenArenaRequest, _arena_pb2.PreflightReport]  # type: ignore[assignment]
@@ -101,8 +105,10 @@ class FusionServicer(metaclass=_abc_1.ABCMeta):
         request: _fusion_pb2.FuseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_fusion_pb2.FuseReply, _abc.Awaitable[_fusion_pb2.FuseReply]]:
-        """Called by the selector when the embeddings of one or more groups of items are there.
-        Sets off: the embedding rows are read, fused and predicted. Deadline: the latest of the jobs inside.
+        """Called by the selector when the embeddings of one or more groups of items are there; or at once, if the encoders of
+        all that these items run are joined (ServiceStatus).
+        Sets off: the rows are read, payloads are encoded, and embeddings fused and predicted. Deadline: the latest of the
+        jobs inside.
         Errors: as Encoder.Encode.
         """
 

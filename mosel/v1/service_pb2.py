@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from mosel.v1 import tensor_pb2 as mosel_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16mosel/v1/service.proto\x12\x08mosel.v1\x1a\x15mosel/v1/tensor.proto\"\x0f\n\rStatusRequest\"\xfd\x02\n\rServiceStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x37\n\x08\x63ounters\x18\x06 \x03(\x0b\x32%.mosel.v1.ServiceStatus.CountersEntry\x12#\n\x05\x65\x64ges\x18\x07 \x03(\x0b\x32\x14.mosel.v1.EdgeStatus\x12\x10\n\x08resource\x18\x08 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x0b \x01(\t\x12\x0e\n\x06models\x18\n \x03(\t\x12\x31\n\x05\x66orms\x18\x0c \x03(\x0b\x32\".mosel.v1.ServiceStatus.FormsEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a,\n\nFormsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x1c\n\x0bLoadRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x0b\n\tLoadReply\"\x1e\n\rUnloadRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\r\n\x0bUnloadReply\"^\n\nEdgeStatus\x12\x10\n\x08producer\x18\x01 \x01(\t\x12\x10\n\x08\x63onsumer\x18\x02 \x01(\t\x12\x1c\n\x04rung\x18\x03 \x01(\x0e\x32\x0e.mosel.v1.Rung\x12\x0e\n\x06reason\x18\x04 \x01(\t\"8\n\x0bStatusReply\x12)\n\x08services\x18\x01 \x03(\x0b\x32\x17.mosel.v1.ServiceStatus\"\x10\n\x0eMetricsRequest\"/\n\x0eServiceMetrics\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\x0c\":\n\x0cMetricsReply\x12*\n\x08services\x18\x01 \x03(\x0b\x32\x18.mosel.v1.ServiceMetrics\"B\n\x0cLatencyPoint\x12\x12\n\nbatch_size\x18\x01 \x01(\r\x12\x0e\n\x06p50_ms\x18\x02 \x01(\x01\x12\x0e\n\x06p95_ms\x18\x03 \x01(\x01\"6\n\x0cProfileReply\x12&\n\x06points\x18\x01 \x03(\x0b\x32\x16.mosel.v1.LatencyPointb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16mosel/v1/service.proto\x12\x08mosel.v1\x1a\x15mosel/v1/tensor.proto\"\x0f\n\rStatusRequest\"\x98\x03\n\rServiceStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x37\n\x08\x63ounters\x18\x06 \x03(\x0b\x32%.mosel.v1.ServiceStatus.CountersEntry\x12#\n\x05\x65\x64ges\x18\x07 \x03(\x0b\x32\x14.mosel.v1.EdgeStatus\x12\x10\n\x08resource\x18\x08 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x0b \x01(\t\x12\x0e\n\x06models\x18\n \x03(\t\x12\x31\n\x05\x66orms\x18\x0c \x03(\x0b\x32\".mosel.v1.ServiceStatus.FormsEntry\x12\x19\n\x11joined_modalities\x18\r \x03(\t\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a,\n\nFormsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x1c\n\x0bLoadRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x0b\n\tLoadReply\"\x1e\n\rUnloadRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\r\n\x0bUnloadReply\"^\n\nEdgeStatus\x12\x10\n\x08producer\x18\x01 \x01(\t\x12\x10\n\x08\x63onsumer\x18\x02 \x01(\t\x12\x1c\n\x04rung\x18\x03 \x01(\x0e\x32\x0e.mosel.v1.Rung\x12\x0e\n\x06reason\x18\x04 \x01(\t\"8\n\x0bStatusReply\x12)\n\x08services\x18\x01 \x03(\x0b\x32\x17.mosel.v1.ServiceStatus\"\x10\n\x0eMetricsRequest\"/\n\x0eServiceMetrics\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\x0c\":\n\x0cMetricsReply\x12*\n\x08services\x18\x01 \x03(\x0b\x32\x18.mosel.v1.ServiceMetrics\"B\n\x0cLatencyPoint\x12\x12\n\nbatch_size\x18\x01 \x01(\r\x12\x0e\n\x06p50_ms\x18\x02 \x01(\x01\x12\x0e\n\x06p95_ms\x18\x03 \x01(\x01\"6\n\x0cProfileReply\x12&\n\x06points\x18\x01 \x03(\x0b\x32\x16.mosel.v1.LatencyPointb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,31 +39,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATUSREQUEST']._serialized_start=59
   _globals['_STATUSREQUEST']._serialized_end=74
   _globals['_SERVICESTATUS']._serialized_start=77
-  _globals['_SERVICESTATUS']._serialized_end=458
-  _globals['_SERVICESTATUS_COUNTERSENTRY']._serialized_start=365
-  _globals['_SERVICESTATUS_COUNTERSENTRY']._serialized_end=412
-  _globals['_SERVICESTATUS_FORMSENTRY']._serialized_start=414
-  _globals['_SERVICESTATUS_FORMSENTRY']._serialized_end=458
-  _globals['_LOADREQUEST']._serialized_start=460
-  _globals['_LOADREQUEST']._serialized_end=488
-  _globals['_LOADREPLY']._serialized_start=490
-  _globals['_LOADREPLY']._serialized_end=501
-  _globals['_UNLOADREQUEST']._serialized_start=503
-  _globals['_UNLOADREQUEST']._serialized_end=533
-  _globals['_UNLOADREPLY']._serialized_start=535
-  _globals['_UNLOADREPLY']._serialized_end=548
-  _globals['_EDGESTATUS']._serialized_start=550
-  _globals['_EDGESTATUS']._serialized_end=644
-  _globals['_STATUSREPLY']._serialized_start=646
-  _globals['_STATUSREPLY']._serialized_end=702
-  _globals['_METRICSREQUEST']._serialized_start=704
-  _globals['_METRICSREQUEST']._serialized_end=720
-  _globals['_SERVICEMETRICS']._serialized_start=722
-  _globals['_SERVICEMETRICS']._serialized_end=769
-  _globals['_METRICSREPLY']._serialized_start=771
-  _globals['_METRICSREPLY']._serialized_end=829
-  _globals['_LATENCYPOINT']._serialized_start=831
-  _globals['_LATENCYPOINT']._serialized_end=897
-  _globals['_PROFILEREPLY']._serialized_start=899
-  _globals['_PROFILEREPLY']._serialized_end=953
+  _globals['_SERVICESTATUS']._serialized_end=485
+  _globals['_SERVICESTATUS_COUNTERSENTRY']._serialized_start=392
+  _globals['_SERVICESTATUS_COUNTERSENTRY']._serialized_end=439
+  _globals['_SERVICESTATUS_FORMSENTRY']._serialized_start=441
+  _globals['_SERVICESTATUS_FORMSENTRY']._serialized_end=485
+  _globals['_LOADREQUEST']._serialized_start=487
+  _globals['_LOADREQUEST']._serialized_end=515
+  _globals['_LOADREPLY']._serialized_start=517
+  _globals['_LOADREPLY']._serialized_end=528
+  _globals['_UNLOADREQUEST']._serialized_start=530
+  _globals['_UNLOADREQUEST']._serialized_end=560
+  _globals['_UNLOADREPLY']._serialized_start=562
+  _globals['_UNLOADREPLY']._serialized_end=575
+  _globals['_EDGESTATUS']._serialized_start=577
+  _globals['_EDGESTATUS']._serialized_end=671
+  _globals['_STATUSREPLY']._serialized_start=673
+  _globals['_STATUSREPLY']._serialized_end=729
+  _globals['_METRICSREQUEST']._serialized_start=731
+  _globals['_METRICSREQUEST']._serialized_end=747
+  _globals['_SERVICEMETRICS']._serialized_start=749
+  _globals['_SERVICEMETRICS']._serialized_end=796
+  _globals['_METRICSREPLY']._serialized_start=798
+  _globals['_METRICSREPLY']._serialized_end=856
+  _globals['_LATENCYPOINT']._serialized_start=858
+  _globals['_LATENCYPOINT']._serialized_end=924
+  _globals['_PROFILEREPLY']._serialized_start=926
+  _globals['_PROFILEREPLY']._serialized_end=980
 # @@protoc_insertion_point(module_scope)

@@ -89,6 +89,7 @@ class ServiceStatus(_message.Message):
     BOOT_ID_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
     FORMS_FIELD_NUMBER: _builtins.int
+    JOINED_MODALITIES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"gateway", "selector", "encoder/image", "encoder/image/2", "fusion"."""
     address: _builtins.str
@@ -118,6 +119,10 @@ class ServiceStatus(_message.Message):
     def forms(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """In which form they are, the fastest one on that hardware: "eager", "channels_last" or "torchscript"."""
 
+    @_builtins.property
+    def joined_modalities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of fusion: the modalities whose encoders share its process and device. It takes their payloads as well."""
+
     def __init__(
         self,
         *,
@@ -132,10 +137,11 @@ class ServiceStatus(_message.Message):
         boot_id: _builtins.str = ...,
         models: _abc.Iterable[_builtins.str] | None = ...,
         forms: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        joined_modalities: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "boot_id", b"boot_id", "counters", b"counters", "detail", b"detail", "edges", b"edges", "forms", b"forms", "models", b"models", "name", b"name", "pid", b"pid", "ready", b"ready", "resource", b"resource"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "boot_id", b"boot_id", "counters", b"counters", "detail", b"detail", "edges", b"edges", "forms", b"forms", "joined_modalities", b"joined_modalities", "models", b"models", "name", b"name", "pid", b"pid", "ready", b"ready", "resource", b"resource"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -161,8 +161,8 @@ class ScriptedService:
         # They say how many modalities were fused.
         reply = fusion_pb2.FuseReply(compute_us=1000)
         for group in request.groups:
-            rows = sum(part.row_count for part in next(iter(group.embeddings.values())).rows)
-            count = len(group.embeddings)
+            rows = sum(part.row_count for part in next(iter(group.rows.values())).rows)
+            count = len(group.rows)
             reply.answers.add(labels=[count] * rows, confidences=[count / 4] * rows)
         return reply
 
