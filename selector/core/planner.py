@@ -7,13 +7,13 @@ from dataclasses import replace
 from functools import partial
 
 from mosel.errors import MoselError
-from mosel.modality import FUSION, ModalitySet
+from mosel.modality import FUSION
 from selector.core.admission import OfferedLoad, Promises, refusal
-from selector.core.floors import Floor, floor_of
 from selector.core.forecast import Forecast
-from selector.core.frontier import Frontiers, Strategy
+from selector.core.frontier import Strategy
 from selector.core.jobs import Assurance, Job, Option
-from selector.core.options import Rounding, allowed_options, rounding_of, runnable, strategy_of
+from selector.core.offers import Offers
+from selector.core.options import strategy_of
 from selector.core.policies import PLANNED_JOBS, POLICIES, Choices, Queued, finish_times, placed
 from selector.core.profile import ModelProfile
 from selector.core.resources import Resources
@@ -44,33 +44,31 @@ class Planner:
     def __init__(
         self, profiles: Mapping[str, ModelProfile], policy: str, resources: Resources, *, refuse: bool = False
     ) -> None:
-        self._profiles, self._policy, self._resources, self._refuse = profiles, policy, resources, refuse
-        self._frontiers = {model: Frontiers(profile) for model, profile in profiles.items()}
+        self._policy, self._resources = policy, resources
         self._offered_load = OfferedLoad()
         self._next_plan_at = 0.0
         self.stages = Stages(profiles)
         self.promises = Promises(resources.reply_s)
+        self._offers = Offers(profiles, resources, self.stages, full_only=policy == "all", refuse=refuse)
 
     def add(self, model: str) -> None:
         """Jobs may name one more model."""
-        self._frontiers[model] = Frontiers(self._profiles[model])
+        self._offers.add(model)
 
     def forget(self, model: str) -> None:
         """No job will name a model any more."""
-        del self._frontiers[model]
+        self._offers.forget(model)
         self.stages.forget(model)
 
-    def new_work(self, job: Job, now: float) -> Work:
+    def new_work(self, job: Job, profile: ModelProfile, now: float) -> Work:
         """A job with the strategies that it may use.
 
         Raises:
             FloorUnreachable, ServiceUnavailable.
         """
-        profile = self._profiles[job.model]
-        floor = floor_of(profile, job, refuse=self._refuse)
-        options = self._options(job, floor, job.size, floor.least)
-        without = self._without(job, floor, job.size, floor.least)
-        return Work(job, profile, floor, now, options, self._queued(job, options), without=without)
+        terms = self._offers.terms(job)
+        offer = terms.offer
+        return Work(job, profile, terms.floor, now, offer.options, offer.queued(job), without=terms.without)
 
     def round(self, work: Work) -> None:
         """Has a job with a guaranteed loss run a strategy a little too cheap, as often as that is right over all jobs.
@@ -78,30 +76,23 @@ class Planner:
         Which jobs do is drawn by their ids, after they were admitted as if none did: whether a job is answered must not
         depend on it.
         """
-        rounding = self.rounding_of(work)
-        if rounding is None:
+        terms = self._offers.terms(work.job)
+        if terms.rounding is None:
             return
-        drawn = random.Random(b"round" + work.job.id).random() < rounding.share  # noqa: S311 (fair, not secret)
-        least = rounding.cheaper.accuracy if drawn else rounding.otherwise
-        work.floor = replace(work.floor, least=least, over_all=work.floor.least)
+        drawn = random.Random(b"round" + work.job.id).random() < terms.rounding.share  # noqa: S311 (fair, not secret)
+        below, above = terms.rounded
+        work.floor = below if drawn else above
         if drawn and self._plan_rest(work):
-            work.preferred = work.least = rounding.cheaper.accuracy
+            work.preferred = work.least = below.least
 
     def outlook(self, work: Work) -> tuple[Assurance, float]:
         """What answers to jobs like one that has not started stand on, and the share of compute that they save."""
-        rounding, saved = self.rounding_of(work), work.saved
+        rounding, saved = self._offers.terms(work.job).rounding, work.saved
         if rounding is None:
             return work.assurance, saved
         cheaper = work.profile.saved(dict(rounding.cheaper.counts), work.job.modalities)
         floor = replace(work.floor, over_all=work.floor.least)
         return floor.assurance(work.counts), saved + rounding.share * (cheaper - saved)
-
-    def rounding_of(self, work: Work) -> Rounding | None:
-        """How jobs like one that has not started use all of a guaranteed loss."""
-        if self._policy == "all" or work.started_at is not None:
-            return None
-        is_up = partial(self._resources.is_up, lacking=work.profile.lacking)
-        return rounding_of(work.profile, self._frontiers[work.job.model], work.job, work.floor, is_up)
 
     def arrived(self, work: Work, now: float) -> None:
         """A job came, whether it will be admitted or not."""
@@ -182,29 +173,24 @@ class Planner:
 
     def _plan_rest(self, work: Work) -> bool:
         """Plans what is not committed of a job with the services that are there; False if its floor needs more."""
+        asked = work.job, work.floor, work.uncommitted, work.floor_of_rest
         try:
-            work.options = self._options(work.job, work.floor, work.uncommitted, work.floor_of_rest)
+            offer = self._offers.offer(*asked)
         except MoselError:
             return False
-        work.without |= self._without(work.job, work.floor, work.uncommitted, work.floor_of_rest)
-        work.queued = self._queued(work.job, work.options)
+        work.options, work.queued = offer.options, offer.queued(work.job)
+        work.without |= self._offers.without(*asked)
         work.choose(0)
         return True
 
     def frontier(self, job: Job, now: float) -> list[tuple[Strategy, float]]:
         """Strategies for a job's size over what it sent, cheapest first, with their milliseconds on an idle system."""
-        profile = self._profiles[job.model]
-        is_up = partial(self._resources.is_up, lacking=profile.lacking)
-        sets = runnable(profile, profile.accuracy, job.modalities, is_up)
-        strategies = self._frontiers[job.model].of(sets, job.size).thin(_SHOWN) if sets else []
+        strategies = self._offers.frontier(job, _SHOWN)
         return [(s, self._idle_s(self.stages.remaining(job.model, s), now) * 1000) for s in strategies]
 
     def statistics(self) -> Counter[str]:
         """Of the frontiers of all models."""
-        counts: Counter[str] = Counter()
-        for frontiers in self._frontiers.values():
-            counts.update(frontiers.statistics())
-        return counts
+        return self._offers.statistics()
 
     def _reassigned(self, queue: Sequence[Queued], forecast: Forecast) -> Choices:
         choices = POLICIES[self._policy](queue, forecast)
@@ -244,27 +230,6 @@ class Planner:
         fitting = [s for s, left in lefts.items() if self._idle_s(left, now) <= job.deadline - now]
         return refusal(work, now, fastest, idle_s[fastest], behind + spare_s - now, fitting)
 
-    def _options(self, job: Job, floor: Floor, items: int, least: float, *, whole: bool = False) -> list[Option]:
-        """The strategies for items of a job with the services that are there, or as if all were (`whole`)."""
-        profile, frontiers = self._profiles[job.model], self._frontiers[job.model]
-        is_up = (lambda _: True) if whole else partial(self._resources.is_up, lacking=profile.lacking)
-        return allowed_options(profile, frontiers, job, floor, items, least, is_up, self._policy == "all")
-
-    def _without(self, job: Job, floor: Floor, items: int, least: float) -> ModalitySet:
-        """The modalities that items of a job would run, were their encoders there."""
-        lacking = self._profiles[job.model].lacking
-        away = {
-            modality for modality in job.modalities if not self._resources.is_served(modality, lacking, staying=True)
-        }
-        preferred = self._options(job, floor, items, least, whole=True)[0].strategy if away else None
-        return frozenset().union(*(away & s for s, _ in preferred.counts)) if preferred else frozenset()
-
-    def _queued(self, job: Job, options: Sequence[Option]) -> Queued:
-        lefts = [self.stages.remaining(job.model, option.strategy) for option in options]
-        cheapest = min(range(len(options)), key=lambda i: options[i].strategy.cost_ms)
-        values = [option.value for option in options]
-        return Queued(lefts, values, cheapest, job.size, job.deadline, late_ok=job.late_ok)
-
     def _as_queued(self, work: Work) -> Queued:
         """The job as a policy sees it now."""
         if work.started_at is None:
@@ -279,13 +244,13 @@ class Planner:
             work.chosen = 0
             return Queued((committed,), (0.0,), 0, job.size, job.deadline, True, job.late_ok)
         try:
-            work.replace_options(self._options(job, work.floor, work.uncommitted, work.floor_of_rest))
+            offer = self._offers.offer(job, work.floor, work.uncommitted, work.floor_of_rest)
         except MoselError:
             # Rounding left none that meets the floor to the last digit: the plan stays as it is.
-            work.replace_options([Option(strategy_of(work.profile, work.planned, work.floor.scores), 0.0)])
-        rest = self._queued(job, work.options)
-        lefts = [committed + left for left in rest.options]
-        return Queued(lefts, rest.values, rest.cheapest, work.uncommitted, job.deadline, True, job.late_ok)
+            offer = self._offers.of(job, [Option(strategy_of(work.profile, work.planned, work.floor.scores), 0.0)])
+        work.replace_options(offer.options)
+        lefts = [committed + left for left in offer.lefts]
+        return Queued(lefts, offer.values, offer.cheapest, work.uncommitted, job.deadline, True, job.late_ok)
 
 
 def _hopeless(queue: Sequence[Queued], forecast: Forecast, at: int) -> Choices:

@@ -2,7 +2,7 @@
 
 import bisect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -96,6 +96,12 @@ class ModelProfile:
     def modalities(self) -> frozenset[str]:
         """All that the model has."""
         return frozenset(m for modality_set in self.accuracy for m in modality_set)
+
+    @property
+    def state(self) -> Hashable:
+        """Which strategies jobs may use does not change while this stays equal, and no latency is measured again."""
+        known = len(self.encoders), len(self.fusion)
+        return known, self.unavailable, frozenset(self.lacking), self.certificates, self.observed
 
     @property
     def least_difference(self) -> float:

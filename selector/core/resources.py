@@ -67,11 +67,12 @@ class Resources:
 
     Attributes:
         reply_s: the same in seconds.
+        version: another one after each change of which services are there.
     """
 
     def __init__(self, lanes: Iterable[str], tokens: int, reply_ms: float) -> None:
         self._lanes = {name: _Lane() for name in lanes}
-        self._tokens, self.reply_s = tokens, reply_ms / 1000
+        self._tokens, self.reply_s, self.version = tokens, reply_ms / 1000, 0
         self._calls: dict[int, CallInFlight] = {}
         self._replicas: dict[str, tuple[str, ...]] = {}
         self._spread: dict[str, tuple[str, ...]] = {}
@@ -79,6 +80,7 @@ class Resources:
     def add_lanes(self, names: Iterable[str]) -> None:
         """Services that may come; those that are known stay as they are."""
         self._lanes = {name: _Lane() for name in names} | self._lanes
+        self.version += 1
 
     def set_lane(self, name: str, up: bool, resource: str) -> None:
         """A service came or went."""
@@ -91,6 +93,7 @@ class Resources:
         self._find_replicas()
 
     def _find_replicas(self) -> None:
+        self.version += 1
         lanes: dict[str, list[str]] = {}
         for lane in self._lanes:
             lanes.setdefault(modality_of(lane), []).append(lane)
@@ -104,6 +107,7 @@ class Resources:
     def set_leaving(self, name: str) -> None:
         """A service is about to go: no further job may be planned with it."""
         self._lanes[name].leaving = True
+        self.version += 1
 
     @property
     def is_one(self) -> bool:

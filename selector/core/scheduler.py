@@ -83,7 +83,7 @@ class Scheduler:
             ModelNotFound, InvalidRequest, FloorUnreachable, DeadlineUnreachable, Overloaded, ServiceUnavailable.
         """
         self._check(job)
-        work = self._planner.new_work(job, now)
+        work = self._planner.new_work(job, self._profiles[job.model], now)
         self._planner.arrived(work, now)
         exact = self._planner.is_due(now)
         self._planner.apply(self._queue, self._enqueued(work, now))
@@ -255,7 +255,7 @@ class Scheduler:
         self._check(job)
         frontier = tuple(self._planner.frontier(job, now))
         try:
-            work = self._planner.new_work(job, now)
+            work = self._planner.new_work(job, self._profiles[job.model], now)
             choices = self._enqueued(work, now)
         except MoselError as error:
             return Plan(frontier, None, 0.0, str(error))

@@ -177,7 +177,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.resources = dict.fromkeys(MODALITIES, "cpu") | {REPLICA: replica_on, FUSION: fusion_on}
         self.up = set(LANES) - away
         self.scheduler = Scheduler(PROFILES, self.policy, MAX_QUEUED, TOKENS)
-        self.scheduler._planner._frontiers = dict(FRONTIERS)
+        self.scheduler._planner._offers._frontiers = dict(FRONTIERS)
         for name in LANES:
             assert self.scheduler.lane(name, name in self.up, self.resources[name]) == []
         self.accounts: dict[bytes, Account] = {}

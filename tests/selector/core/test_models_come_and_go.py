@@ -100,8 +100,8 @@ class ModelsMachine(SchedulerMachine):
         assert self.scheduler.drained() == []
         planner = self.scheduler._planner
         known = {model for model, _ in (*planner.stages._stages, *planner.stages._corrections)}
-        assert (known | planner._frontiers.keys()).isdisjoint(self.gone)
-        assert planner._frontiers.keys() == self.serving.keys() | self.retired.keys()
+        assert (known | planner._offers._frontiers.keys()).isdisjoint(self.gone)
+        assert planner._offers._frontiers.keys() == self.serving.keys() | self.retired.keys()
 
     def teardown(self) -> None:
         """As ever; and then every model that was retired can go."""
