@@ -6,6 +6,7 @@ in front of it.
 """
 
 import heapq
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from selector.core.stages import Remaining, RowsByStage, Stage
 
 # Instead of nothing, where calls are divided by their time.
 _NO_TIME_S = 1e-6
+# What sums of floats may be off by.
+_ROUNDING_S = 1e-6
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Forecast:
         self.now, self._reply_s = now, reply_s
         self._reserve, self._spread, self._cautious = reserve or {}, spread or {}, cautious
         self._free_at, self._resources = free_at, resources
-        self._call_s: dict[tuple[Stage, int], float] = {}
+        self._call_s: dict[Stage, _CallSeconds] = {}
 
     def cautious(self) -> "Forecast":
         """The same, for a plan that leaves the reserve to the jobs to come."""
@@ -78,6 +81,32 @@ class Forecast:
             done = self._run(left.fuse, queued, tokens, max(encoded, left.not_before))
             answered.append(done + self._reply_s)
         return answered
+
+    def latest(self, queue: Iterable[Remaining]) -> float:
+        """A time, in seconds, at which every job of a queue is answered for sure; far quicker to find than `finish`.
+
+        As if all calls were made one after another on the token that is free last, and no job joined the fusion of
+        another. Then the answer to a job waits at most for that, and once more for a call of each kind.
+        """
+        busy = max([self.now, *(at for times in self._free_at.values() for at in times)])
+        encode: dict[Stage, int] = {}
+        fuse: dict[Stage, tuple[int, int]] = {}
+        for left in queue:
+            busy = max(busy, left.not_before)
+            for stage, rows in left.encode:
+                encode[stage] = encode.get(stage, 0) + rows
+            for stage, rows in left.fuse:
+                queued, alone = fuse.get(stage, (0, 0))
+                fuse[stage] = queued + rows, alone + 1
+        encodes = {stage: self._longest_s(stage, rows) for stage, rows in encode.items() if rows}
+        fuses = {stage: self._longest_s(stage, rows) for stage, (rows, _) in fuse.items() if rows}
+        busy += sum(-(-encode[stage] // stage.curve.best_batch) * longest for stage, longest in encodes.items())
+        for stage, longest in fuses.items():
+            rows, alone = fuse[stage]
+            # Each of so many begins a call that it does not fill.
+            busy += (rows + alone * (stage.curve.best_batch - 1)) // stage.curve.best_batch * longest
+        slowest = max(encodes.values(), default=0.0) + max(fuses.values(), default=0.0)
+        return busy + slowest + self._reply_s + _ROUNDING_S
 
     def demands(self, jobs: Iterable[Sequence[Remaining]], queue: Sequence[Remaining]) -> list[list[ServiceDemand]]:
         """What each job asks with each of its options, if it is one of this queue."""
@@ -101,7 +130,7 @@ class Forecast:
                     continue
                 resource = self._resources[stage.lane]
                 tokens = len(self._free_at[resource])
-                call = self._expected_s(stage, batch)
+                call = self._seconds(stage)[batch]
                 seconds[resource] = seconds.get(resource, 0.0) + rows / batch * call / tokens
                 path = max(path, math.ceil(math.ceil(rows / batch) / tokens) * call)
             longest.append(path)
@@ -110,7 +139,7 @@ class Forecast:
     def _spread_demand(self, stage: Stage, rows: int, batch: int, seconds: dict[str, float]) -> float:
         """Adds what a stage asks of each of several resources, as they share it when all are busy; returns its path."""
         stages = self._stages_of(stage)
-        calls = [self._expected_s(one, batch) for one in stages]
+        calls = [self._seconds(one)[batch] for one in stages]
         tokens = [len(self._free_at[self._resources[one.lane]]) for one in stages]
         each = rows / batch / sum(count / max(call, _NO_TIME_S) for count, call in zip(tokens, calls, strict=True))
         for one in stages:
@@ -132,24 +161,25 @@ class Forecast:
         for stage, rows in steps:
             best_batch, last = stage.curve.best_batch, queued.get(stage) or queued.setdefault(stage, _Queued(stage))
             several = self._stages_of(stage) if stage.lane in self._spread else ()
-            on, resource = last.on, self._resources[last.on.lane]
-            free, own = tokens[resource], self._begun(resource, waiting, tokens, earliest)
+            on, call_s = last.on, self._seconds(last.on)
+            free, own = self._begun(self._resources[on.lane], waiting, tokens, earliest)
             # What is ready only after the last call has begun does not join it.
             joined = last.joined if earliest <= last.begins else 0
             while rows:
                 count = min(rows, best_batch - joined)
                 if several and not joined:
                     on = last.on = self._soonest(several, min(last.left, best_batch), waiting, tokens, earliest)
-                    resource = self._resources[on.lane]
-                    free, own = tokens[resource], self._begun(resource, waiting, tokens, earliest)
-                last.begins = last.begins if joined else own[0]
-                call = self._expected_s(on, joined + count)
-                added = max(call - self._expected_s(on, joined), 0.0) if joined else call
-                ends = own[0] + added
-                heapq.heapreplace(own, ends)
+                    call_s = self._seconds(on)
+                    free, own = self._begun(self._resources[on.lane], waiting, tokens, earliest)
+                begins, call = own[0], call_s[joined + count]
+                if joined:
+                    added = max(call - call_s[joined], 0.0)
+                else:
+                    last.begins, added = begins, call
+                heapq.heapreplace(own, begins + added)
                 if own is not free:
                     heapq.heapreplace(free, free[0] + added)
-                end = max(end, ends, earliest + call)
+                end = max(end, begins + added, earliest + call)
                 joined = last.joined = (joined + count) % best_batch
                 last.left -= count
                 rows -= count
@@ -157,13 +187,14 @@ class Forecast:
 
     def _begun(
         self, resource: str, waiting: dict[str, list[float]], tokens: Mapping[str, list[float]], earliest: float
-    ) -> list[float]:
-        """When the tokens of a resource are free for steps that may begin at the earliest at some time."""
-        if resource not in waiting:
-            free = tokens[resource]
+    ) -> tuple[list[float], list[float]]:
+        """When the tokens of a resource are free; and when for steps that may begin at the earliest at some time."""
+        free, own = tokens[resource], waiting.get(resource)
+        if own is None:
             # Until these steps may begin, jobs behind use the tokens: those lose only the time that the calls take.
-            waiting[resource] = [max(at, earliest) for at in free] if free[0] < earliest else free
-        return waiting[resource]
+            own = [max(at, earliest) for at in free] if free[0] < earliest else free
+            waiting[resource] = own
+        return free, own
 
     def _soonest(
         self,
@@ -174,16 +205,36 @@ class Forecast:
         earliest: float,
     ) -> Stage:
         """Where a call of so many items is over first."""
-        begins = [self._begun(self._resources[one.lane], waiting, tokens, earliest)[0] for one in stages]
-        ends = [at + self._expected_s(one, items) for at, one in zip(begins, stages, strict=True)]
+        begins = [self._begun(self._resources[one.lane], waiting, tokens, earliest)[1][0] for one in stages]
+        ends = [at + self._seconds(one)[items] for at, one in zip(begins, stages, strict=True)]
         return stages[ends.index(min(ends))]
 
-    def _expected_s(self, stage: Stage, items: int) -> float:
-        key = (stage, items)
-        if key not in self._call_s:
+    def _longest_s(self, stage: Stage, rows: int) -> float:
+        """What any call with some of these rows takes at most, wherever it is made and however they come together."""
+        several = self._stages_of(stage) if stage.lane in self._spread else [stage]
+        return max(self._seconds(one).most(min(rows, stage.curve.best_batch)) for one in several)
+
+    def _seconds(self, stage: Stage) -> "_CallSeconds":
+        if (found := self._call_s.get(stage)) is None:
             taken = self._reserve.get(self._resources[stage.lane], 0.0) if self._cautious else 0.0
-            self._call_s[key] = stage.expected_ms(items, self.now) / 1000 / (1 - taken)
-        return self._call_s[key]
+            found = self._call_s[stage] = _CallSeconds(stage, self.now, 1 - taken)
+        return found
+
+
+class _CallSeconds(dict[int, float]):
+    """What calls of a stage are expected to take by the rows in them, on a share of its resource."""
+
+    def __init__(self, stage: Stage, now: float, share: float) -> None:
+        self._stage, self._now, self._share = stage, now, share
+
+    def __missing__(self, items: int) -> float:
+        seconds = self[items] = self._stage.expected_ms(items, self._now) / 1000 / self._share
+        return seconds
+
+    def most(self, items: int) -> float:
+        """The sum of what each of so many rows adds as they come one by one, where it adds something."""
+        sizes = [1, *(size for size, _ in self._stage.curve.points if 1 < size < items), items]
+        return self[1] + sum(max(self[size] - self[before], 0.0) for before, size in itertools.pairwise(sizes))
 
 
 @dataclass

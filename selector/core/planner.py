@@ -259,6 +259,8 @@ def _hopeless(queue: Sequence[Queued], forecast: Forecast, at: int) -> Choices:
     Plans take time, and under overload most are refused. On one resource the cheapest options are the fastest.
     """
     choices: Choices = [job.cheapest for job in queue]
+    if forecast.latest(job.options[job.cheapest] for job in queue[: at + 1]) <= queue[at].deadline:
+        return []
     answered = finish_times(queue[: at + 1], forecast, choices[: at + 1])[at] or 0.0
     return choices if answered > queue[at].deadline and not queue[at].late_ok else []
 

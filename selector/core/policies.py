@@ -65,6 +65,16 @@ def finish_times(queue: Sequence[Queued], forecast: Forecast, choices: Sequence[
     return [None if choice is None else next(times) for choice in choices]
 
 
+def in_time(queue: Sequence[Queued], forecast: Forecast, choices: Sequence[int | None]) -> bool:
+    """Whether every job that is not dropped is in time under these choices."""
+    kept = [(job, job.options[choice]) for job, choice in zip(queue, choices, strict=True) if choice is not None]
+    first = min((job.deadline for job, _ in kept), default=math.inf)
+    # Mostly there is plenty of time, which is quicker to see than when each job is answered.
+    if forecast.latest(left for _, left in kept) <= first:
+        return True
+    return not _late(queue, finish_times(queue, forecast, choices))
+
+
 def aggressive(queue: Sequence[Queued], forecast: Forecast) -> Choices:
     """Every job up to the first predicted miss goes to its cheapest option; then up to the next one."""
     return _relieved(queue, forecast, [0] * len(queue), _UpToMiss(queue))
@@ -97,7 +107,7 @@ def mosel(queue: Sequence[Queued], forecast: Forecast) -> Choices:
     cautious = forecast.cautious()
     if all(job.committed and len(job.options) == 1 for job in queue):
         return choices
-    if not _late(queue, finish_times(queue, cautious, choices)):
+    if in_time(queue, cautious, choices):
         return choices
     if any(len(job.options) > 1 for job in queue):
         choices = _planned(queue, cautious, may_drop=False)
@@ -129,12 +139,12 @@ def placed(queue: Sequence[Queued], forecast: Forecast, plan: Sequence[int], at:
     def with_option(option: int) -> Choices:
         return [*plan[:at], option, *plan[at + 1 :]]
 
-    def in_time(option: int) -> bool:
-        return not _late(queue, finish_times(queue, cautious, with_option(option)))
+    def fits(option: int) -> bool:
+        return in_time(queue, cautious, with_option(option))
 
     options = range(len(queue[at].options))
     # Options of less accuracy cost less, so that it is enough to look at a few.
-    first = 0 if in_time(0) else bisect.bisect_left(options, True, lo=1, key=in_time)
+    first = 0 if fits(0) else bisect.bisect_left(options, True, lo=1, key=fits)
     return with_option(first) if first in options else aggressive(queue, forecast)
 
 
@@ -164,7 +174,7 @@ def _relieved(
 ) -> Choices:
     """Lets jobs give up accuracy until everyone is in time; those whom that does not save are dropped."""
     hopeless: set[int] = set()
-    changed = True
+    changed = not in_time(queue, forecast, choices)
     while changed:
         changed = False
         for miss, deficit in _late(queue, finish_times(queue, forecast, choices)).items():

@@ -74,26 +74,30 @@ class Resources:
         self._lanes = {name: _Lane() for name in lanes}
         self._tokens, self.reply_s, self.version = tokens, reply_ms / 1000, 0
         self._calls: dict[int, CallInFlight] = {}
+        self._open: set[str] | None = None
         self._replicas: dict[str, tuple[str, ...]] = {}
         self._spread: dict[str, tuple[str, ...]] = {}
+        self._changed()
 
     def add_lanes(self, names: Iterable[str]) -> None:
         """Services that may come; those that are known stay as they are."""
         self._lanes = {name: _Lane() for name in names} | self._lanes
-        self.version += 1
+        self._changed()
 
     def set_lane(self, name: str, up: bool, resource: str) -> None:
         """A service came or went."""
         self._lanes[name] = _Lane(up, resource)
-        self._find_replicas()
+        self._changed()
 
     def remove_lane(self, name: str) -> None:
         """A service is none of those that may come any more."""
         self._lanes.pop(name, None)
-        self._find_replicas()
+        self._changed()
 
-    def _find_replicas(self) -> None:
+    def _changed(self) -> None:
         self.version += 1
+        self._open = None
+        self._resource_of = {name: lane.resource for name, lane in self._lanes.items()}
         lanes: dict[str, list[str]] = {}
         for lane in self._lanes:
             lanes.setdefault(modality_of(lane), []).append(lane)
@@ -137,8 +141,10 @@ class Resources:
 
     def open_lanes(self) -> set[str]:
         """The services that are there and may be called now."""
-        used = Counter(self._lanes[under_way.call.lane].resource for under_way in self._calls.values())
-        return {name for name, lane in self._lanes.items() if lane.up and used[lane.resource] < self._tokens}
+        if self._open is None:
+            used = Counter(self._resource_of[under_way.call.lane] for under_way in self._calls.values())
+            self._open = {name for name, lane in self._lanes.items() if lane.up and used[lane.resource] < self._tokens}
+        return self._open
 
     def replicas(self, modality: str) -> list[str]:
         """The encoders of a modality that are there, if it has several; else nothing."""
@@ -156,9 +162,9 @@ class Resources:
         self, now: float, ends: Callable[[CallInFlight, float], float] = CallInFlight.ends
     ) -> dict[str, list[float]]:
         """When each token of each resource will be free; `ends` says when a call is over that is under way."""
-        free_at = {lane.resource: [now] * self._tokens for lane in self._lanes.values()}
+        free_at = self._all_free(now)
         for under_way in self._calls.values():
-            free = free_at[self._lanes[under_way.call.lane].resource]
+            free = free_at[self._resource_of[under_way.call.lane]]
             # Where a lane came back on another resource, there may be more calls than tokens for a moment.
             free[free.index(min(free))] = max(ends(under_way, now), min(free))
         return free_at
@@ -166,9 +172,11 @@ class Resources:
     def begin(self, call: Call, items: int, now: float, expected_s: float) -> None:
         """A call is handed out."""
         self._calls[call.id] = CallInFlight(call, items, now, expected_s)
+        self._open = None
 
     def over(self, call: Call) -> CallInFlight:
         """A call came back, well or not."""
+        self._open = None
         return self._calls.pop(call.id)
 
     def calls(self, ids: Iterable[int]) -> list[CallInFlight]:
@@ -190,7 +198,7 @@ class Resources:
 
     def idle_forecast(self, now: float) -> Forecast:
         """As if nothing were under way."""
-        return self._forecast(now, {lane.resource: [now] * self._tokens for lane in self._lanes.values()}, {})
+        return self._forecast(now, self._all_free(now), {})
 
     def statistics(self) -> dict[str, int]:
         """Calls under way by lane."""
@@ -198,8 +206,10 @@ class Resources:
         return {f"calls_in_flight.{name}": under_way[name] for name in self._lanes}
 
     def _forecast(self, now: float, free_at: Mapping[str, Sequence[float]], reserve: Mapping[str, float]) -> Forecast:
-        resources = {name: lane.resource for name, lane in self._lanes.items()}
-        return Forecast(now, free_at, resources, self.reply_s, reserve, self._spread)
+        return Forecast(now, free_at, self._resource_of, self.reply_s, reserve, self._spread)
+
+    def _all_free(self, now: float) -> dict[str, list[float]]:
+        return {resource: [now] * self._tokens for resource in self._resource_of.values()}
 
 
 class LaneBalancer:

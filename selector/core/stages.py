@@ -3,7 +3,6 @@
 Calls take what their profile says, corrected by what was measured while running.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
@@ -44,6 +43,8 @@ class Correction:
     _xx: float = 0.0
     _xy: float = 0.0
     _at: float = 0.0
+    # What `fit` last said, while that holds.
+    _fit: tuple[float, float] | None = None
 
     def learn(self, profiled_ms: float, measured_ms: float, now: float) -> None:
         """A call took so long; a stalled machine counts as three times the profile at most."""
@@ -54,6 +55,7 @@ class Correction:
         self._y = _MEMORY * self._y + measured_ms
         self._xx = _MEMORY * self._xx + profiled_ms**2
         self._xy = _MEMORY * self._xy + profiled_ms * measured_ms
+        self._fit = None
 
     def expected_ms(self, profiled_ms: float, now: float) -> float:
         """What a call is expected to take, in milliseconds; never less than a fifth of its profile."""
@@ -63,6 +65,11 @@ class Correction:
     def fit(self, now: float) -> tuple[float, float]:
         """Overhead in milliseconds, and factor."""
         self._fade(now)
+        if self._fit is None:
+            self._fit = self._fitted()
+        return self._fit
+
+    def _fitted(self) -> tuple[float, float]:
         prior = (self.small_ms, self.large_ms)
         count = self._count + 2 * _PRIOR
         x, y = self._x + _PRIOR * sum(prior), self._y + _PRIOR * sum(prior)
@@ -78,7 +85,7 @@ class Correction:
             fading: float = 0.5 ** ((now - self._at) / _HALF_LIFE_S)
             self._count, self._x, self._y = self._count * fading, self._x * fading, self._y * fading
             self._xx, self._xy = self._xx * fading, self._xy * fading
-            self._at = now
+            self._at, self._fit = now, None
 
 
 @dataclass(eq=False)
@@ -174,9 +181,10 @@ class Stages:
 
     def remaining(self, model: str, strategy: Strategy) -> Remaining:
         """What is left to do for a job that has not started, with a strategy."""
-        rows: Counter[str] = Counter()
+        rows: dict[str, int] = {}
         for modality_set, count in strategy.counts:
-            rows.update(dict.fromkeys(modality_set, count))
+            for modality in modality_set:
+                rows[modality] = rows.get(modality, 0) + count
         encode = tuple((self.of(model, modality), count) for modality, count in sorted(rows.items()))
         return Remaining(encode, tuple((self.of(model, s), count) for s, count in strategy.counts))
 
