@@ -6,7 +6,6 @@ in front of it.
 """
 
 import heapq
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,7 +91,8 @@ class Forecast:
         encode: dict[Stage, int] = {}
         fuse: dict[Stage, tuple[int, int]] = {}
         for left in queue:
-            busy = max(busy, left.not_before)
+            if left.not_before > busy:
+                busy = left.not_before
             for stage, rows in left.encode:
                 encode[stage] = encode.get(stage, 0) + rows
             for stage, rows in left.fuse:
@@ -211,13 +211,17 @@ class Forecast:
 
     def _longest_s(self, stage: Stage, rows: int) -> float:
         """What any call with some of these rows takes at most, wherever it is made and however they come together."""
-        several = self._stages_of(stage) if stage.lane in self._spread else [stage]
-        return max(self._seconds(one).most(min(rows, stage.curve.best_batch)) for one in several)
+        several = self._stages_of(stage) if stage.lane in self._spread else (stage,)
+        items = min(rows, stage.curve.best_batch)
+        return max(one.most_ms(items, self.now) / 1000 / self._share(one) for one in several)
+
+    def _share(self, stage: Stage) -> float:
+        """The share of its resource that the calls of a stage have."""
+        return 1 - self._reserve.get(self._resources[stage.lane], 0.0) if self._cautious else 1.0
 
     def _seconds(self, stage: Stage) -> "_CallSeconds":
         if (found := self._call_s.get(stage)) is None:
-            taken = self._reserve.get(self._resources[stage.lane], 0.0) if self._cautious else 0.0
-            found = self._call_s[stage] = _CallSeconds(stage, self.now, 1 - taken)
+            found = self._call_s[stage] = _CallSeconds(stage, self.now, self._share(stage))
         return found
 
 
@@ -230,11 +234,6 @@ class _CallSeconds(dict[int, float]):
     def __missing__(self, items: int) -> float:
         seconds = self[items] = self._stage.expected_ms(items, self._now) / 1000 / self._share
         return seconds
-
-    def most(self, items: int) -> float:
-        """The sum of what each of so many rows adds as they come one by one, where it adds something."""
-        sizes = [1, *(size for size, _ in self._stage.curve.points if 1 < size < items), items]
-        return self[1] + sum(max(self[size] - self[before], 0.0) for before, size in itertools.pairwise(sizes))
 
 
 @dataclass

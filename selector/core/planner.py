@@ -117,7 +117,8 @@ class Planner:
             return [*[None] * at, newcomer.queued.cheapest]
         queue, forecast = [self._as_queued(work) for work in works], self._forecast(now)
         spare_s = self._spare_s(works, at, now)
-        queue[at] = replace(queue[at], deadline=newcomer.job.deadline - spare_s)
+        if spare_s:
+            queue[at] = replace(queue[at], deadline=newcomer.job.deadline - spare_s)
         if self._resources.is_one and (hopeless := _hopeless(queue, forecast, at)):
             raise self._refusal(newcomer, queue, forecast, hopeless, at, spare_s)
         if self.is_due(now):
@@ -134,7 +135,9 @@ class Planner:
     def apply(self, works: Sequence[Work], choices: Choices) -> None:
         """Gives each job its option, as far as its items are not committed."""
         for work, choice in zip(works, choices, strict=True):
-            if choice is not None and work.uncommitted:
+            # What has not started has what it was given last.
+            changes = choice != work.chosen or work.started_at is not None
+            if choice is not None and changes and work.uncommitted:
                 work.choose(choice)
 
     def replan(self, works: Sequence[Work], now: float) -> list[Work]:

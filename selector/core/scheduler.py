@@ -314,6 +314,8 @@ class Scheduler:
         """A call for the first job that has rows for a service whose resource has a free token."""
         lanes, stage_of = LaneBalancer(self._resources, now), self._planner.stages.of
         for at, work in enumerate(self._queue if lanes.open else ()):
+            if not (work.unfused or work.unsent or work.planned):
+                continue
             fusable = [*work.unfused] if FUSION in lanes.open else []
             modalities = sorted(frozenset(work.unsent).union(*work.planned))
             queued, model = partial(self._queued_rows, at), work.job.model
@@ -331,7 +333,7 @@ class Scheduler:
         """Fills a batch with rows of the job at a place in the queue and of those behind it."""
         head = self._queue[at]
         model, stage = head.job.model, self._planner.stages.of(head.job.model, what).on(lane)
-        rest_s = 0.0 if not isinstance(what, str) else self._fusing_s(head, now)
+        rest_s = self._fusing_s(head, now) if isinstance(what, str) and at + 1 < len(self._queue) else 0.0
         rows: list[Rows] = []
         items = 0
         for work in islice(self._queue, at, at + _LOOK_BEHIND):
@@ -365,7 +367,7 @@ class Scheduler:
     def _fills_a_call(self, work: Work, modality_set: ModalitySet) -> bool:
         """Whether all items of a set that a job has, or enough for the best batch, wait for fusion."""
         waiting = work.waiting(modality_set)
-        all_items = work.unfinished()[modality_set] + work.planned[modality_set]
+        all_items = work.unfinished()[modality_set] + work.planned.get(modality_set, 0)
         return waiting == all_items or waiting >= self._planner.stages.of(work.job.model, modality_set).curve.best_batch
 
     def _expected_ms(self, work: Work, what: str | ModalitySet) -> float:

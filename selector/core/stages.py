@@ -3,6 +3,7 @@
 Calls take what their profile says, corrected by what was measured while running.
 """
 
+import itertools
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
@@ -70,10 +71,9 @@ class Correction:
         return self._fit
 
     def _fitted(self) -> tuple[float, float]:
-        prior = (self.small_ms, self.large_ms)
-        count = self._count + 2 * _PRIOR
-        x, y = self._x + _PRIOR * sum(prior), self._y + _PRIOR * sum(prior)
-        squares = _PRIOR * sum(ms**2 for ms in prior)
+        count, both = self._count + 2 * _PRIOR, _PRIOR * (self.small_ms + self.large_ms)
+        x, y = self._x + both, self._y + both
+        squares = _PRIOR * (self.small_ms**2 + self.large_ms**2)
         spread = self._xx + squares - x * x / count
         together = self._xy + squares - x * y / count
         factor = together / spread if spread > 1e-9 else 1.0
@@ -108,6 +108,7 @@ class Stage:
     lacking: Set[str] = frozenset()
     replicas: "dict[str, Stage]" = field(default_factory=dict)
     _profiled: dict[int, float] = field(default_factory=dict)
+    _risen: dict[int, float] = field(default_factory=dict)
 
     def on(self, lane: str) -> "Stage":
         """The same step on another lane of the modality, where calls may take more or less time."""
@@ -128,6 +129,15 @@ class Stage:
     def expected_ms(self, items: int, now: float) -> float:
         """The same, corrected by what was measured lately."""
         return self.correction.expected_ms(self.profiled_ms(items), now)
+
+    def most_ms(self, items: int, now: float) -> float:
+        """What a call takes at most to which so many items come one after another: where more take less, no less."""
+        if items not in self._risen:
+            sizes = [1, *(size for size, _ in self.curve.points if 1 < size < items), items]
+            times = [self.profiled_ms(size) for size in sizes]
+            rises = (max(more - less, 0.0) for less, more in itertools.pairwise(times))
+            self._risen[items] = times[0] + sum(rises)
+        return self.correction.expected_ms(self._risen[items], now)
 
 
 RowsByStage = tuple[tuple[Stage, int], ...]

@@ -50,7 +50,7 @@ class Work:
     options: Sequence[Option]
     queued: Queued
     chosen: int = 0
-    planned: Counter[ModalitySet] = field(default_factory=Counter)
+    planned: dict[ModalitySet, int] = field(default_factory=dict)
     preferred: float = 0.0
     least: float = 0.0
     predicted: float = 0.0
@@ -96,7 +96,9 @@ class Work:
     @property
     def counts(self) -> Counter[ModalitySet]:
         """Items by the modality set that they run, committed or planned."""
-        return Counter(self._set_of.values()) + self.planned
+        counts = Counter(self._set_of.values())
+        counts.update(self.planned)
+        return counts
 
     @property
     def expected_accuracy(self) -> float:
@@ -126,7 +128,7 @@ class Work:
     def choose(self, option: int) -> None:
         """Plans an option for the items that are not committed."""
         self.chosen = option
-        self.planned = Counter(dict(self.options[option].strategy.counts)) if self.options else Counter()
+        self.planned = dict(self.options[option].strategy.counts) if self.options else {}
         if self.started_at is None and self.options:
             self.least = min(self.least, self.options[option].strategy.accuracy)
 
@@ -140,7 +142,10 @@ class Work:
         """Items that wait, or will wait, for an encoder; for fusion if `stage` is a modality set."""
         if not isinstance(stage, str):
             return len(self.unfused.get(stage, ()))
-        return len(self.unsent.get(stage, ())) + sum(count for s, count in self.planned.items() if stage in s)
+        count = len(self.unsent.get(stage, ()))
+        for modality_set, planned in self.planned.items():
+            count += planned if stage in modality_set else 0
+        return count
 
     def take(self, stage: str | ModalitySet, most: int) -> Rows:
         """Takes the next items that wait there; commits as many as that needs."""
@@ -185,13 +190,15 @@ class Work:
 
     def unfinished(self) -> Mapping[ModalitySet, int]:
         """Committed items that wait for fusion or for embeddings, by modality set; without those in fusion."""
-        counts = Counter({modality_set: len(items) for modality_set, items in self.unfused.items()})
-        counts.update(self._set_of[item] for item in self._missing)
+        counts = {modality_set: len(items) for modality_set, items in self.unfused.items()}
+        for item in self._missing:
+            counts[self._set_of[item]] = counts.get(self._set_of[item], 0) + 1
         return counts
 
     def _permuted(self, items: Iterable[int]) -> list[int]:
         order = sorted(items)
-        random.Random(self.job.id).shuffle(order)  # noqa: S311 (fair, not secret)
+        if len(order) > 1:
+            random.Random(self.job.id).shuffle(order)  # noqa: S311 (fair, not secret)
         return order
 
     def _commit(self, modality: str, count: int) -> None:
@@ -201,7 +208,9 @@ class Work:
                 continue
             taken = min(max(count, 0), self.planned[modality_set])
             count -= taken
-            self.planned -= Counter({modality_set: taken})
+            self.planned[modality_set] -= taken
+            if not self.planned[modality_set]:
+                del self.planned[modality_set]
             for _ in range(taken):
                 item = self._order.pop()
                 self._set_of[item], self._missing[item] = modality_set, len(modality_set)
