@@ -52,9 +52,10 @@ class OfferedLoad:
 
     def _fade(self, now: float) -> None:
         fading = math.exp(-max(now - self._at, 0.0) / _ARRIVALS_S)
-        faded = {resource: share * fading for resource, share in self._shares.items()}
         # Resources come and go with the machines that services run on.
-        self._shares = {resource: share for resource, share in faded.items() if share > _NOTHING}
+        self._shares = {
+            resource: faded for resource, share in self._shares.items() if (faded := share * fading) > _NOTHING
+        }
         self._at = max(now, self._at)
 
 

@@ -7,6 +7,7 @@ in front of it.
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -72,7 +73,7 @@ class Forecast:
         """
         queued: dict[Stage, _Queued] = {}
         if self._spread:
-            queued = {stage: _Queued(stage, rows) for stage, rows in _rows(queue).items()}
+            queued = {stage: self._queued(stage, rows) for stage, rows in _rows(queue).items()}
         tokens = {resource: sorted(times) for resource, times in self._free_at.items()}
         answered = []
         for left in queue:
@@ -90,14 +91,14 @@ class Forecast:
         busy = max([self.now, *(at for times in self._free_at.values() for at in times)])
         encode: dict[Stage, int] = {}
         fuse: dict[Stage, tuple[int, int]] = {}
-        for left in queue:
-            if left.not_before > busy:
-                busy = left.not_before
+        # Jobs that are alike have the same left.
+        for left, jobs in Counter(queue).items():
+            busy = max(busy, left.not_before)
             for stage, rows in left.encode:
-                encode[stage] = encode.get(stage, 0) + rows
+                encode[stage] = encode.get(stage, 0) + jobs * rows
             for stage, rows in left.fuse:
                 queued, alone = fuse.get(stage, (0, 0))
-                fuse[stage] = queued + rows, alone + 1
+                fuse[stage] = queued + jobs * rows, alone + jobs
         encodes = {stage: self._longest_s(stage, rows) for stage, rows in encode.items() if rows}
         fuses = {stage: self._longest_s(stage, rows) for stage, (rows, _) in fuse.items() if rows}
         busy += sum(-(-encode[stage] // stage.curve.best_batch) * longest for stage, longest in encodes.items())
@@ -159,31 +160,38 @@ class Forecast:
         end = earliest
         waiting: dict[str, list[float]] = {}
         for stage, rows in steps:
-            best_batch, last = stage.curve.best_batch, queued.get(stage) or queued.setdefault(stage, _Queued(stage))
-            several = self._stages_of(stage) if stage.lane in self._spread else ()
-            on, call_s = last.on, self._seconds(last.on)
-            free, own = self._begun(self._resources[on.lane], waiting, tokens, earliest)
+            last = queued.get(stage)
+            if last is None:
+                last = queued[stage] = self._queued(stage)
+            free, own = self._begun(last.resource, waiting, tokens, earliest)
             # What is ready only after the last call has begun does not join it.
             joined = last.joined if earliest <= last.begins else 0
             while rows:
-                count = min(rows, best_batch - joined)
-                if several and not joined:
-                    on = last.on = self._soonest(several, min(last.left, best_batch), waiting, tokens, earliest)
-                    call_s = self._seconds(on)
-                    free, own = self._begun(self._resources[on.lane], waiting, tokens, earliest)
-                begins, call = own[0], call_s[joined + count]
+                count = min(rows, last.best_batch - joined)
+                if last.several and not joined:
+                    self._move(last, self._soonest(last, waiting, tokens, earliest))
+                    free, own = self._begun(last.resource, waiting, tokens, earliest)
+                begins, call = own[0], last.call_s[joined + count]
                 if joined:
-                    added = max(call - call_s[joined], 0.0)
+                    added = max(call - last.call_s[joined], 0.0)
                 else:
                     last.begins, added = begins, call
                 heapq.heapreplace(own, begins + added)
                 if own is not free:
                     heapq.heapreplace(free, free[0] + added)
                 end = max(end, begins + added, earliest + call)
-                joined = last.joined = (joined + count) % best_batch
+                joined = last.joined = (joined + count) % last.best_batch
                 last.left -= count
                 rows -= count
         return end
+
+    def _queued(self, stage: Stage, rows: int = 0) -> "_Queued":
+        several = self._stages_of(stage) if stage.lane in self._spread else ()
+        resource, call_s = self._resources[stage.lane], self._seconds(stage)
+        return _Queued(several, stage.curve.best_batch, resource, call_s, rows)
+
+    def _move(self, queued: "_Queued", on: Stage) -> None:
+        queued.resource, queued.call_s = self._resources[on.lane], self._seconds(on)
 
     def _begun(
         self, resource: str, waiting: dict[str, list[float]], tokens: Mapping[str, list[float]], earliest: float
@@ -197,17 +205,13 @@ class Forecast:
         return free, own
 
     def _soonest(
-        self,
-        stages: Sequence[Stage],
-        items: int,
-        waiting: dict[str, list[float]],
-        tokens: Mapping[str, list[float]],
-        earliest: float,
+        self, queued: "_Queued", waiting: dict[str, list[float]], tokens: Mapping[str, list[float]], earliest: float
     ) -> Stage:
-        """Where a call of so many items is over first."""
-        begins = [self._begun(self._resources[one.lane], waiting, tokens, earliest)[1][0] for one in stages]
-        ends = [at + self._seconds(one)[items] for at, one in zip(begins, stages, strict=True)]
-        return stages[ends.index(min(ends))]
+        """Where the next call of what is queued is over first."""
+        items = min(queued.left, queued.best_batch)
+        begins = [self._begun(self._resources[on.lane], waiting, tokens, earliest)[1][0] for on in queued.several]
+        ends = [at + self._seconds(on)[items] for at, on in zip(begins, queued.several, strict=True)]
+        return queued.several[ends.index(min(ends))]
 
     def _longest_s(self, stage: Stage, rows: int) -> float:
         """What any call with some of these rows takes at most, wherever it is made and however they come together."""
@@ -236,11 +240,24 @@ class _CallSeconds(dict[int, float]):
         return seconds
 
 
-@dataclass
+@dataclass(slots=True)
 class _Queued:
-    """What is queued for a stage, and its last call that is not full: on which lane, its rows, and when it begins."""
+    """What is queued for a stage, and its last call that is not full.
 
-    on: Stage
+    Attributes:
+        several: the stage on each lane where its calls may be made, if these are several.
+        best_batch: rows of a full call.
+        resource: where the last call is made.
+        call_s: what calls take there.
+        left: rows that are queued, where there are several lanes.
+        joined: rows of the last call.
+        begins: when it does.
+    """
+
+    several: Sequence[Stage]
+    best_batch: int
+    resource: str
+    call_s: _CallSeconds
     left: int = 0
     joined: int = 0
     begins: float = -math.inf

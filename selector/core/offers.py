@@ -35,12 +35,14 @@ class Offer:
         lefts: what is left to do with each.
         values: what each is worth per item.
         cheapest: index of the cheapest.
+        without: modalities that the items would run, were their encoders there.
     """
 
     options: Sequence[Option]
     lefts: Sequence[Remaining]
     values: Sequence[float]
     cheapest: int
+    without: ModalitySet = frozenset()
 
     def queued(self, job: Job) -> Queued:
         """A job that has not started, as a policy sees it."""
@@ -54,14 +56,12 @@ class Terms:
     Attributes:
         floor: what its items must have.
         offer: the strategies that it may use.
-        without: modalities that it would run, were their encoders there.
         rounding: how jobs like it use all of a guaranteed loss, or None.
         rounded: the floors of those that run the cheaper strategy for it, and of the others.
     """
 
     floor: Floor
     offer: Offer
-    without: ModalitySet
     rounding: Rounding | None
     rounded: tuple[Floor, Floor]
 
@@ -118,20 +118,13 @@ class Offers:
         """
         key = floor, job.exact, job.effort, items, least
         state = self._state(job.model)
-        return self._offers.of(job.model, state, key, lambda: self.of(job, self._options(job, floor, items, least)))
+        return self._offers.of(job.model, state, key, lambda: self._new_offer(job, floor, items, least))
 
-    def of(self, job: Job, options: Sequence[Option]) -> Offer:
+    def of(self, job: Job, options: Sequence[Option], without: ModalitySet = frozenset()) -> Offer:
         """Options of a job, and what is left to do with each."""
         lefts = [self._stages.remaining(job.model, option.strategy) for option in options]
         cheapest = min(range(len(options)), key=lambda i: options[i].strategy.cost_ms)
-        return Offer(options, lefts, [option.value for option in options], cheapest)
-
-    def without(self, job: Job, floor: Floor, items: int, least: float) -> ModalitySet:
-        """The modalities that items of a job would run, were their encoders there."""
-        lacking, is_served = self._profiles[job.model].lacking, self._resources.is_served
-        away = {modality for modality in job.modalities if not is_served(modality, lacking, staying=True)}
-        preferred = self._options(job, floor, items, least, whole=True)[0].strategy if away else None
-        return frozenset().union(*(away & s for s, _ in preferred.counts)) if preferred else frozenset()
+        return Offer(options, lefts, [option.value for option in options], cheapest, without)
 
     def frontier(self, job: Job, most: int) -> list[Strategy]:
         """At most so many strategies for a job's size over what it sent, cheapest first."""
@@ -150,15 +143,22 @@ class Offers:
         profile = self._profiles[job.model]
         floor = floor_of(profile, job, refuse=self._refuse)
         offer = self.offer(job, floor, job.size, floor.least)
-        without = self.without(job, floor, job.size, floor.least)
         rounding = None
         if not self._full_only:
             rounding = rounding_of(profile, self._frontiers[job.model], job, floor, self._is_up(profile))
         if rounding is None:
-            return Terms(floor, offer, without, None, (floor, floor))
+            return Terms(floor, offer, None, (floor, floor))
         leasts = rounding.cheaper.accuracy, rounding.otherwise
         below, above = (replace(floor, least=least, over_all=floor.least) for least in leasts)
-        return Terms(floor, offer, without, rounding, (below, above))
+        return Terms(floor, offer, rounding, (below, above))
+
+    def _new_offer(self, job: Job, floor: Floor, items: int, least: float) -> Offer:
+        options = self._options(job, floor, items, least)
+        lacking, is_served = self._profiles[job.model].lacking, self._resources.is_served
+        away = {modality for modality in job.modalities if not is_served(modality, lacking, staying=True)}
+        preferred = self._options(job, floor, items, least, whole=True)[0].strategy if away else None
+        without = frozenset().union(*(away & s for s, _ in preferred.counts)) if preferred else frozenset()
+        return self.of(job, options, without)
 
     def _options(self, job: Job, floor: Floor, items: int, least: float, *, whole: bool = False) -> list[Option]:
         """The strategies for items of a job with the services that are there, or as if all were (`whole`)."""

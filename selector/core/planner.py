@@ -68,7 +68,7 @@ class Planner:
         """
         terms = self._offers.terms(job)
         offer = terms.offer
-        return Work(job, profile, terms.floor, now, offer.options, offer.queued(job), without=terms.without)
+        return Work(job, profile, terms.floor, now, offer.options, offer.queued(job), without=offer.without)
 
     def round(self, work: Work) -> None:
         """Has a job with a guaranteed loss run a strategy a little too cheap, as often as that is right over all jobs.
@@ -176,13 +176,12 @@ class Planner:
 
     def _plan_rest(self, work: Work) -> bool:
         """Plans what is not committed of a job with the services that are there; False if its floor needs more."""
-        asked = work.job, work.floor, work.uncommitted, work.floor_of_rest
         try:
-            offer = self._offers.offer(*asked)
+            offer = self._offers.offer(work.job, work.floor, work.uncommitted, work.floor_of_rest)
         except MoselError:
             return False
         work.options, work.queued = offer.options, offer.queued(work.job)
-        work.without |= self._offers.without(*asked)
+        work.without |= offer.without
         work.choose(0)
         return True
 

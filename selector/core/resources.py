@@ -68,6 +68,7 @@ class Resources:
     Attributes:
         reply_s: the same in seconds.
         version: another one after each change of which services are there.
+        is_one: whether all services that are there compute on the same resource.
     """
 
     def __init__(self, lanes: Iterable[str], tokens: int, reply_ms: float) -> None:
@@ -97,6 +98,7 @@ class Resources:
     def _changed(self) -> None:
         self.version += 1
         self._open = None
+        self.is_one = len({lane.resource for lane in self._lanes.values() if lane.up}) == 1
         self._resource_of = {name: lane.resource for name, lane in self._lanes.items()}
         lanes: dict[str, list[str]] = {}
         for lane in self._lanes:
@@ -112,11 +114,6 @@ class Resources:
         """A service is about to go: no further job may be planned with it."""
         self._lanes[name].leaving = True
         self.version += 1
-
-    @property
-    def is_one(self) -> bool:
-        """Whether all services that are there compute on the same resource."""
-        return len({lane.resource for lane in self._lanes.values() if lane.up}) == 1
 
     def is_up(self, modality_set: ModalitySet, lacking: Set[str] = frozenset()) -> bool:
         """Whether fusion and an encoder of each modality are there and stay; those without the model do not count."""
@@ -142,8 +139,9 @@ class Resources:
     def open_lanes(self) -> set[str]:
         """The services that are there and may be called now."""
         if self._open is None:
-            used = Counter(self._resource_of[under_way.call.lane] for under_way in self._calls.values())
-            self._open = {name for name, lane in self._lanes.items() if lane.up and used[lane.resource] < self._tokens}
+            used = [self._resource_of[under_way.call.lane] for under_way in self._calls.values()]
+            free = {resource for resource in self._resource_of.values() if used.count(resource) < self._tokens}
+            self._open = {name for name, lane in self._lanes.items() if lane.up and lane.resource in free}
         return self._open
 
     def replicas(self, modality: str) -> list[str]:

@@ -143,7 +143,7 @@ class Stage:
 RowsByStage = tuple[tuple[Stage, int], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Remaining:
     """What is left to do for a job.
 
