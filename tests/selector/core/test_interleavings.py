@@ -176,13 +176,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.resources = dict.fromkeys(MODALITIES, "cpu") | {REPLICA: replica_on, FUSION: fusion_on}
         self.up = set(LANES) - away
-        self.scheduler = Scheduler(PROFILES, self.policy, MAX_QUEUED, TOKENS)
+        self.scheduler = self.new_scheduler()
         self.scheduler._planner._offers._frontiers = dict(FRONTIERS)
         for name in LANES:
             assert self.scheduler.lane(name, name in self.up, self.resources[name]) == []
         self.accounts: dict[bytes, Account] = {}
         self.under_way: list[Call] = []
         self.dropped = 0
+
+    def new_scheduler(self) -> Scheduler:
+        return Scheduler(PROFILES, self.policy, MAX_QUEUED, TOKENS)
 
     def alive(self) -> list[Account]:
         return [account for account in self.accounts.values() if not account.how_ended]
