@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule, run_state_machine_as_test
 
-from mosel.errors import MoselError
+from mosel.errors import MoselError, ServiceUnavailable
 from mosel.modality import FUSION, parse_set
 from selector.core.forecast import Forecast
 from selector.core.jobs import Ended
@@ -20,6 +20,8 @@ from selector.core.scheduler import Scheduler
 from selector.core.stages import Correction, Remaining, Stage
 from selector.core.work import Work
 from tests.selector.core.test_interleavings import FRONTIERS, MAX_QUEUED, PROFILES, REPLICA, TOKENS, SchedulerMachine
+from tests.selector.support import BOTH, job, scheduler_with
+from tests.selector.support import PROFILES as PROFILES_OF_TWO
 
 # Where more items may take less time.
 times_ms = st.lists(st.floats(0.01, 20), min_size=1, max_size=4)
@@ -143,11 +145,10 @@ class TwinMachine(SchedulerMachine):
         twins.plain._planner._offers._frontiers = dict(FRONTIERS)
         return twins
 
-    @rule(name=st.sampled_from([*PROFILES]), unavailable=st.booleans(), lacks=st.booleans(), observed=st.booleans())
-    def profile_changes(self, name: str, unavailable: bool, lacks: bool, observed: bool) -> None:
+    @rule(name=st.sampled_from([*PROFILES]), unavailable=st.booleans(), observed=st.booleans())
+    def profile_changes(self, name: str, unavailable: bool, observed: bool) -> None:
         profile = PROFILES[name]
         profile.unavailable = frozenset({parse_set("audio+pen")} if unavailable else ())
-        profile.lacking ^= {REPLICA} if lacks else set()
         profile.observed = observed
 
     @rule(name=st.sampled_from(["audio", REPLICA]))
@@ -159,7 +160,6 @@ class TwinMachine(SchedulerMachine):
             super().teardown()
         finally:
             for profile in PROFILES.values():
-                profile.lacking.clear()
                 profile.unavailable, profile.observed = frozenset(), False
 
     # What it promises is tested elsewhere, of profiles that do not change.
@@ -172,3 +172,16 @@ class TwinMachine(SchedulerMachine):
 def test_shortcuts_decide_nothing(policy: str) -> None:
     machine = type("Machine", (TwinMachine,), {"policy": policy})
     run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=40, deadline=None))
+
+
+def test_a_lane_that_lacks_the_model_counts_at_once() -> None:
+    scheduler, profile = scheduler_with(), PROFILES_OF_TWO["one"]
+    assert scheduler.lane("image/2", True) == []
+    assert scheduler.submit(job("a", sent="image+pen"), 0.0).strategy.counts == ((BOTH, 1),)
+    profile.lacking.update({"image", "image/2"})
+    try:
+        with pytest.raises(ServiceUnavailable):
+            scheduler.submit(job("b", sent="image+pen"), 0.0)
+    finally:
+        profile.lacking.clear()
+    assert scheduler.submit(job("c", sent="image+pen"), 0.0).strategy.counts == ((BOTH, 1),)
