@@ -83,11 +83,15 @@ class ModalityEncoder:
         networks.synchronize(self._device)
         seconds = time.perf_counter() - started
         embedded.check_finite()
+        self._count(batch)
         return self._publisher.publish(embedded.embeddings, rung, lease_s, wait_s), seconds
 
     def embed(self, model: str, rows: Sequence[tensor_pb2.RowSlice], deadline: Deadline | None = None) -> Embedded:
         """As `encode`, for fusion in the same process: the embeddings stay where they are, on a GPU unfinished."""
-        return self._embed(model, self._gather(model, rows, deadline))
+        batch = self._gather(model, rows, deadline)
+        embedded = self._embed(model, batch)
+        self._count(batch)
+        return embedded
 
     @property
     def resource(self) -> str:
@@ -114,10 +118,12 @@ class ModalityEncoder:
         dtype, part = loaded.package.modalities[self.modality].dtype, self._part(loaded.package)
         embeddings = loaded.network(networks.to_tensor(batch, dtype, self._device)).float()
         part.check_shape(embeddings, len(batch))
-        with self._lock:
-            self.counters.update(calls=1, items=len(batch), payload_bytes_read=batch.nbytes)
         # Computed where they are, before the wait for them that there is anyway.
         return Embedded(embeddings, embeddings.isfinite().all(), part)
+
+    def _count(self, batch: NDArray[np.generic]) -> None:
+        with self._lock:
+            self.counters.update(calls=1, items=len(batch), payload_bytes_read=batch.nbytes)
 
     def _make(self, package: ModelPackage) -> torch.nn.Module:
         if self.modality not in package.modalities:

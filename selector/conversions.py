@@ -1,6 +1,6 @@
 """Between the core's words and those of messages and profile files."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from mosel.errors import InvalidRequest, MoselError
 from mosel.modality import FUSION, format_set, parse_set
@@ -176,12 +176,37 @@ def model_profile(profile: Profile, default_min_accuracy: float | None) -> Model
         default_min_accuracy=default_min_accuracy,
         encoders={m: latency_curve(points, profile.calls[m]) for m, points in profile.encoders.items()},
         fusion={parse_set(s): latency_curve(points, profile.calls[FUSION]) for s, points in profile.fusion.items()},
+        paths=path_curves(profile.encoders, profile.fusion, profile.calls),
     )
 
 
 def latency_curve(points: Iterable[Point], call: CallCost) -> LatencyCurve:
     """The time of calls as the selector sees them: network, transport and message."""
     return LatencyCurve(tuple((p.batch_size, call.overhead_ms + call.factor * p.p50_ms) for p in points))
+
+
+def path_curves(
+    encoders: Mapping[str, Sequence[Point]], fusion: Mapping[str, Sequence[Point]], calls: Mapping[str, CallCost]
+) -> dict[frozenset[str], LatencyCurve]:
+    """The time of encoders and fusion back to back in one call to fusion, by modality set, as far as it is known.
+
+    Args:
+        encoders: by modality.
+        fusion: by modality set.
+        calls: what calls cost, by lane.
+    """
+    curves = {}
+    for name, points in fusion.items():
+        modality_set = parse_set(name)
+        if not modality_set <= encoders.keys():
+            continue
+        networks = [(points, calls[FUSION].factor), *((encoders[m], calls[m].factor) for m in modality_set)]
+        ms = [{p.batch_size: factor * p.p50_ms for p in of_one} for of_one, factor in networks]
+        sizes = sorted(set(ms[0]).intersection(*ms[1:]))
+        if sizes:
+            times = tuple((size, calls[FUSION].overhead_ms + sum(one[size] for one in ms)) for size in sizes)
+            curves[modality_set] = LatencyCurve(times)
+    return curves
 
 
 def slices(places: Iterable[Place]) -> list[tensor_pb2.RowSlice]:

@@ -216,7 +216,7 @@ class Dispatcher:
     def _lane_changed(self, event: LaneUp | LaneDown | LaneLeaving | LaneRemoved) -> None:
         match event:
             case LaneUp():
-                self._scheduler.lane(event.lane, True, event.resource)
+                self._scheduler.lane(event.lane, True, event.resource, event.joined)
             case LaneDown():
                 for job_id in self._scheduler.lane(event.lane, False):
                     error = ServiceUnavailable(f"service {service_name(event.lane)} went away")

@@ -68,10 +68,11 @@ class SampleFused:
 
 @dataclass(frozen=True)
 class LaneUp:
-    """Jobs may use a service; `resource` is what it computes on."""
+    """Jobs may use a service; `resource` is what it computes on, `joined` what fusion encodes itself."""
 
     lane: str
     resource: str
+    joined: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

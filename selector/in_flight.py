@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -110,11 +110,15 @@ def note_embeddings(call: EncodeCall, jobs: Sequence[JobInFlight], embeddings: t
 
 
 def fuse_request(call: FuseCall, jobs: Sequence[JobInFlight | SampleInFlight]) -> fusion_pb2.FuseRequest:
-    """The embedding rows of a call; `jobs` are those of each `call.rows`."""
-    request = fusion_pb2.FuseRequest(model=call.model)
+    """The embedding rows of a call, or those of payloads; `jobs` are those of each `call.rows`."""
+    request = fusion_pb2.FuseRequest(model=call.model, from_payloads=call.from_payloads)
     for job, rows in zip(jobs, call.rows, strict=True):
         group = request.groups.add()
         for modality in call.modality_set:
-            places = job.embeddings[modality]
-            group.rows[modality].rows.extend(slices(places[item] for item in rows.items))
+            if call.from_payloads:
+                assert isinstance(job, JobInFlight), "samples have embeddings"
+                places: Iterable[Place] = ((job.payloads[modality], item) for item in rows.items)
+            else:
+                places = (job.embeddings[modality][item] for item in rows.items)
+            group.rows[modality].rows.extend(slices(places))
     return request

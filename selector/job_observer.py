@@ -188,5 +188,5 @@ def _name_of(call: Call) -> str:
 
 def _attributes(call: Call) -> Attributes:
     label = "modality" if isinstance(call, EncodeCall) else "modality_set"
-    stage = call.stage if isinstance(call.stage, str) else format_set(call.stage)
-    return {"model": name_of(call.model), label: stage, "batch_size": sum(len(rows.items) for rows in call.rows)}
+    value = call.modality if isinstance(call, EncodeCall) else format_set(call.modality_set)
+    return {"model": name_of(call.model), label: value, "batch_size": sum(len(rows.items) for rows in call.rows)}

@@ -111,13 +111,16 @@ class Frontiers:
     def __init__(self, profile: ModelProfile) -> None:
         self._profile = profile
         # By the identity of their scores, which are kept with them.
-        self._kept: OrderedDict[tuple[int, frozenset[ModalitySet], int], tuple[Scores, Frontier]] = OrderedDict()
+        self._kept: OrderedDict[
+            tuple[int, frozenset[ModalitySet], int, frozenset[ModalitySet]], tuple[Scores, Frontier]
+        ] = OrderedDict()
         self._computed = self._considered = 0
 
     def of(self, sets: Iterable[ModalitySet], size: int, scores: Scores | None = None) -> Frontier:
         """The frontier of a job size; every latency of the sets is measured. `scores` as of `frontier`."""
         scores = self._profile.accuracy if scores is None else scores
-        key = id(scores), frozenset(sets), size
+        wanted = frozenset(sets)
+        key = id(scores), wanted, size, frozenset(filter(self._profile.is_path, wanted))
         if len(key[1]) == 1:
             return frontier(self._profile, key[1], size, scores)
         if key not in self._kept:
@@ -194,10 +197,14 @@ class _Mixes:
 
     def __init__(self, profile: ModelProfile, sets: Sequence[ModalitySet], size: int, scores: Scores) -> None:
         self._sets, self._size = sets, size
-        modalities = sorted(frozenset().union(*sets))
-        self._has = np.array([[float(modality in s) for modality in modalities] for s in sets])
-        self._encoders = np.stack([profile.encoders[modality].table(size) for modality in modalities])
-        self._fusion = np.stack([profile.fusion[s].table(size) for s in sets])
+        paths = {s for s in sets if profile.is_path(s)}
+        modalities = sorted(frozenset().union(*(s for s in sets if s not in paths)))
+        # Those that take one call share none with others.
+        shares = [[float(modality in s and s not in paths) for modality in modalities] for s in sets]
+        self._has = np.array(shares).reshape(len(sets), len(modalities))
+        encoders = [profile.encoders[modality].table(size) for modality in modalities]
+        self._encoders = np.array(encoders).reshape(len(modalities), size + 1)
+        self._fusion = np.stack([(profile.paths if s in paths else profile.fusion)[s].table(size) for s in sets])
         self._accuracy = np.rint([scores[s] * _UNITS for s in sets]).astype(np.int64)
 
     def unbeaten(self, counts: Integers, considered: int = 0) -> Frontier:
@@ -226,8 +233,7 @@ def _ranked(
         Indices of the sets; and the mixes that run one of them, [K, K].
     """
     accuracy = np.array([scores[s] for s in sets])
-    encoders = {m: profile.encoders[m].ms(size) for m in frozenset().union(*sets)}
-    cost = np.array([sum(encoders[m] for m in s) + profile.fusion[s].ms(size) for s in sets])
+    cost = np.array([profile.cost_ms(s, size) for s in sets])
     by_cost = np.lexsort((-accuracy, cost))
     unbeaten = by_cost[_rising(accuracy[by_cost])].tolist()
     hull: list[int] = []

@@ -106,6 +106,17 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Path:
+    """Encoders and fusion back to back, in one call, for items of one modality set."""
+
+    modality_set: ModalitySet
+
+
+# What decides how long a call takes, besides model and size: the encoder of a modality, fusion, or both.
+Step = str | ModalitySet | Path
+
+
+@dataclass(frozen=True)
 class EncodeCall:
     """One batch for an encoder of a modality; `lane` is the service that it is for."""
 
@@ -116,19 +127,20 @@ class EncodeCall:
     rows: tuple[Rows, ...]
 
     @property
-    def stage(self) -> "str | ModalitySet":
-        """What decides how long it takes, besides model and size."""
+    def step(self) -> Step:
+        """What it does."""
         return self.modality
 
 
 @dataclass(frozen=True)
 class FuseCall:
-    """One batch for fusion: items of one modality set whose embeddings are all there."""
+    """One batch for fusion, of items of one modality set: their embeddings are all there, or payloads are sent."""
 
     id: int
     model: str
     modality_set: ModalitySet
     rows: tuple[Rows, ...]
+    from_payloads: bool = False
 
     @property
     def lane(self) -> str:
@@ -136,9 +148,9 @@ class FuseCall:
         return FUSION
 
     @property
-    def stage(self) -> "str | ModalitySet":
-        """What decides how long it takes, besides model and size."""
-        return self.modality_set
+    def step(self) -> Step:
+        """What it does."""
+        return Path(self.modality_set) if self.from_payloads else self.modality_set
 
 
 Call = EncodeCall | FuseCall

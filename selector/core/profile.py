@@ -76,6 +76,8 @@ class ModelProfile:
         default_min_accuracy: the floor when a caller gives none; None: the accuracy of what was sent.
         encoders: latency curve per modality.
         fusion: latency curve per modality set.
+        paths: latency curve per modality set of encoders and fusion back to back, in one call.
+        joined: the modalities that fusion encodes itself.
         unavailable: sets that cannot be run because services do not have their networks.
         lacking: lanes that do not have them; kept up to date in place.
         certificates: what is guaranteed; None without calibration rows.
@@ -87,6 +89,8 @@ class ModelProfile:
     default_min_accuracy: float | None = None
     encoders: dict[str, LatencyCurve] = field(default_factory=dict)
     fusion: dict[ModalitySet, LatencyCurve] = field(default_factory=dict)
+    paths: dict[ModalitySet, LatencyCurve] = field(default_factory=dict)
+    joined: frozenset[str] = frozenset()
     unavailable: frozenset[ModalitySet] = frozenset()
     lacking: set[str] = field(default_factory=set)
     certificates: Certificates | None = None
@@ -100,7 +104,7 @@ class ModelProfile:
     @property
     def state(self) -> Hashable:
         """Which strategies jobs may use does not change while this stays equal, and no latency is measured again."""
-        known = len(self.encoders), len(self.fusion)
+        known = len(self.encoders), len(self.fusion), len(self.paths), self.joined
         return known, self.unavailable, frozenset(self.lacking), self.certificates, self.observed
 
     @property
@@ -124,6 +128,7 @@ class ModelProfile:
     def take_latencies(self, of: "ModelProfile") -> None:
         """Takes over what is not known here from a model with the same networks."""
         self.encoders, self.fusion = of.encoders | self.encoders, of.fusion | self.fusion
+        self.paths = of.paths | self.paths
 
     def is_measured(self, modality_set: ModalitySet) -> bool:
         """Whether every latency of the set is known."""
@@ -133,26 +138,41 @@ class ModelProfile:
         """Whether some service for each step has the networks of the set, and their latencies are known."""
         return modality_set not in self.unavailable and self.is_measured(modality_set)
 
+    def is_path(self, modality_set: ModalitySet) -> bool:
+        """Whether items of a set take one call each, encoders and fusion back to back.
+
+        Not while the model is observed: their embeddings are wanted for other sets as well.
+        """
+        return modality_set <= self.joined and modality_set in self.paths and not self.observed
+
     def cost_ms(self, modality_set: ModalitySet, items: int) -> float:
         """Compute time that so many items of one set cost in all services together, in milliseconds."""
+        if self.is_path(modality_set):
+            return self.paths[modality_set].ms(items)
         return sum(self.encoders[m].ms(items) for m in modality_set) + self.fusion[modality_set].ms(items)
 
     def idle_latency_ms(self, modality_set: ModalitySet, items: int) -> float:
         """Time until the answer on an idle system, encoders running in parallel, in milliseconds."""
+        if self.is_path(modality_set):
+            return self.paths[modality_set].ms(items)
         return max(self.encoders[m].ms(items) for m in modality_set) + self.fusion[modality_set].ms(items)
 
     def mixed_cost_ms(self, counts: Mapping[ModalitySet, int]) -> float:
-        """The same for items of several sets: those that have a modality in common share its encoder calls.
+        """The same for items of several sets: those that have a modality in common share its calls, but for paths.
 
         Args:
             counts: items per modality set, each at least one.
         """
         rows: dict[str, int] = {}
+        cost = 0.0
         for modality_set, items in counts.items():
+            if self.is_path(modality_set):
+                cost += self.paths[modality_set].ms(items)
+                continue
+            cost += self.fusion[modality_set].ms(items)
             for modality in modality_set:
                 rows[modality] = rows.get(modality, 0) + items
-        encoding = sum(self.encoders[modality].ms(items) for modality, items in rows.items())
-        return encoding + sum(self.fusion[modality_set].ms(items) for modality_set, items in counts.items())
+        return cost + sum(self.encoders[modality].ms(items) for modality, items in rows.items())
 
     def saved(self, counts: Mapping[ModalitySet, int], sent: ModalitySet) -> float:
         """The share of the compute of everything that was sent that a mix saves, 0..1; 0 while that is not measured."""

@@ -148,6 +148,10 @@ class Resources:
         """The encoders of a modality that are there, if it has several; else nothing."""
         return [lane for lane in self._replicas.get(modality, ()) if self._lanes[lane].up]
 
+    def without_replicas(self, modalities: Iterable[str]) -> frozenset[str]:
+        """Those of some modalities that have one encoder."""
+        return frozenset(modality for modality in modalities if modality not in self._replicas)
+
     def resource_of(self, lane: str) -> str:
         """What a service computes on."""
         return self._lanes[lane].resource

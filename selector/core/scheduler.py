@@ -28,7 +28,7 @@ from itertools import islice
 
 from mosel.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, MoselError, Overloaded
 from mosel.modality import FUSION, ModalitySet, format_set, modality_of
-from selector.core.jobs import Call, EncodeCall, Ended, FuseCall, Job, Plan, Rows, Wait
+from selector.core.jobs import Call, EncodeCall, Ended, FuseCall, Job, Path, Plan, Rows, Step, Wait
 from selector.core.options import strategy_of
 from selector.core.planner import Planner
 from selector.core.policies import Choices
@@ -74,6 +74,7 @@ class Scheduler:
         self._queued_items = 0
         self._last_call = 0
         self._stale = False
+        self._joined: frozenset[str] = frozenset()
         self.counters: Counter[str] = Counter()
 
     def submit(self, job: Job, now: float) -> Work:
@@ -113,7 +114,7 @@ class Scheduler:
     def completed(self, call: Call, now: float) -> list[bytes]:
         """A call came back well; returns the jobs that are answered by it."""
         under_way = self._over(call)
-        stage = self._planner.stages.of(call.model, call.stage).on(call.lane)
+        stage = self._planner.stages.of(call.model, call.step).on(call.lane)
         stage.correction.learn(stage.profiled_ms(under_way.items), (now - under_way.started) * 1000, now)
         answered = []
         for rows, work in self._works_in(call):
@@ -150,15 +151,20 @@ class Scheduler:
                 lost.append(rows.job_id)
         return lost
 
-    def lane(self, name: str, up: bool, resource: str = "cpu") -> list[bytes]:
+    def lane(self, name: str, up: bool, resource: str = "cpu", joined: Set[str] = frozenset()) -> list[bytes]:
         """A service came or went; returns the jobs that are lost by it. Those that can do without it go on.
 
         Args:
             name: a modality, for its first encoder; `photo/2` for one more of `photo`; or fusion.
             up: whether it is there.
             resource: what it computes on.
+            joined: of fusion: the modalities whose encoders it calls itself.
         """
         self._resources.set_lane(name, up, resource)
+        if name == FUSION:
+            self._joined = frozenset(joined)
+        for profile in self._profiles.values():
+            profile.joined = self._resources.without_replicas(self._joined)
         self._stale = True
         if up:
             return []
@@ -206,6 +212,7 @@ class Scheduler:
         self._retired.discard(model)
         if model not in self._profiles:
             self._profiles[model] = profile
+            profile.joined = self._resources.without_replicas(self._joined)
             self._planner.add(model)
 
     def measured_again(self, model: str) -> None:
@@ -317,19 +324,21 @@ class Scheduler:
             if not (work.unfused or work.unsent or work.planned):
                 continue
             fusable = [*work.unfused] if FUSION in lanes.open else []
-            modalities = sorted(frozenset(work.unsent).union(*work.planned))
+            paths = work.next_paths if FUSION in lanes.open else []
+            staged = (s for s in work.planned if not work.profile.is_path(s))
+            modalities = sorted(frozenset(work.unsent).union(*staged))
             queued, model = partial(self._queued_rows, at), work.job.model
             found = [(m, lanes.of(stage_of(model, m), work.waiting(m), partial(queued, m))) for m in modalities]
             encodable = {modality: lane for modality, lane in found if lane}
             # Fusion of a few items that others will follow may wait: together they take fewer calls.
             whole = [modality_set for modality_set in fusable if self._fills_a_call(work, modality_set)]
-            ready: list[str | ModalitySet] = [*whole] or [*encodable] or [*fusable]
+            ready: list[Step] = [*whole] or [*paths, *encodable] or [*fusable]
             if ready:
                 what = max(ready, key=partial(self._expected_ms, work))
                 return self._call(at, what, encodable[what] if isinstance(what, str) else FUSION, now)
         return None
 
-    def _call(self, at: int, what: str | ModalitySet, lane: str, now: float) -> Call:
+    def _call(self, at: int, what: Step, lane: str, now: float) -> Call:
         """Fills a batch with rows of the job at a place in the queue and of those behind it."""
         head = self._queue[at]
         model, stage = head.job.model, self._planner.stages.of(head.job.model, what).on(lane)
@@ -353,7 +362,8 @@ class Scheduler:
         if isinstance(what, str):
             call = EncodeCall(self._last_call, model, what, lane, tuple(rows))
         else:
-            call = FuseCall(self._last_call, model, what, tuple(rows))
+            modality_set = what.modality_set if isinstance(what, Path) else what
+            call = FuseCall(self._last_call, model, modality_set, tuple(rows), isinstance(what, Path))
         self._resources.begin(call, items, now, stage.expected_ms(items, now) / 1000)
         for part in rows:
             self._works[part.job_id].calls[call.id] = set(part.items)
@@ -370,7 +380,7 @@ class Scheduler:
         all_items = work.unfinished()[modality_set] + work.planned.get(modality_set, 0)
         return waiting == all_items or waiting >= self._planner.stages.of(work.job.model, modality_set).curve.best_batch
 
-    def _expected_ms(self, work: Work, what: str | ModalitySet) -> float:
+    def _expected_ms(self, work: Work, what: Step) -> float:
         """About how long the rows of a job that wait there take; the longest first leaves least idle."""
         return self._planner.stages.of(work.job.model, what).profiled_ms(1) * work.waiting(what)
 
@@ -382,7 +392,8 @@ class Scheduler:
         return stage.expected_ms(items, now) / 1000 <= left_s < stage.expected_ms(items + more, now) / 1000
 
     def _fusing_s(self, work: Work, now: float) -> float:
-        stages = [self._planner.stages.of(work.job.model, s) for s in {*work.planned, *work.unfinished()}]
+        staged = {s for s in work.planned if not work.profile.is_path(s)}
+        stages = [self._planner.stages.of(work.job.model, s) for s in {*staged, *work.unfinished()}]
         return sum(stage.expected_ms(1, now) for stage in stages) / 1000
 
     # How a job ends

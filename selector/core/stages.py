@@ -7,8 +7,9 @@ import itertools
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
-from mosel.modality import FUSION, ModalitySet
+from mosel.modality import FUSION
 from selector.core.frontier import Strategy
+from selector.core.jobs import Path, Step
 from selector.core.profile import LatencyCurve, ModelProfile
 
 # Weight of what was learned before, per newer measurement, and per time without one.
@@ -17,6 +18,8 @@ _HALF_LIFE_S = 2.0
 # Weight of the profile, in measurements.
 _PRIOR = 1.0
 _FACTORS = (0.2, 5.0)
+# What is learned of paths apart from what is learned of fusion, though the lane is the same.
+PATH = "path"
 
 
 def service_name(lane: str) -> str:
@@ -90,7 +93,7 @@ class Correction:
 
 @dataclass(eq=False)
 class Stage:
-    """A step of a model on a lane: the encoder of a modality, or the fusion of a modality set.
+    """A step of a model on a lane: the encoder of a modality, the fusion of a modality set, or both in one call.
 
     Plans name the stage of the modality's first lane, whichever does it in the end.
 
@@ -149,7 +152,7 @@ class Remaining:
 
     Attributes:
         encode: rows that wait for each encoder.
-        fuse: items that wait for fusion or for embeddings, by modality set.
+        fuse: items that wait for fusion or for embeddings, or for the one call that they take, by modality set.
         not_before: seconds at which the last call under way for it is over.
     """
 
@@ -171,32 +174,40 @@ class Stages:
 
     def __init__(self, profiles: Mapping[str, ModelProfile]) -> None:
         self._profiles = profiles
-        self._stages: dict[tuple[str, str | ModalitySet], Stage] = {}
+        self._stages: dict[tuple[str, Step], Stage] = {}
         self._corrections: dict[tuple[str, str], Correction] = {}
 
-    def of(self, model: str, what: str | ModalitySet) -> Stage:
-        """The stage that encodes a modality or, if `what` is a modality set, fuses it."""
+    def of(self, model: str, what: Step) -> Stage:
+        """The stage of a step of a model."""
         key = (model, what)
         if key not in self._stages:
             profile = self._profiles[model]
+            kind, lane = FUSION, FUSION
             if isinstance(what, str):
-                lane, curve, siblings = what, profile.encoders[what], [profile.encoders[what]]
+                kind, lane, curve, siblings = what, what, profile.encoders[what], [profile.encoders[what]]
+            elif isinstance(what, Path):
+                kind, curve, siblings = PATH, profile.paths[what.modality_set], [*profile.paths.values()]
             else:
-                lane, curve, siblings = FUSION, profile.fusion[what], list(profile.fusion.values())
-            if (model, lane) not in self._corrections:
+                curve, siblings = profile.fusion[what], [*profile.fusion.values()]
+            if (model, kind) not in self._corrections:
                 smallest, largest = min(c.points[0][1] for c in siblings), max(c.points[-1][1] for c in siblings)
-                self._corrections[model, lane] = Correction(smallest, largest)
-            self._stages[key] = Stage(lane, curve, self._corrections[model, lane], profile.lacking)
+                self._corrections[model, kind] = Correction(smallest, largest)
+            self._stages[key] = Stage(lane, curve, self._corrections[model, kind], profile.lacking)
         return self._stages[key]
 
     def remaining(self, model: str, strategy: Strategy) -> Remaining:
         """What is left to do for a job that has not started, with a strategy."""
         rows: dict[str, int] = {}
+        fuse: list[tuple[Stage, int]] = []
         for modality_set, count in strategy.counts:
+            if self._profiles[model].is_path(modality_set):
+                fuse.append((self.of(model, Path(modality_set)), count))
+                continue
+            fuse.append((self.of(model, modality_set), count))
             for modality in modality_set:
                 rows[modality] = rows.get(modality, 0) + count
         encode = tuple((self.of(model, modality), count) for modality, count in sorted(rows.items()))
-        return Remaining(encode, tuple((self.of(model, s), count) for s, count in strategy.counts))
+        return Remaining(encode, tuple(fuse))
 
     def forget(self, model: str) -> None:
         """Nothing more will be asked of a model."""
@@ -204,7 +215,7 @@ class Stages:
         self._corrections = {key: learned for key, learned in self._corrections.items() if key[0] != model}
 
     def corrections(self, now: float) -> dict[tuple[str, str], tuple[float, float]]:
-        """What was learned of each (model, lane): a call takes (overhead in ms) + (factor) * its profile."""
+        """What was learned of each (model, lane or `path`): a call takes (overhead in ms) + (factor) * its profile."""
         known = dict(self._corrections)
         for (model, _), stage in self._stages.items():
             known |= {(model, lane): replica.correction for lane, replica in stage.replicas.items()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from mosel.modality import ModalitySet
 from selector.core.floors import Floor, mean_score
 from selector.core.frontier import Strategy
-from selector.core.jobs import Assurance, Job, Option, Rows
+from selector.core.jobs import Assurance, Job, Option, Path, Rows, Step
 from selector.core.options import strategy_of
 from selector.core.policies import Queued
 from selector.core.profile import ModelProfile
@@ -125,6 +125,12 @@ class Work:
         """Whether it has more accuracy than a plan gave it while it waited."""
         return self.score > self.least + _TOLERANCE
 
+    @property
+    def next_paths(self) -> list[Path]:
+        """The path that the next items to be committed may take, if there is one: that of the most accurate set."""
+        sets = [s for s in self.planned if self.profile.is_path(s)]
+        return [Path(max(sets, key=lambda s: self.floor.scores[s]))] if sets else []
+
     def choose(self, option: int) -> None:
         """Plans an option for the items that are not committed."""
         self.chosen = option
@@ -138,29 +144,33 @@ class Work:
         self.options = options
         self.chosen = min(range(len(options)), key=lambda i: abs(options[i].strategy.accuracy - planned))
 
-    def waiting(self, stage: str | ModalitySet) -> int:
-        """Items that wait, or will wait, for an encoder; for fusion if `stage` is a modality set."""
-        if not isinstance(stage, str):
-            return len(self.unfused.get(stage, ()))
-        count = len(self.unsent.get(stage, ()))
+    def waiting(self, step: Step) -> int:
+        """Items that wait, or will wait, for an encoder; for fusion or a path, those that it can have now."""
+        if isinstance(step, Path):
+            return self.planned.get(step.modality_set, 0)
+        if not isinstance(step, str):
+            return len(self.unfused.get(step, ()))
+        count = len(self.unsent.get(step, ()))
         for modality_set, planned in self.planned.items():
-            count += planned if stage in modality_set else 0
+            count += planned if step in modality_set and not self.profile.is_path(modality_set) else 0
         return count
 
-    def take(self, stage: str | ModalitySet, most: int) -> Rows:
+    def take(self, step: Step, most: int) -> Rows:
         """Takes the next items that wait there; commits as many as that needs."""
-        if isinstance(stage, str):
-            self._commit(stage, most - len(self.unsent.get(stage, ())))
-        items = sorted(self.unsent.pop(stage) if isinstance(stage, str) else self.unfused.pop(stage))
-        self.put_back(stage, items[most:])
+        if isinstance(step, Path):
+            return Rows(self.job.id, tuple(sorted(self._commit_to(step.modality_set, most))))
+        if isinstance(step, str):
+            self._commit(step, most - len(self.unsent.get(step, ())))
+        items = sorted(self.unsent.pop(step) if isinstance(step, str) else self.unfused.pop(step))
+        self.put_back(step, items[most:])
         return Rows(self.job.id, tuple(items[:most]))
 
-    def put_back(self, stage: str | ModalitySet, items: Sequence[int]) -> None:
+    def put_back(self, step: str | ModalitySet, items: Sequence[int]) -> None:
         """These items wait there again."""
-        if items and isinstance(stage, str):
-            self.unsent.setdefault(stage, []).extend(items)
-        elif items and not isinstance(stage, str):
-            self.unfused.setdefault(stage, []).extend(items)
+        if items and isinstance(step, str):
+            self.unsent.setdefault(step, []).extend(items)
+        elif items and not isinstance(step, str):
+            self.unfused.setdefault(step, []).extend(items)
 
     def begin_again(self, items: Iterable[int]) -> None:
         """Nothing that was done for these items counts any more; they wait for a plan like new ones."""
@@ -204,18 +214,24 @@ class Work:
     def _commit(self, modality: str, count: int) -> None:
         """Commits the next items that run a modality, the most accurate sets first."""
         for modality_set in sorted(self.planned, key=lambda s: -self.floor.scores[s]):
-            if modality not in modality_set:
+            if modality not in modality_set or self.profile.is_path(modality_set):
                 continue
-            taken = min(max(count, 0), self.planned[modality_set])
-            count -= taken
-            self.planned[modality_set] -= taken
-            if not self.planned[modality_set]:
-                del self.planned[modality_set]
-            for _ in range(taken):
-                item = self._order.pop()
-                self._set_of[item], self._missing[item] = modality_set, len(modality_set)
+            committed = self._commit_to(modality_set, max(count, 0))
+            count -= len(committed)
+            for item in committed:
+                self._missing[item] = len(modality_set)
                 for needed in modality_set:
                     self.unsent.setdefault(needed, []).append(item)
+
+    def _commit_to(self, modality_set: ModalitySet, most: int) -> list[int]:
+        """Commits the next items that are planned for a set, so many at most."""
+        taken = min(most, self.planned[modality_set])
+        self.planned[modality_set] -= taken
+        if not self.planned[modality_set]:
+            del self.planned[modality_set]
+        items = [self._order.pop() for _ in range(taken)]
+        self._set_of.update(dict.fromkeys(items, modality_set))
+        return items
 
 
 def _without(items: Iterable[int], others: set[int]) -> list[int]:

@@ -37,6 +37,7 @@ class ComputeService:
         wanted: whether it is to be followed; otherwise no model needs it any more.
         serving: whether its health stream says so, and it has said what it computes on.
         resource: what it computes on, by a name that no other host has; empty until it has said so.
+        joined: of fusion: the modalities whose encoders it calls itself.
         up: set while jobs may use it.
         refused: why jobs may not use it although it serves; empty if there is nothing to say.
         health: its health stream.
@@ -51,6 +52,7 @@ class ComputeService:
     wanted: bool = True
     serving: bool = False
     resource: str = ""
+    joined: frozenset[str] = frozenset()
     up: asyncio.Event = field(default_factory=asyncio.Event)
     refused: str = ""
     health: grpc.aio.UnaryStreamCall[Any, Any] | None = None

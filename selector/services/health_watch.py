@@ -112,6 +112,7 @@ class HealthWatch:
     async def _came(self, service: ComputeService) -> None:
         status = await self._identified(service)
         service.resource, service.serving = self._resource_in(status), True
+        service.joined = frozenset(status.joined_modalities)
         log.info("peer", extra={"peer": service.lane, "serving": True})
         if all(other.resource for other in self._services):
             self._all_known.set()
@@ -155,7 +156,7 @@ class HealthWatch:
             log.error("refused", extra={"peer": service.lane, "reason": service.refused})
             self._down(service)
         elif not service.up.is_set():
-            self._handle(LaneUp(service.lane, service.resource))
+            self._handle(LaneUp(service.lane, service.resource, service.joined))
             service.up.set()
 
     async def _went(self, service: ComputeService) -> None:

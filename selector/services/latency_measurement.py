@@ -23,7 +23,7 @@ from mosel.profiles.files import (
 )
 from mosel.profiles.hardware import Hardware, device_name, this_hardware
 from mosel.v1 import encoder_pb2, fusion_pb2, service_pb2
-from selector.conversions import latency_curve, model_profile
+from selector.conversions import latency_curve, model_profile, path_curves
 from selector.core.profile import ModelProfile
 from selector.services.loaded_model import LoadedModel, Points
 
@@ -142,6 +142,7 @@ class Latencies:
         known, profile = self._believed(kept, model.package), model.profile
         profile.encoders.update(known.encoders)
         profile.fusion.update(known.fusion)
+        profile.paths.update(known.paths)
         if kept.accuracy_measured:
             profile.accuracy, profile.samples = known.accuracy, known.samples
         model.measured = kept
@@ -238,6 +239,9 @@ class Latencies:
         profile.fusion |= {
             parse_set(s): latency_curve(points, self._call(FUSION)) for s, points in model.fusion.items()
         }
+        if FUSION in self._ways:
+            calls = {lane: self._call(lane) for lane in (*model.encoders, FUSION)}
+            profile.paths |= path_curves(model.encoders, model.fusion, calls)
 
     async def _points(
         self, ask: Callable[[int], Awaitable[service_pb2.ProfileReply]], check: Callable[[], None]
