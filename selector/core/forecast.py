@@ -77,8 +77,9 @@ class Forecast:
         tokens = {resource: sorted(times) for resource, times in self._free_at.items()}
         answered = []
         for left in queue:
-            encoded = self._run(left.encode, queued, tokens, self.now)
-            done = self._run(left.fuse, queued, tokens, max(encoded, left.not_before))
+            encoded = self._run(left.encode, queued, tokens, self.now) if left.encode else self.now
+            begins = max(encoded, left.not_before)
+            done = self._run(left.fuse, queued, tokens, begins) if left.fuse else begins
             answered.append(done + self._reply_s)
         return answered
 

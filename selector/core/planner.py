@@ -119,6 +119,11 @@ class Planner:
         spare_s = self._spare_s(works, at, now)
         if spare_s:
             queue[at] = replace(queue[at], deadline=newcomer.job.deadline - spare_s)
+        plan: Choices = [0] * len(works) if self.is_due(now) else [work.chosen for work in works]
+        plan[at] = 0
+        if _unhurried(queue, forecast, plan):
+            newcomer.predicted = finish_times(queue, forecast, plan)[at] or now
+            return plan
         if self._resources.is_one and (hopeless := _hopeless(queue, forecast, at)):
             raise self._refusal(newcomer, queue, forecast, hopeless, at, spare_s)
         if self.is_due(now):
@@ -234,7 +239,7 @@ class Planner:
 
     def _as_queued(self, work: Work) -> Queued:
         """The job as a policy sees it now."""
-        if work.started_at is None:
+        if work.started_at is None or work.is_settled:
             return work.queued
         job, stage = work.job, partial(self.stages.of, work.job.model)
         committed = Remaining(
@@ -243,8 +248,9 @@ class Planner:
             max((under_way.due for under_way in self._resources.calls(work.calls)), default=0.0),
         )
         if not work.uncommitted:
-            work.chosen = 0
-            return Queued((committed,), (0.0,), 0, job.size, job.deadline, True, job.late_ok)
+            work.chosen, work.is_settled = 0, True
+            work.queued = Queued((committed,), (0.0,), 0, job.size, job.deadline, True, job.late_ok)
+            return work.queued
         try:
             offer = self._offers.offer(job, work.floor, work.uncommitted, work.floor_of_rest)
         except MoselError:
@@ -255,14 +261,20 @@ class Planner:
         return Queued(lefts, offer.values, offer.cheapest, work.uncommitted, job.deadline, True, job.late_ok)
 
 
+def _unhurried(queue: Sequence[Queued], forecast: Forecast, plan: Sequence[int | None]) -> bool:
+    """Whether there is so much time that under every policy all jobs keep what a plan gives them."""
+    lefts = [job.options[choice] for job, choice in zip(queue, plan, strict=True) if choice is not None]
+    # What tells whether a newcomer is hopeless.
+    lefts += [job.options[job.cheapest] for job, choice in zip(queue, plan, strict=True) if choice != job.cheapest]
+    return forecast.cautious().latest(lefts) <= min(job.deadline for job in queue)
+
+
 def _hopeless(queue: Sequence[Queued], forecast: Forecast, at: int) -> Choices:
     """Everyone's cheapest options if the newcomer at a place is late even so, which no plan can help; else nothing.
 
     Plans take time, and under overload most are refused. On one resource the cheapest options are the fastest.
     """
     choices: Choices = [job.cheapest for job in queue]
-    if forecast.latest(job.options[job.cheapest] for job in queue[: at + 1]) <= queue[at].deadline:
-        return []
     answered = finish_times(queue[: at + 1], forecast, choices[: at + 1])[at] or 0.0
     return choices if answered > queue[at].deadline and not queue[at].late_ok else []
 
@@ -271,7 +283,8 @@ def _broken(
     queue: Sequence[Queued], forecast: Forecast, choices: Choices, times: Sequence[float | None], at: int
 ) -> bool:
     """Whether the newcomer at a place makes a job late that would be in time without it."""
-    late = [i for i, job in enumerate(queue) if i > at and not job.late_ok and (times[i] or 0.0) > job.deadline]
+    behind = range(at + 1, len(queue))
+    late = [i for i in behind if not queue[i].late_ok and (times[i] or 0.0) > queue[i].deadline]
     if not late:
         return False
     without = finish_times(queue, forecast, [*choices[:at], None, *choices[at + 1 :]])

@@ -146,7 +146,8 @@ class Resources:
 
     def replicas(self, modality: str) -> list[str]:
         """The encoders of a modality that are there, if it has several; else nothing."""
-        return [lane for lane in self._replicas.get(modality, ()) if self._lanes[lane].up]
+        lanes = self._replicas.get(modality)
+        return [lane for lane in lanes if self._lanes[lane].up] if lanes else []
 
     def without_replicas(self, modalities: Iterable[str]) -> frozenset[str]:
         """Those of some modalities that have one encoder."""

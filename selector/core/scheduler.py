@@ -118,7 +118,7 @@ class Scheduler:
         stage.correction.learn(stage.profiled_ms(under_way.items), (now - under_way.started) * 1000, now)
         answered = []
         for rows, work in self._works_in(call):
-            wanted = work.calls.pop(call.id)
+            wanted = work.returned(call.id)
             if isinstance(call, EncodeCall):
                 work.encoded(wanted)
                 continue
@@ -139,7 +139,7 @@ class Scheduler:
         self._over(call)
         lost = []
         for rows, work in self._works_in(call):
-            if not (wanted := work.calls.pop(call.id)):
+            if not (wanted := work.returned(call.id)):
                 continue
             work.alone = True
             first = work.may_try_again(wanted)
@@ -324,14 +324,14 @@ class Scheduler:
             if not (work.unfused or work.unsent or work.planned):
                 continue
             fusable = [*work.unfused] if FUSION in lanes.open else []
-            paths = work.next_paths if FUSION in lanes.open else []
+            # Fusion of a few items that others will follow may wait: together they take fewer calls.
+            whole = [modality_set for modality_set in fusable if self._fills_a_call(work, modality_set)]
+            paths = work.next_paths if FUSION in lanes.open and not whole else []
             staged = (s for s in work.planned if not work.profile.is_path(s))
-            modalities = sorted(frozenset(work.unsent).union(*staged))
+            modalities = () if whole else sorted(frozenset(work.unsent).union(*staged))
             queued, model = partial(self._queued_rows, at), work.job.model
             found = [(m, lanes.of(stage_of(model, m), work.waiting(m), partial(queued, m))) for m in modalities]
             encodable = {modality: lane for modality, lane in found if lane}
-            # Fusion of a few items that others will follow may wait: together they take fewer calls.
-            whole = [modality_set for modality_set in fusable if self._fills_a_call(work, modality_set)]
             ready: list[Step] = [*whole] or [*paths, *encodable] or [*fusable]
             if ready:
                 what = max(ready, key=partial(self._expected_ms, work))
@@ -386,10 +386,8 @@ class Scheduler:
 
     def _too_late(self, head: Work, stage: Stage, items: int, more: int, rest_s: float, now: float) -> bool:
         """Whether more rows in its call would make the first job late that would be in time without them."""
-        if not more:
-            return False
-        left_s = head.job.deadline - now - rest_s
-        return stage.expected_ms(items, now) / 1000 <= left_s < stage.expected_ms(items + more, now) / 1000
+        left_ms = (head.job.deadline - now - rest_s) * 1000
+        return more > 0 and stage.expected_ms(items, now) <= left_ms < stage.expected_ms(items + more, now)
 
     def _fusing_s(self, work: Work, now: float) -> float:
         staged = {s for s in work.planned if not work.profile.is_path(s)}

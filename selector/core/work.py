@@ -38,6 +38,7 @@ class Work:
         unsent: committed items whose rows wait for an encoder, by modality.
         unfused: items whose embeddings are all there, by modality set.
         left: items without an output.
+        is_settled: all items are committed, and no call began or returned since `queued` said what is left to do.
         calls: the calls under way, by id, and which of their items they are still wanted for.
         alone: a call for it failed; it shares no more.
         without: modalities that it would have run, had their encoders been there when it was planned.
@@ -58,6 +59,7 @@ class Work:
     unsent: dict[str, list[int]] = field(default_factory=dict)
     unfused: dict[ModalitySet, list[int]] = field(default_factory=dict)
     left: int = 0
+    is_settled: bool = False
     calls: dict[int, set[int]] = field(default_factory=dict)
     alone: bool = False
     without: ModalitySet = frozenset()
@@ -157,6 +159,7 @@ class Work:
 
     def take(self, step: Step, most: int) -> Rows:
         """Takes the next items that wait there; commits as many as that needs."""
+        self.is_settled = False
         if isinstance(step, Path):
             return Rows(self.job.id, tuple(sorted(self._commit_to(step.modality_set, most))))
         if isinstance(step, str):
@@ -174,7 +177,7 @@ class Work:
 
     def begin_again(self, items: Iterable[int]) -> None:
         """Nothing that was done for these items counts any more; they wait for a plan like new ones."""
-        again = set(items)
+        again, self.is_settled = set(items), False
         for item in again:
             del self._set_of[item]
             self._missing.pop(item, None)
@@ -189,6 +192,11 @@ class Work:
         first = self._failed.isdisjoint(items)
         self._failed.update(items)
         return first
+
+    def returned(self, call_id: int) -> set[int]:
+        """A call for it came back; the items that it is still wanted for."""
+        self.is_settled = False
+        return self.calls.pop(call_id)
 
     def encoded(self, items: Iterable[int]) -> None:
         """One more modality of these items is encoded."""

@@ -134,6 +134,8 @@ def forget(scheduler: Scheduler) -> None:
     """Makes it work out everything again."""
     offers, resources = scheduler._planner._offers, scheduler._resources
     offers._terms, offers._offers, resources._open = _Kept[Terms](), _Kept[Offer](), None
+    for work in scheduler._queue:
+        work.is_settled = False
     for stage in scheduler._planner.stages._stages.values():
         for one in (stage, *stage.replicas.values()):
             one.correction._fit = None
