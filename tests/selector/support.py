@@ -2,7 +2,7 @@
 
 import heapq
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from mosel.modality import FUSION, ModalitySet, parse_set
 from selector.core.jobs import Call, Effort, EncodeCall, Ended, FuseCall, Job, Wait
@@ -24,13 +24,22 @@ def profile_of(
     default_floor: float | None = None,
 ) -> ModelProfile:
     """A profile from set names, and milliseconds or curves by modality."""
+    curves = {name: points_of(curve) for name, curve in encoders.items()}
     return ModelProfile(
         accuracy={parse_set(name): value for name, value in accuracy.items()},
         samples=1000,
         default_min_accuracy=default_floor,
-        encoders={name: points_of(curve) for name, curve in encoders.items()},
+        encoders=curves,
         fusion={parse_set(name): points_of(fusion) for name in accuracy},
+        paths={s: back_to_back([points_of(fusion), *(curves[m] for m in s)]) for s in map(parse_set, accuracy)},
     )
+
+
+def back_to_back(curves: Iterable[LatencyCurve]) -> LatencyCurve:
+    """What calls take together, one after the other, for as many items as all were measured with."""
+    curves = list(curves)
+    sizes = sorted(set.intersection(*(set(range(1, curve.max_batch + 1)) for curve in curves)))
+    return LatencyCurve(tuple((size, sum(curve.call_ms(size) for curve in curves)) for size in sizes))
 
 
 def profiled_ms(profiles: Mapping[str, ModelProfile], call: Call) -> float:
@@ -38,7 +47,8 @@ def profiled_ms(profiles: Mapping[str, ModelProfile], call: Call) -> float:
     profile = profiles[call.model]
     items = sum(len(rows.items) for rows in call.rows)
     if isinstance(call, FuseCall):
-        return profile.fusion[call.modality_set].call_ms(items)
+        curves = profile.paths if call.from_payloads else profile.fusion
+        return curves[call.modality_set].call_ms(items)
     return profile.encoders[call.modality].call_ms(items)
 
 

@@ -130,6 +130,14 @@ class Account:
         self.sent.update((modality, item) for item in items)
         assert max(self.sent.values()) == 1, "a row was sent twice"
 
+    def path_sent(self, modality_set: ModalitySet, items: tuple[int, ...]) -> None:
+        for modality in modality_set:
+            self.encode_sent(modality, items)
+        for item in items:
+            assert not self.encoded[item], "what was encoded already is encoded again"
+            self.encoded[item] = set(modality_set)
+        self.fuse_sent(modality_set, items)
+
     def fuse_sent(self, modality_set: ModalitySet, items: tuple[int, ...]) -> None:
         for item in items:
             assert self.encoded[item] == modality_set, "fused is exactly what was encoded"
@@ -171,18 +179,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         away=st.sets(st.sampled_from(LANES), max_size=2),
         fusion_on=st.sampled_from(["cpu", "gpu"]),
         replica_on=st.sampled_from(["cpu", "gpu"]),
+        joined=st.sets(st.sampled_from(MODALITIES)),
     )
-    def start(self, away: set[str], fusion_on: str, replica_on: str) -> None:
-        self.now = 0.0
+    def start(self, away: set[str], fusion_on: str, replica_on: str, joined: set[str]) -> None:
+        self.now, self.joined = 0.0, joined
         self.resources = dict.fromkeys(MODALITIES, "cpu") | {REPLICA: replica_on, FUSION: fusion_on}
         self.up = set(LANES) - away
         self.scheduler = self.new_scheduler()
         self.scheduler._planner._offers._frontiers = dict(FRONTIERS)
         for name in LANES:
-            assert self.scheduler.lane(name, name in self.up, self.resources[name]) == []
+            assert self.lane(name) == []
         self.accounts: dict[bytes, Account] = {}
         self.under_way: list[Call] = []
         self.dropped = 0
+
+    def lane(self, name: str) -> list[bytes]:
+        return self.scheduler.lane(
+            name, name in self.up, self.resources[name], self.joined if name == FUSION else set()
+        )
 
     def new_scheduler(self) -> Scheduler:
         return Scheduler(PROFILES, self.policy, MAX_QUEUED, TOKENS)
@@ -275,6 +289,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert list(rows.items) == sorted(set(rows.items)) != []
             if isinstance(call, EncodeCall):
                 account.encode_sent(call.modality, rows.items)
+            elif call.from_payloads:
+                # Audio has two encoders, of which fusion has at most one.
+                assert call.modality_set <= self.joined - {"audio"}
+                account.path_sent(call.modality_set, rows.items)
             else:
                 account.fuse_sent(call.modality_set, rows.items)
         self.check_size(call)
@@ -282,7 +300,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def check_size(self, call: Call) -> None:
         profile = PROFILES[name_of(call.model)]
-        curve = profile.encoders[call.modality] if isinstance(call, EncodeCall) else profile.fusion[call.modality_set]
+        if isinstance(call, EncodeCall):
+            curve = profile.encoders[call.modality]
+        else:
+            curve = (profile.paths if call.from_payloads else profile.fusion)[call.modality_set]
         assert sum(len(rows.items) for rows in call.rows) <= curve.best_batch
 
     def check_order(self, head: Account, open_lanes: set[str]) -> None:
@@ -291,8 +312,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         for account in self.alive():
             if account.job.deadline < head.job.deadline:
                 # Where there are two, a job may wait for the better one.
-                waits_for = set(account.work.unsent).union(*account.work.planned) - replicated
-                waits_for |= {FUSION} if account.work.unfused else set()
+                planned, is_path = account.work.planned, account.work.profile.is_path
+                waits_for = set(account.work.unsent).union(*(s for s in planned if not is_path(s))) - replicated
+                waits_for |= {FUSION} if account.work.unfused or any(map(is_path, planned)) else set()
                 assert waits_for.isdisjoint(open_lanes), "a later job was served first"
 
     @precondition(lambda self: self.under_way)
@@ -332,7 +354,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if name not in self.up and name != FUSION:
             for account in self.alive():
                 account.begin_again([*account.work.unsent.get(name, ())], self.under_way)
-        for job_id in self.scheduler.lane(name, name in self.up, self.resources[name]):
+        for job_id in self.lane(name):
             assert not any(modality_of(lane) == modality_of(name) for lane in self.up)
             self.accounts[job_id].end("failed")
 
