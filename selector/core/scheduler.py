@@ -23,22 +23,17 @@ import bisect
 import heapq
 from collections import Counter
 from collections.abc import Mapping, Set
-from functools import partial
-from itertools import islice
 
 from mosel.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, MoselError, Overloaded
 from mosel.modality import FUSION, ModalitySet, format_set, modality_of
-from selector.core.jobs import Call, EncodeCall, Ended, FuseCall, Job, Path, Plan, Rows, Step, Wait
+from selector.core.batching import next_batch
+from selector.core.jobs import Call, EncodeCall, Ended, FuseCall, Job, Path, Plan, Rows, Wait
 from selector.core.options import strategy_of
 from selector.core.planner import Planner
 from selector.core.policies import Choices
 from selector.core.profile import ModelProfile
-from selector.core.resources import CallInFlight, LaneBalancer, Resources
-from selector.core.stages import Stage
+from selector.core.resources import CallInFlight, Resources
 from selector.core.work import Work
-
-# How many jobs are asked for rows that could join a batch.
-_LOOK_BEHIND = 64
 
 
 class Scheduler:
@@ -318,81 +313,21 @@ class Scheduler:
     # Dispatch
 
     def _dispatch(self, now: float) -> Call | None:
-        """A call for the first job that has rows for a service whose resource has a free token."""
-        lanes, stage_of = LaneBalancer(self._resources, now), self._planner.stages.of
-        for at, work in enumerate(self._queue if lanes.open else ()):
-            if not (work.unfused or work.unsent or work.planned):
-                continue
-            fusable = [*work.unfused] if FUSION in lanes.open else []
-            # Fusion of a few items that others will follow may wait: together they take fewer calls.
-            whole = [modality_set for modality_set in fusable if self._fills_a_call(work, modality_set)]
-            paths = work.next_paths if FUSION in lanes.open and not whole else []
-            staged = (s for s in work.planned if not work.profile.is_path(s))
-            modalities = () if whole else sorted(frozenset(work.unsent).union(*staged))
-            queued, model = partial(self._queued_rows, at), work.job.model
-            found = [(m, lanes.of(stage_of(model, m), work.waiting(m), partial(queued, m))) for m in modalities]
-            encodable = {modality: lane for modality, lane in found if lane}
-            ready: list[Step] = [*whole] or [*paths, *encodable] or [*fusable]
-            if ready:
-                what = max(ready, key=partial(self._expected_ms, work))
-                return self._call(at, what, encodable[what] if isinstance(what, str) else FUSION, now)
-        return None
-
-    def _call(self, at: int, what: Step, lane: str, now: float) -> Call:
-        """Fills a batch with rows of the job at a place in the queue and of those behind it."""
-        head = self._queue[at]
-        model, stage = head.job.model, self._planner.stages.of(head.job.model, what).on(lane)
-        rest_s = self._fusing_s(head, now) if isinstance(what, str) and at + 1 < len(self._queue) else 0.0
-        rows: list[Rows] = []
-        items = 0
-        for work in islice(self._queue, at, at + _LOOK_BEHIND):
-            count = min(stage.curve.best_batch - items, work.waiting(what) if work.job.model == model else 0)
-            if work is not head and (
-                head.alone or work.alone or self._too_late(head, stage, items, count, rest_s, now)
-            ):
-                continue
-            if count:
-                rows.append(work.take(what, count))
-                work.started_at = now if work.started_at is None else work.started_at
-                items += count
-            if head.alone or items == stage.curve.best_batch:
-                break
+        """The next call, if a service is open for any rows that wait."""
+        batch = next_batch(self._queue, self._resources, self._planner.stages, now)
+        if batch is None:
+            return None
         self._last_call += 1
         call: Call
-        if isinstance(what, str):
-            call = EncodeCall(self._last_call, model, what, lane, tuple(rows))
+        if isinstance(batch.step, str):
+            call = EncodeCall(self._last_call, batch.model, batch.step, batch.stage.lane, batch.rows)
         else:
-            modality_set = what.modality_set if isinstance(what, Path) else what
-            call = FuseCall(self._last_call, model, modality_set, tuple(rows), isinstance(what, Path))
-        self._resources.begin(call, items, now, stage.expected_ms(items, now) / 1000)
-        for part in rows:
+            modality_set = batch.step.modality_set if isinstance(batch.step, Path) else batch.step
+            call = FuseCall(self._last_call, batch.model, modality_set, batch.rows, isinstance(batch.step, Path))
+        self._resources.begin(call, batch.items, now, batch.stage.expected_ms(batch.items, now) / 1000)
+        for part in batch.rows:
             self._works[part.job_id].calls[call.id] = set(part.items)
         return call
-
-    def _queued_rows(self, at: int, modality: str) -> int:
-        """Rows of the job at a place in the queue, and of those behind it, that could share a call."""
-        behind = islice(self._queue, at, at + _LOOK_BEHIND)
-        return sum(work.waiting(modality) for work in behind if work.job.model == self._queue[at].job.model)
-
-    def _fills_a_call(self, work: Work, modality_set: ModalitySet) -> bool:
-        """Whether all items of a set that a job has, or enough for the best batch, wait for fusion."""
-        waiting = work.waiting(modality_set)
-        all_items = work.unfinished()[modality_set] + work.planned.get(modality_set, 0)
-        return waiting == all_items or waiting >= self._planner.stages.of(work.job.model, modality_set).curve.best_batch
-
-    def _expected_ms(self, work: Work, what: Step) -> float:
-        """About how long the rows of a job that wait there take; the longest first leaves least idle."""
-        return self._planner.stages.of(work.job.model, what).profiled_ms(1) * work.waiting(what)
-
-    def _too_late(self, head: Work, stage: Stage, items: int, more: int, rest_s: float, now: float) -> bool:
-        """Whether more rows in its call would make the first job late that would be in time without them."""
-        left_ms = (head.job.deadline - now - rest_s) * 1000
-        return more > 0 and stage.expected_ms(items, now) <= left_ms < stage.expected_ms(items + more, now)
-
-    def _fusing_s(self, work: Work, now: float) -> float:
-        staged = {s for s in work.planned if not work.profile.is_path(s)}
-        stages = [self._planner.stages.of(work.job.model, s) for s in {*staged, *work.unfinished()}]
-        return sum(stage.expected_ms(1, now) for stage in stages) / 1000
 
     # How a job ends
 

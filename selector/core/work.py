@@ -128,6 +128,11 @@ class Work:
         return self.score > self.least + _TOLERANCE
 
     @property
+    def staged(self) -> list[ModalitySet]:
+        """The sets that are planned and not run as paths."""
+        return [s for s in self.planned if not self.profile.is_path(s)]
+
+    @property
     def next_paths(self) -> list[Path]:
         """The path that the next items to be committed may take, if there is one: that of the most accurate set."""
         sets = [s for s in self.planned if self.profile.is_path(s)]
