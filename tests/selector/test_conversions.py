@@ -4,6 +4,7 @@ import pytest
 
 from mosel.errors import FloorUnreachable, InvalidRequest, MoselError, Overloaded
 from mosel.modality import parse_set
+from mosel.profiles.files import CallCost, Point
 from mosel.transport.host import clock_id
 from mosel.v1 import gateway_pb2, selector_pb2, tensor_pb2
 from selector import conversions
@@ -135,3 +136,16 @@ def test_items_of_a_group_are_named_with_their_set() -> None:
     output = tensor_pb2.Tensor(dtype=tensor_pb2.UINT8, shape=[2], data=b"ab")
     group = conversions.item_group(parse_set("pen+audio"), (1, 4), output)
     assert (group.modality_set, list(group.items), group.output) == ("audio+pen", [1, 4], output)
+
+
+def test_a_path_takes_what_its_networks_take_and_one_call() -> None:
+    def points(*ms: float, sizes: tuple[int, ...] = (1, 8)) -> tuple[Point, ...]:
+        return tuple(Point(batch_size=n, p50_ms=p50, p95_ms=2 * p50) for n, p50 in zip(sizes, ms, strict=True))
+
+    encoders = {"audio": points(4.0, 20.0, 70.0, sizes=(1, 8, 32)), "pen": points(1.0, 2.0)}
+    fusion = {"audio+pen": points(0.5, 1.0), "pen": points(0.5, 1.0), "image": points(0.5, 1.0)}
+    calls = {lane: CallCost(overhead_ms=0.2, factor=1.1) for lane in ("audio", "pen", "fusion")}
+    curves = conversions.path_curves(encoders, fusion, calls)
+    assert curves.keys() == {parse_set("audio+pen"), parse_set("pen")}
+    expected = ((1, 0.2 + 1.1 * 5.5), (8, 0.2 + 1.1 * 23.0))
+    assert curves[parse_set("audio+pen")].points == tuple((n, pytest.approx(ms)) for n, ms in expected)
