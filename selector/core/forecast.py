@@ -216,8 +216,10 @@ class Forecast:
 
     def _longest_s(self, stage: Stage, rows: int) -> float:
         """What any call with some of these rows takes at most, wherever it is made and however they come together."""
-        several = self._stages_of(stage) if stage.lane in self._spread else (stage,)
         items = min(rows, stage.curve.best_batch)
+        if stage.lane not in self._spread:
+            return stage.most_ms(items, self.now) / 1000 / self._share(stage)
+        several = self._stages_of(stage)
         return max(one.most_ms(items, self.now) / 1000 / self._share(one) for one in several)
 
     def _share(self, stage: Stage) -> float:
