@@ -45,7 +45,8 @@ def import_module(model: str, folder: Path, module: str) -> ModuleType:
 
 def forget_modules(model: str) -> None:
     """Has the next import read a model's modules from disk again. Objects that use the old ones keep them."""
-    for name in [name for name in sys.modules if f"{name}.".startswith(f"{_NAMESPACE}.{model}.")]:
+    # A copy: other threads import meanwhile.
+    for name in [name for name in list(sys.modules) if f"{name}.".startswith(f"{_NAMESPACE}.{model}.")]:
         del sys.modules[name]
 
 
@@ -73,7 +74,7 @@ def _parent(name: str, path: list[str]) -> None:
     known = sys.modules.get(name)
     if known is not None and list(known.__path__) == path:
         return
-    for stale in [key for key in sys.modules if path and key.startswith(f"{name}.")]:
+    for stale in [key for key in list(sys.modules) if path and key.startswith(f"{name}.")]:
         del sys.modules[stale]
     parent = sys.modules[name] = ModuleType(name)
     parent.__path__ = path
