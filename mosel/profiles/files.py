@@ -216,8 +216,8 @@ def load_profile(package: ModelPackage, settings: Settings, device: str | None =
     Args:
         package: the model.
         settings: the effective settings.
-        device: what the networks compute on; None: whatever `settings.device` allows, a full profile before a quick
-            one, the newest before others.
+        device: what the networks compute on; None: whatever `settings.device` allows and in either placement, a full
+            profile before a quick one, one of the placement of the settings before others, the newest before others.
     """
     found = []
     for file in sorted(settings.profiles_dir.glob(f"{_stem(package)}-*.json")):
@@ -229,7 +229,11 @@ def load_profile(package: ModelPackage, settings: Settings, device: str | None =
         of_these_forms = file.name == profile_file(package, profile.hardware, settings).name
         if of_these_forms and _is_of(profile.hardware, settings, device):
             found.append(profile)
-    return max(found, key=lambda profile: (not profile.quick, profile.measured_on), default=None)
+
+    def worth(profile: Profile) -> tuple[bool, bool, date]:
+        return not profile.quick, profile.hardware.placement == settings.placement, profile.measured_on
+
+    return max(found, key=worth, default=None)
 
 
 def needed_profile(package: ModelPackage, settings: Settings, file: Path | None) -> Profile:
@@ -298,4 +302,6 @@ def _is_of(hardware: Hardware, settings: Settings, device: str | None) -> bool:
         device = hardware.device
         if settings.device != "auto" and (settings.device == "cpu") != (device == "cpu"):
             return False
+        # Where services run is up to whoever started them.
+        settings = settings.model_copy(update={"placement": hardware.placement})
     return hardware == this_hardware(settings, device)

@@ -89,7 +89,7 @@ def end_to_end(
             of_set.append(JobPoint(size=size, p50_ms=statistics.median(times), p95_ms=percentile(times, 95)))
             advance(f"jobs of {size} with {name}")
         points[name] = tuple(of_set)
-    learned = {lane: _learned(f"correction.{quick.model}.{lane}", readings) for lane in quick.calls}
+    learned = {lane: _learned(quick.model, lane, readings) for lane in quick.calls}
     calls = {lane: _after(learned[lane], quick.calls[lane]) for lane in quick.calls}
     full = max(quick.accuracy, key=len)
     return points, calls, _edge({size: edges[full, size] for size in sizes})
@@ -142,7 +142,7 @@ def calls_under_load(
             stop.set()
         jobs = sum(running.result() for running in clients)
     edge_cpu_ms = (edge_cpu_s() - spent_s) * 1000 / max(jobs, 1)
-    loaded = {lane: _learned(f"correction.{quick.model}.{lane}", readings) for lane in quick.calls}
+    loaded = {lane: _learned(quick.model, lane, readings) for lane in quick.calls}
     calls = {lane: _beside(idle[lane], _after(loaded[lane], quick.calls[lane])) for lane in quick.calls}
     return calls, edge_cpu_ms
 
@@ -190,10 +190,17 @@ def _selector_counters(client: Client) -> dict[str, int]:
     return next(service.counters for service in client.status() if service.name == "selector")
 
 
-def _learned(prefix: str, readings: Sequence[Mapping[str, int]]) -> CallCost:
-    """What the selector learned of calls: `overhead + factor * expected`."""
-    seen = [r for r in readings if f"{prefix}.factor_permille" in r]
-    if not seen:
+def _learned(model: str, lane: str, readings: Sequence[Mapping[str, int]]) -> CallCost:
+    """What the selector learned of calls to a lane: `overhead + factor * expected`.
+
+    Where none was made, since encoders and fusion took one call together, that is what was learned of those.
+    """
+    for kind in (lane, "path"):
+        prefix = f"correction.{model}.{kind}"
+        seen = [r for r in readings if f"{prefix}.factor_permille" in r]
+        if seen:
+            break
+    else:
         return CallCost(overhead_ms=0.0)
     factor = statistics.median(r[f"{prefix}.factor_permille"] for r in seen) / 1000
     return CallCost(overhead_ms=statistics.median(r[f"{prefix}.overhead_us"] for r in seen) / 1000, factor=factor)
