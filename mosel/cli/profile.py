@@ -1,6 +1,5 @@
 """`mosel profile`: measure a model on this machine."""
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -153,11 +152,19 @@ def _measure(
 
 
 def _edge_cpu_s(launcher: "Launcher") -> float:
-    """Processor time of gateway, selector and this process, which is the client, in seconds."""
+    """Processor time of gateway, selector and this process, which is the client, in seconds.
+
+    Where all services share a process, that is the time of its event loop, which computes nothing.
+    """
     import psutil
 
-    pids = (launcher.children["gateway"].process.pid, launcher.children["selector"].process.pid, os.getpid())
-    return float(sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids))
+    client = sum(psutil.Process().cpu_times()[:2])
+    if launcher.settings.placement == "single":
+        services = psutil.Process(launcher.children["mosel"].process.pid)
+        loop = next(thread for thread in services.threads() if thread.id == services.pid)
+        return float(client + loop.user_time + loop.system_time)
+    edge = (psutil.Process(launcher.children[name].process.pid) for name in ("gateway", "selector"))
+    return float(client + sum(sum(process.cpu_times()[:2]) for process in edge))
 
 
 @contextmanager
