@@ -24,6 +24,8 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
 # Where arrays of numbers may mean bfloat16: its bits, which are not to be taken for integers.
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 MAX_RANK = 8
+# On the wire.
+_NAMES: dict[int, str] = {tensor_pb2.DataType.Value(name): name for name in DTYPES}
 
 
 def dtype_name(value: int) -> str:
@@ -32,9 +34,9 @@ def dtype_name(value: int) -> str:
     Raises:
         InvalidRequest: the number names no data type.
     """
-    if value not in tensor_pb2.DataType.values() or value == tensor_pb2.DATA_TYPE_UNSPECIFIED:
+    if value not in _NAMES:
         raise InvalidRequest(f"dtype {value} is unknown; expected one of {', '.join(DTYPES)}")
-    return tensor_pb2.DataType.Name(tensor_pb2.DataType.ValueType(value))
+    return _NAMES[value]
 
 
 def dtype_value(name: str) -> tensor_pb2.DataType.ValueType:

@@ -47,10 +47,15 @@ class Distribution:
 
     def __init__(self, histogram: Histogram, service: str) -> None:
         self._histogram, self._service = histogram, service
+        # To find one takes longer than to add to it.
+        self._of_labels: dict[Labels, Histogram] = {}
 
     def observe(self, value: float, *labels: str) -> None:
         """Adds a value under the values of the labels, in their order. Thread-safe."""
-        self._histogram.labels(self._service, *labels).observe(value)
+        found = self._of_labels.get(labels)
+        if found is None:
+            found = self._of_labels[labels] = self._histogram.labels(self._service, *labels)
+        found.observe(value)
 
 
 class Metrics:
