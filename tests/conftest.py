@@ -1,5 +1,6 @@
 """What every test gets, and the model of docs/your-model.md, served by real processes."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -158,12 +159,34 @@ def settings_with(models_dir: Path) -> Callable[..., Settings]:
     return make
 
 
-@pytest.fixture(scope="session", params=["single", "services"])
-def services(settings_with: Callable[..., Settings], request: pytest.FixtureRequest) -> Iterator[Launcher]:
-    """All services in each placement, shared by every test that leaves them unharmed."""
-    with Launcher(settings_with(placement=request.param)) as launcher:
-        launcher.wait_ready(120)
-        yield launcher
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs tests of the shared services in the placements that their module names; in one process if it names none."""
+    named = (str(mark.args[0]) for mark in metafunc.definition.iter_markers("parametrize"))
+    if "services" in metafunc.fixturenames and not any("services" in names for names in named):
+        placements = getattr(metafunc.module, "PLACEMENTS", ("single",))
+        metafunc.parametrize("services", placements, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="session")
+def running(settings_with: Callable[..., Settings]) -> Iterator[Callable[[str], Launcher]]:
+    """Gives all services in a placement, with default settings; each is started once."""
+    with contextlib.ExitStack() as stack:
+        launchers: dict[str, Launcher] = {}
+
+        def in_placement(placement: str) -> Launcher:
+            if placement not in launchers:
+                launcher = stack.enter_context(Launcher(settings_with(placement=placement)))
+                launcher.wait_ready(120)
+                launchers[placement] = launcher
+            return launchers[placement]
+
+        yield in_placement
+
+
+@pytest.fixture(scope="module")
+def services(running: Callable[[str], Launcher], request: pytest.FixtureRequest) -> Launcher:
+    """Shared by every test that leaves them unharmed."""
+    return running(request.param)
 
 
 @pytest.fixture

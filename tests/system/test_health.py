@@ -13,6 +13,7 @@ from mosel.client import Client
 from mosel.config import Settings
 from mosel.launcher import Launcher
 
+PLACEMENTS = ("single", "services")
 Draw = Callable[..., dict[str, NDArray[Any]]]
 Until = Callable[..., None]
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING

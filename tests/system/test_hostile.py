@@ -27,8 +27,6 @@ Until = Callable[..., None]
 Raw: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
 RawStream: TypeAlias = "grpc.StreamStreamMultiCallable[bytes, bytes]"
 
-# They take long, and what they meet is the same in both placements.
-pytestmark = pytest.mark.parametrize("services", ["single"], indirect=True)
 _IN_FLIGHT = 64
 # Longer than any that a person would read, and well below what a trailer may hold.
 _LONGEST = 610

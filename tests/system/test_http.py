@@ -13,6 +13,7 @@ from mosel.client import Client
 from mosel.launcher import Launcher
 from tests.gateway.inference.json_support import Body, infer_body, outputs_of
 
+PLACEMENTS = ("single", "services")
 Payloads = dict[str, NDArray[Any]]
 Draw = Callable[..., Payloads]
 Directly = Callable[[Payloads, Iterable[str]], NDArray[Any]]

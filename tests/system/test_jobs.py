@@ -25,6 +25,7 @@ from mosel.launcher import Launcher
 from mosel.modality import format_set, parse_set
 from mosel.packages.model_package import ModelPackage
 
+PLACEMENTS = ("single", "services")
 Payloads = dict[str, NDArray[Any]]
 Draw = Callable[..., Payloads]
 Directly = Callable[[Payloads, Iterable[str]], NDArray[Any]]

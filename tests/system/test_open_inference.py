@@ -15,6 +15,7 @@ from mosel.config import Settings
 from mosel.launcher import Launcher
 from tests.gateway.inference.support import array_of, infer_request, parameters_of, stub_of
 
+PLACEMENTS = ("single", "services")
 Payloads = dict[str, NDArray[Any]]
 Draw = Callable[..., Payloads]
 Directly = Callable[..., NDArray[Any]]

@@ -15,6 +15,7 @@ from mosel.launcher import Launcher
 from mosel.modality import format_set, subsets
 from mosel.packages.model_package import ModelPackage
 
+PLACEMENTS = ("single", "services")
 Payloads = dict[str, NDArray[Any]]
 Draw = Callable[..., Payloads]
 Directly = Callable[[Payloads, Iterable[str]], NDArray[Any]]

@@ -15,6 +15,7 @@ from mosel.config import Settings
 from mosel.errors import MoselError, ServiceUnavailable
 from mosel.launcher import Launcher
 
+PLACEMENTS = ("single", "services")
 Until = Callable[..., None]
 
 Payloads = dict[str, NDArray[np.generic]]
