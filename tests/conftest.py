@@ -162,7 +162,8 @@ def settings_with(models_dir: Path) -> Callable[..., Settings]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Runs tests of the shared services in the placements that their module names; in one process if it names none."""
     named = (str(mark.args[0]) for mark in metafunc.definition.iter_markers("parametrize"))
-    if "services" in metafunc.fixturenames and not any("services" in names for names in named):
+    shared = "services" in metafunc.fixturenames and not hasattr(metafunc.module, "services")
+    if shared and not any("services" in names for names in named):
         placements = getattr(metafunc.module, "PLACEMENTS", ("single",))
         metafunc.parametrize("services", placements, indirect=True, scope="module")
 

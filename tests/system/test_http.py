@@ -76,7 +76,8 @@ def test_large_json(http: httpx.Client, draw: Draw, directly: Directly) -> None:
 
 def test_each_floor_gets_the_sets_that_meet_it(http: httpx.Client, draw: Draw, directly: Directly) -> None:
     payloads = draw(5, seed=4)
-    for floor, allowed in ((0.9, {"photo+scent"}), (0.0, {"photo", "scent", "photo+scent"})):
+    # What mixes cost is measured, and some items with their photos alone do not take the mean below 0.9.
+    for floor, allowed in ((0.9, {"photo", "photo+scent"}), (0.0, {"photo", "scent", "photo+scent"})):
         body = infer_body(payloads, outputs=["probabilities", "modalities"], min_accuracy=floor)
         response = infer(http, body)
         outputs, said = outputs_of(response), response.json()["parameters"]

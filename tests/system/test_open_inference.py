@@ -51,7 +51,8 @@ def test_reflection_shows_the_true_names_of_all_protocols(channel: grpc.Channel)
 def test_each_floor_gets_the_sets_that_meet_it(channel: grpc.Channel, draw: Draw, directly: Directly) -> None:
     stub, payloads = stub_of(channel), draw(5, seed=4)
     outputs = ("probabilities", "modalities")
-    for floor, allowed in ((0.9, {"photo+scent"}), (0.0, {"photo", "scent", "photo+scent"})):
+    # What mixes cost is measured, and some items with their photos alone do not take the mean below 0.9.
+    for floor, allowed in ((0.9, {"photo", "photo+scent"}), (0.0, {"photo", "scent", "photo+scent"})):
         response = stub.ModelInfer(infer_request(payloads, outputs=outputs, min_accuracy=floor), timeout=30)
         sets, rows = array_of(response, "modalities"), array_of(response, "probabilities")
         assert {*sets} <= allowed
