@@ -68,11 +68,13 @@ class Loaded:
         return cls(package, network, coarsest({p.dtype for p in network.parameters()}))
 
 
-_importing = threading.Lock()
+# Loading changes what all threads of a process share: the modules of a package, torch's random numbers, and the
+# warnings by which tracing tells what it could not follow.
+_loading = threading.Lock()
 
 
 class Hosted:
-    """The networks of a service, by the ids of their models. Thread-safe; load from one thread at a time.
+    """The networks of a service, by the ids of their models. Thread-safe; services of one process load in turn.
 
     Args:
         make: makes the network of a package.
@@ -97,18 +99,17 @@ class Hosted:
         Raises:
             PackageError: the network or its weights are wrong, or the files changed meanwhile.
         """
-        if package.id in self._loaded:
-            return
-        # Services of one process take their modules one after the other: what one of them forgets, none is importing.
-        with _importing:
+        with _loading:
+            if package.id in self._loaded:
+                return
             forget_modules(package.name)
             loaded = Loaded.plain(package, self._make(package))
-        self._warm(loaded)
-        if self._fastest:
-            loaded = self._fastest(loaded)
-            _give_memory_back(self._device)
-        package.check_unchanged()
-        self._loaded[package.id] = loaded
+            self._warm(loaded)
+            if self._fastest:
+                loaded = self._fastest(loaded)
+                _give_memory_back(self._device)
+            package.check_unchanged()
+            self._loaded[package.id] = loaded
 
     def unload(self, model: str) -> None:
         """Frees a network once no call uses it any more; one that is not there is passed over."""

@@ -299,7 +299,6 @@ def test_up_finishes_what_was_admitted(
     before = set(shared_memory.iterdir())
     command = mosel_command("up", "--models", str(held_models), "--grpc-port", "0", "--device", "cpu")
     environment = {
-        "MOSEL_PLACEMENT": "services",
         "MOSEL_PROFILES_DIR": str(tmp_path),
         "MOSEL_TRANSPORT__SHM_DIR": str(shared_memory),
         "MOSEL_STOP_GRACE_MS": str(GRACE_S * 1000),

@@ -1,13 +1,16 @@
 """Networks of a package: random weights that are the same everywhere, and made-up payloads."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from mosel.compute.networks import example_payload, load_encoder, load_fusion, to_tensor
+from mosel.compute.networks import Hosted, Loaded, example_payload, load_encoder, load_fusion, to_tensor
 from mosel.errors import PackageError
 from mosel.packages.manifest import ModalitySpec, OutputSpec
 from mosel.packages.model_package import ModelPackage
@@ -86,3 +89,26 @@ def test_made_up_payloads_vary_whatever_their_type(package: ModelPackage, dtype:
     assert highest / 2 < float(values.max()) <= highest
     assert 0.3 * highest < float(values.mean()) < 0.7 * highest
     np.testing.assert_array_equal(payload, example_payload(package, dtype.lower(), 3))
+
+
+def test_services_of_one_process_load_in_turn(fruit: ModelPackage) -> None:
+    """Tracing finds what it could not follow by warnings, and those of a process are for all of its threads."""
+    loading, together = list[str](), list[str]()
+
+    def alone(loaded: Loaded, modality: str) -> Loaded:
+        loading.append(modality)
+        time.sleep(0.1)
+        together.extend(loading[1:])
+        loading.remove(modality)
+        return loaded
+
+    hosted = {
+        modality: Hosted(
+            partial(load_encoder, modality=modality, device=CPU), id, CPU, partial(alone, modality=modality)
+        )
+        for modality in fruit.modalities
+    }
+    with ThreadPoolExecutor(len(hosted)) as threads:
+        list(threads.map(lambda service: service.load(fruit), hosted.values()))
+    assert [service.models for service in hosted.values()] == [[fruit.id]] * 2
+    assert together == []
