@@ -33,6 +33,8 @@ from mosel.validation import explain
 
 # sockaddr_un holds 108 bytes; some systems fewer. Names of services take up to 30 of them.
 MAX_SOCKET_PATH_BYTES = 90
+# Whether the services of a machine share a process.
+Placement = Literal["single", "services"]
 _ENV_PREFIX = "MOSEL_"
 # Environment variables that are not settings of a service.
 _OTHER_VARIABLES = {"MOSEL_CHECK_MESSAGES", "MOSEL_CONFIG", "MOSEL_DATA", "MOSEL_TOKEN"}
@@ -218,7 +220,7 @@ class Settings(BaseSettings):
     profiles_dir: Path = Field(default_factory=_default_profiles_dir)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # Of the services that `mosel up` starts: all in one process, or each in its own.
-    placement: Literal["single", "services"] = "single"
+    placement: Placement = "single"
     # Calls that one encoder or fusion service computes at the same time; the selector keeps as many under way.
     workers: int = Field(2, ge=1)
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -10,6 +10,8 @@ ModalitySet = frozenset[str]
 
 # The lane of fusion; those of encoders are named after their modalities.
 FUSION = "fusion"
+# What is learned of calls that encode and fuse goes by this; no modality is called so, for `+` separates them.
+PATH = "encoders+fusion"
 
 
 def format_set(modalities: Iterable[str]) -> str:

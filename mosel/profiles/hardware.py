@@ -6,12 +6,11 @@ import platform
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 import mosel
-from mosel.config import Settings
+from mosel.config import Placement, Settings
 from mosel.modality import FUSION
 
 _GPUS = Path("/proc/driver/nvidia/gpus")
@@ -36,7 +35,7 @@ class Hardware(BaseModel):
     device: str
     workers: int
     torch_threads: dict[str, int]
-    placement: Literal["single", "services"] = "services"
+    placement: Placement = "services"
 
 
 class Versions(BaseModel):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mosel.client import Client
 from mosel.data.samples import Samples
 from mosel.errors import DeadlineExceeded, Overloaded, Unreachable
-from mosel.modality import parse_set
+from mosel.modality import PATH, parse_set
 from mosel.profiles.files import CallCost, JobPoint, MeasuredAccuracy, Profile, wilson
 from mosel.profiles.labelled_run import Setting, measure, percentile
 
@@ -195,7 +195,7 @@ def _learned(model: str, lane: str, readings: Sequence[Mapping[str, int]]) -> Ca
 
     Where none was made, since encoders and fusion took one call together, that is what was learned of those.
     """
-    for kind in (lane, "path"):
+    for kind in (lane, PATH):
         prefix = f"correction.{model}.{kind}"
         seen = [r for r in readings if f"{prefix}.factor_permille" in r]
         if seen:

@@ -12,14 +12,14 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, ParamSpec, TypeVar, cast
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import grpc
 import uvloop
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2_grpc
 
-from mosel.config import Settings, load_settings
+from mosel.config import Placement, Settings, load_settings
 from mosel.deadline import Deadline
 from mosel.errors import ConfigError, InvalidRequest, MoselError, PayloadTooLarge, ServiceUnavailable
 from mosel.observability.logs import configure_logs
@@ -169,7 +169,7 @@ def socket_path(address: str) -> Path | None:
 def run_service(
     name: str,
     serve: Callable[[Settings, asyncio.Event], Coroutine[Any, Any, None]],
-    placement: Literal["single", "services"] = "services",
+    placement: Placement = "services",
 ) -> NoReturn:
     """Runs services until SIGTERM, SIGINT or SIGHUP, and ends the process; a second SIGTERM or SIGINT ends it at once.
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
-from mosel.modality import FUSION
+from mosel.modality import FUSION, PATH
 from selector.core.frontier import Strategy
 from selector.core.jobs import Path, Step
 from selector.core.profile import LatencyCurve, ModelProfile
@@ -18,8 +18,6 @@ _HALF_LIFE_S = 2.0
 # Weight of the profile, in measurements.
 _PRIOR = 1.0
 _FACTORS = (0.2, 5.0)
-# What is learned of paths apart from what is learned of fusion, though the lane is the same.
-PATH = "path"
 
 
 def service_name(lane: str) -> str:
@@ -215,7 +213,7 @@ class Stages:
         self._corrections = {key: learned for key, learned in self._corrections.items() if key[0] != model}
 
     def corrections(self, now: float) -> dict[tuple[str, str], tuple[float, float]]:
-        """What was learned of each (model, lane or `path`): a call takes (overhead in ms) + (factor) * its profile."""
+        """What was learned of each (model, lane or `PATH`): a call takes (overhead in ms) + (factor) * its profile."""
         known = dict(self._corrections)
         for (model, _), stage in self._stages.items():
             known |= {(model, lane): replica.correction for lane, replica in stage.replicas.items()}

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from mosel.runtime.in_process.message_queue import ReadByIterating
 from mosel.runtime.in_process.rpc import CANCELLED_BY_CALLER, Rpc, Status
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class _OneReply(_Call):
         return self._rpc.reply
 
 
-class _Replies(_Call):
+class _Replies(_Call, ReadByIterating):
     """Iterating gives the replies, and so does reading."""
 
     def __init__(self, rpc: Rpc) -> None:
@@ -106,15 +107,6 @@ class _Replies(_Call):
             raise
         if message is grpc.aio.EOF:
             self._raise_for(await self._rpc.over())
-        return message
-
-    def __aiter__(self) -> "_Replies":
-        return self
-
-    async def __anext__(self) -> Any:
-        message = await self.read()
-        if message is grpc.aio.EOF:
-            raise StopAsyncIteration
         return message
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterable, Iterable
+from functools import partialmethod
 from typing import Any
 
 import grpc
@@ -28,45 +29,22 @@ class InProcessChannel:
         # Those that send what callers gave to iterate.
         self.senders: set[asyncio.Task[None]] = set()
 
-    def unary_unary(
+    def _method(
         self,
+        kind: type[Any],
         method: str,
         request_serializer: Serializer = None,
         response_deserializer: Deserializer = None,
         _registered_method: bool | None = False,
     ) -> "_MultiCallable":
-        """A method with one request and one reply."""
-        return _MultiCallable(self, method, request_serializer, response_deserializer, calls.UnaryUnaryCall)
+        """What calls a method; arguments as generated stubs give them."""
+        return _MultiCallable(self, method, request_serializer, response_deserializer, kind)
 
-    def unary_stream(
-        self,
-        method: str,
-        request_serializer: Serializer = None,
-        response_deserializer: Deserializer = None,
-        _registered_method: bool | None = False,
-    ) -> "_MultiCallable":
-        """A method with one request and several replies."""
-        return _MultiCallable(self, method, request_serializer, response_deserializer, calls.UnaryStreamCall)
-
-    def stream_unary(
-        self,
-        method: str,
-        request_serializer: Serializer = None,
-        response_deserializer: Deserializer = None,
-        _registered_method: bool | None = False,
-    ) -> "_MultiCallable":
-        """A method with several requests and one reply."""
-        return _MultiCallable(self, method, request_serializer, response_deserializer, calls.StreamUnaryCall)
-
-    def stream_stream(
-        self,
-        method: str,
-        request_serializer: Serializer = None,
-        response_deserializer: Deserializer = None,
-        _registered_method: bool | None = False,
-    ) -> "_MultiCallable":
-        """A method with several requests and several replies."""
-        return _MultiCallable(self, method, request_serializer, response_deserializer, calls.StreamStreamCall)
+    # By how many messages go each way.
+    unary_unary = partialmethod(_method, calls.UnaryUnaryCall)
+    unary_stream = partialmethod(_method, calls.UnaryStreamCall)
+    stream_unary = partialmethod(_method, calls.StreamUnaryCall)
+    stream_stream = partialmethod(_method, calls.StreamStreamCall)
 
     async def __aenter__(self) -> "InProcessChannel":
         return self

@@ -5,12 +5,13 @@ from typing import Any, NoReturn
 import grpc
 
 from mosel.runtime.in_process.handing_over import Deserializer, Serializer, TooLarge, hand_over
+from mosel.runtime.in_process.message_queue import ReadByIterating
 from mosel.runtime.in_process.rpc import Metadata, Rpc, Status
 
 _OVER = "RPC already finished."
 
 
-class InProcessContext:
+class InProcessContext(ReadByIterating):
     """Stands for a `grpc.aio.ServicerContext`; iterating gives the caller's messages.
 
     Args:
@@ -39,15 +40,6 @@ class InProcessContext:
         if message is grpc.aio.EOF:
             return message
         return self._incoming(message)
-
-    def __aiter__(self) -> "InProcessContext":
-        return self
-
-    async def __anext__(self) -> Any:
-        message = await self.read()
-        if message is grpc.aio.EOF:
-            raise StopAsyncIteration
-        return message
 
     async def write(self, message: Any) -> None:
         """Sends a message, once the caller has read enough of those before."""

@@ -1,7 +1,8 @@
 """One direction of a stream."""
 
+from abc import ABC, abstractmethod
 from collections import deque
-from typing import Any
+from typing import Any, Self
 
 import grpc
 
@@ -9,6 +10,23 @@ from mosel.runtime.in_process.waiters import Waiters
 
 # A writer waits while so many messages are not read; on the wire, while some 64 KiB are not.
 MOST_WAITING = 16
+
+
+class ReadByIterating(ABC):
+    """Iterating gives what reading gives, until the end."""
+
+    @abstractmethod
+    async def read(self) -> Any:
+        """The next message, `grpc.aio.EOF` after the last."""
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        message = await self.read()
+        if message is grpc.aio.EOF:
+            raise StopAsyncIteration
+        return message
 
 
 class MessageQueue:
