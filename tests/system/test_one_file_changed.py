@@ -16,7 +16,7 @@ from mosel.launcher import Launcher
 from mosel.modality import subsets
 from mosel.packages.calibration import Calibration, save_calibration
 from mosel.packages.model_package import load_package
-from tests.fruit_on_disk import Fruit, Payloads, measured, same
+from tests.fruit_on_disk import Fruit, Payloads, loaded_by, measured, same
 
 Draw = Callable[..., Payloads]
 Until = Callable[..., None]
@@ -154,3 +154,20 @@ def test_what_was_measured_with_another_file_is_refused_and_the_model_stays_as_i
 
 
 CHANGES_ANSWERS = [REFUSED[kind][0] for kind in ("python", "weights", "data", "model.toml")]
+
+
+def test_a_model_that_a_restart_took_away_comes_back_with_its_files(
+    client: Client, launcher: Launcher, fruit_on_disk: Fruit, draw: Draw, until: Until
+) -> None:
+    """What is on disk when an encoder starts again suits that encoder, but not the other one."""
+    payloads, direct, loaded = draw(5), fruit_on_disk.directly(), loaded_by(client)
+    with fruit_on_disk.restored():
+        fruit_on_disk.edit("networks.py", "super().__init__(6, 8)", "super().__init__(7, 8)")
+        calibrated(fruit_on_disk.folder)
+        launcher.children["encoder/photo"].process.kill()
+        launcher.children["encoder/photo"].process.wait()
+        launcher.start_again("encoder/photo")
+        until(lambda: "encoder/photo" in client.models()[0].reason, "the encoder cannot load what is served")
+    until(lambda: loaded_by(client) == loaded, "the model is back, and nobody asked for it")
+    until(lambda: client.models()[0].ready, "it is ready")
+    assert same(client.predict("fruit", payloads).output, direct(payloads, payloads))

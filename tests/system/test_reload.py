@@ -393,20 +393,3 @@ def test_a_service_that_starts_again_brings_all_to_what_is_on_disk_by_then(
 
     until(settled, "what is on disk is served")
     until(lambda: set(loaded_by(client).values()) == {(new,)}, "all services have that alone")
-
-
-def test_a_model_that_a_restart_took_away_comes_back_with_its_files(
-    client: Client, launcher: Launcher, fruit_on_disk: Fruit, draw: Draw, until: Until
-) -> None:
-    """What is on disk when an encoder starts again suits that encoder, but not the other one."""
-    payloads, direct, loaded = draw(5), fruit_on_disk.directly(), loaded_by(client)
-    with fruit_on_disk.restored():
-        fruit_on_disk.edit("networks.py", "super().__init__(6, 8)", "super().__init__(7, 8)")
-        measured(fruit_on_disk.folder)
-        launcher.children["encoder/photo"].process.kill()
-        launcher.children["encoder/photo"].process.wait()
-        launcher.start_again("encoder/photo")
-        until(lambda: "encoder/photo" in client.models()[0].reason, "the encoder cannot load what is served")
-    until(lambda: loaded_by(client) == loaded, "the model is back, and nobody asked for it")
-    until(lambda: client.models()[0].ready, "it is ready")
-    assert same(client.predict("fruit", payloads).output, direct(payloads, payloads))

@@ -10,15 +10,8 @@ from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 from mosel.errors import ModelNotFound, ServiceUnavailable
 from selector.core.jobs import Job, Wait
 from selector.core.profile import ModelProfile
-from tests.selector.core.test_interleavings import (
-    PROFILES,
-    SchedulerMachine,
-    budgets_ms,
-    demands,
-    models,
-    name_of,
-    picks,
-)
+from tests.selector.account import PROFILES, name_of
+from tests.selector.core.test_interleavings import SchedulerMachine, budgets_ms, demands, models, picks
 from tests.selector.support import BOTH, PEN, Driver, encode_call, fuse_call, job, profile_of, scheduler_with
 from tests.selector.support import PROFILES as SMALL
 

@@ -19,7 +19,8 @@ from selector.core.profile import LatencyCurve
 from selector.core.scheduler import Scheduler
 from selector.core.stages import Correction, Remaining, Stage
 from selector.core.work import Work
-from tests.selector.core.test_interleavings import FRONTIERS, MAX_QUEUED, PROFILES, REPLICA, TOKENS, SchedulerMachine
+from tests.selector.account import FRONTIERS, MAX_QUEUED, PROFILES, REPLICA, TOKENS
+from tests.selector.core.test_interleavings import SchedulerMachine
 from tests.selector.support import BOTH, job, scheduler_with
 from tests.selector.support import PROFILES as PROFILES_OF_TWO
 
