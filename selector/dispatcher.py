@@ -280,6 +280,7 @@ class Dispatcher:
 
     def _advance(self) -> None:
         """Does whatever there is to do now."""
+        self.observations.advance(only_behind=True)
         while not isinstance(action := self._scheduler.next(time.monotonic()), Wait):
             if isinstance(action, Ended):
                 self._fail(self._jobs[action.job_id], action.error)

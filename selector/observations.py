@@ -1,7 +1,8 @@
 """The models that administrators observe: which answered jobs become samples, and what is told of them.
 
 Samples hold the slots of their embeddings by themselves: their jobs are over as soon as they are answered. At most one
-call is under way for all samples together, and none begins while a job waits for what it takes.
+call is under way for all samples together. None begins while a job waits for what it takes, unless samples have had
+less than their least share of the compute: where callers never leave any, nothing would be observed otherwise.
 """
 
 import asyncio
@@ -27,6 +28,8 @@ from selector.services.compute_services import ComputeServices
 
 # How often whoever observes a model is told what there is; and how many answers may wait for that.
 _TELL_S, _MOST_UNTOLD = 0.25, 100_000
+# Of what the networks compute for jobs.
+_LEAST_SHARE = 0.05
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,11 @@ class ObservedModel:
     def complete(self, sample: Sample) -> None:
         """All answers of a sample are there."""
         self._complete.append(sample)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether its samples have had less than their least share."""
+        return self.counts["observing_us"] < _LEAST_SHARE * self.counts["compute_us"]
 
     @property
     def is_read(self) -> bool:
@@ -174,7 +182,10 @@ class Observations:
         if (observed := self._models.get(asked.model)) is None:
             return
         observed.counts.update(jobs=1, items=asked.size)
-        if asked.exact or job.work.counts.keys() != {job.work.profile.modalities}:
+        # What was planned before the model was observed may have run as a path, which leaves no embeddings.
+        everything = job.work.profile.modalities
+        embedded = all(len(job.embeddings[modality]) == asked.size for modality in everything)
+        if asked.exact or job.work.counts.keys() != {everything} or not embedded:
             observed.counts["others"] += asked.size
             return
         if observed.is_read and (sample := observed.observation.add(asked.id, asked.size, time.monotonic())):
@@ -183,8 +194,12 @@ class Observations:
             # Payloads are not needed any more; slots with embeddings belong to lanes.
             self._ledger.open(kept, [slot for slot in job.slots if isinstance(slot[0], str)])
 
-    def advance(self) -> None:
-        """Begins a call for a sample, if there is time; to be asked when there is nothing to do for jobs."""
+    def advance(self, *, only_behind: bool = False) -> None:
+        """Begins a call for a sample, if there is time.
+
+        Args:
+            only_behind: there may be something to do for jobs, which only samples that are behind may delay.
+        """
         now = time.monotonic()
         for observed in self._models.values():
             observed.observation.expire(now)
@@ -192,7 +207,9 @@ class Observations:
             if not self._scheduler.serves(observed.model):
                 name = name_of(observed.model)
                 observed.end(Unreachable(f"model '{name}' was loaded anew or unloaded while it was observed"))
-            elif not self._calling and (found := observed.observation.next()):
+            elif self._calling or (only_behind and not observed.is_behind):
+                continue
+            elif found := observed.observation.next():
                 self._begin(observed, *found, now)
 
     def fused(self, event: SampleFused) -> None:
@@ -232,17 +249,17 @@ class Observations:
             self._work.start(self._fuse(call, piece, kept, sample.ends - now))
 
     async def _fuse(self, call: FuseCall, piece: Piece, sample: SampleInFlight, timeout: float) -> None:
-        request = fuse_request(call, [sample])
-        request.answers_only = True
         found: fusion_pb2.FuseReply | None = None
         try:
+            request = fuse_request(call, [sample])
+            request.answers_only = True
             reply = await self._services.fusion.Fuse(request, timeout=timeout)
             answered = [(len(answers.labels), len(answers.confidences)) for answers in reply.answers]
             if answered != [(len(piece.rows.items),) * 2]:
                 raise ValueError(f"fusion answered with {answered} answers; expected {len(piece.rows.items)}")
             found = reply
         except Exception as error:  # noqa: BLE001 (whatever it is, the call must leave its lane)
-            log.info("not observed", extra={"model": call.model, "reason": str(error)})
+            log.info("not observed", extra={"model": call.model, "reason": repr(error)})
         self._handle(SampleFused(call, piece, sample, found))
 
     def _close_gone(self, observed: ObservedModel) -> None:

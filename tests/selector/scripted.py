@@ -44,6 +44,7 @@ class ScriptedService:
         failing: methods that fail with INTERNAL.
         resource: what it says it computes on.
         ms: what it says a batch takes.
+        joined: of fusion: the modalities that it says it encodes itself.
         models: those that it has.
         in_slots: whether embeddings are in slots, numbered from 1.
         acquired: the last of these numbers.
@@ -60,6 +61,7 @@ class ScriptedService:
         self.failing: set[str] = set()
         self.resource, self.ms = "cpu", 1.0
         self.models: set[str] = set()
+        self.joined: set[str] = set()
         self.in_slots, self.acquired = False, 0
         self.released: list[int] = []
         self.arenas: dict[int, bytes] = {}
@@ -122,7 +124,11 @@ class ScriptedService:
     def _answers(self) -> dict[str, Answer]:
         return {
             "Status": lambda _: service_pb2.ServiceStatus(
-                name=service_name(self.lane), ready=True, resource=self.resource, models=self.models
+                name=service_name(self.lane),
+                ready=True,
+                resource=self.resource,
+                models=self.models,
+                joined_modalities=self.joined,
             ),
             "Announce": lambda _: self.announcement,
             "OpenArena": lambda r: arena_pb2.PreflightReport(nonce=self.arenas.get(r.arena.arena_id, b""), reason="no"),

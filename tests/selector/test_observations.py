@@ -156,6 +156,31 @@ async def test_who_fixed_its_modalities_or_sent_less_is_not_observed(selector: S
         assert scripted[FUSION].called[OBSERVE] == 0
 
 
+async def test_what_was_on_its_way_as_a_path_when_it_began_is_not_observed(
+    settings: Settings, scripted: Services
+) -> None:
+    fusion = scripted[FUSION]
+    fusion.joined = {"photo", "scent"}
+    async with selector_of(settings) as selector, selector.connected() as stream:
+        await until(lambda: all(state.ready for state in stream.models().values()), "the model is ready")
+        (state,) = stream.models().values()
+        model = f"{state.model}@{state.revision}"
+        fusion.hold("Fuse")
+        await stream.send(job=job(1, model, "photo", "scent"))
+        await until(lambda: fusion.waiting["Fuse"] == 1, "it is on its way")
+        assert scripted["photo"].called["Encode"] + scripted["scent"].called["Encode"] == 0
+        async with Observer(selector, model) as observer:
+            fusion.go_on()
+            await answered(stream, 1)
+            await stream.send(job=floored(2, model))
+            await answered(stream, 2)
+            await until(lambda: observer.items == 1, "what came afterwards is observed")
+            await until(lambda: observer.events[-1].jobs == 2, "both are counted")
+            assert sets_of(stream, 1) == sets_of(stream, 2) == ["photo+scent"]
+            assert observer.events[-1].others == 1
+        await nothing_is_held(selector)
+
+
 async def test_no_sample_is_fused_while_a_job_waits_for_fusion(selector: Selector, scripted: Services) -> None:
     fusion = scripted[FUSION]
     async with observing(selector) as (stream, model, observer):
@@ -170,6 +195,30 @@ async def test_no_sample_is_fused_while_a_job_waits_for_fusion(selector: Selecto
         fusion.go_on()
         await answered(stream, 2, 3)
         await until(lambda: observer.items == 3, "then samples go on")
+
+
+async def test_where_jobs_always_wait_samples_get_their_least_share(selector: Selector, scripted: Services) -> None:
+    fusion = scripted[FUSION]
+    async with observing(selector) as (stream, model, observer):
+        fusion.hold("Fuse")
+        for number in (1, 2):
+            await stream.send(job=floored(number, model))
+            await until(lambda number=number: fusion.waiting["Fuse"] == number, "a job has a token")  # type: ignore[misc]
+        # Whatever else gets a token keeps it.
+        encoders = scripted["photo"], scripted["scent"]
+        for encoder in encoders:
+            encoder.hold("Encode")
+        for number in (3, 4):
+            await stream.send(job=floored(number, model))
+        fusion.go_on()
+        await answered(stream, 1, 2)
+        await until(lambda: fusion.called[OBSERVE] == 1, "a sample goes before jobs")
+        await until(lambda: sum(encoder.waiting["Encode"] for encoder in encoders) == 2, "jobs go on")
+        assert (fusion.called[OBSERVE], stream.over((3).to_bytes(16, "big"))) == (1, False)
+        for encoder in encoders:
+            encoder.go_on()
+        await answered(stream, 3, 4)
+        await until(lambda: observer.items == 4, "all samples are complete")
 
 
 async def test_a_fusion_that_fails_or_hangs_costs_samples_and_no_job(selector: Selector, scripted: Services) -> None:
