@@ -24,7 +24,7 @@ from mosel.modality import FUSION, format_set
 from mosel.profiles.files import Point, Profile
 from selector.conversions import model_profile
 from selector.core.jobs import Call, Effort, EncodeCall, Ended, Job, Wait
-from selector.core.profile import ModelProfile
+from selector.core.profile import LatencyCurve, ModelProfile
 from selector.core.scheduler import Scheduler
 from selector.core.work import Work
 
@@ -107,8 +107,9 @@ def world_and_demands(profile: Profile) -> tuple[World, Demands]:
 def new_scheduler(world: World, policy: str, max_queued_items: int = 1_000_000) -> Scheduler:
     """A scheduler with every service up."""
     scheduler = Scheduler({MODEL: world.profile}, policy, max_queued_items, world.tokens, Settings().selector.reply_ms)
+    joined = world.profile.joined
     for lane, resource in world.lanes.items():
-        scheduler.lane(lane, True, resource)
+        scheduler.lane(lane, True, resource, joined)
     return scheduler
 
 
@@ -209,8 +210,7 @@ class _Simulation:
         return math.inf if step.until is None else step.until
 
     def _takes_s(self, call: Call, now: float) -> float:
-        profile, world = self._world.profile, self._world
-        curve = profile.encoders[call.modality] if isinstance(call, EncodeCall) else profile.fusion[call.modality_set]
+        world, curve = self._world, _curve(self._world.profile, call)
         noise = math.exp(self._rng.normal(0, world.noise.get(call.lane, 0.0)))
         items = sum(len(rows.items) for rows in call.rows)
         resource = self._lanes[call.lane]
@@ -280,6 +280,12 @@ class _InUse:
         self._share = self._share * fading + self._calls / self._tokens * (1 - fading)
         self._at = now
         return self._share
+
+
+def _curve(profile: ModelProfile, call: Call) -> LatencyCurve:
+    if isinstance(call, EncodeCall):
+        return profile.encoders[call.modality]
+    return (profile.paths if call.from_payloads else profile.fusion)[call.modality_set]
 
 
 def _noise(points: Iterable[Point]) -> float:

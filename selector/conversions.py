@@ -164,7 +164,7 @@ def origin_of(profile: Profile) -> str:
 
 
 def model_profile(profile: Profile, default_min_accuracy: float | None) -> ModelProfile:
-    """A model's profile with every latency known.
+    """A model's profile with every latency known; what shares a process there runs as paths.
 
     Args:
         profile: what was measured.
@@ -177,6 +177,7 @@ def model_profile(profile: Profile, default_min_accuracy: float | None) -> Model
         encoders={m: latency_curve(points, profile.calls[m]) for m, points in profile.encoders.items()},
         fusion={parse_set(s): latency_curve(points, profile.calls[FUSION]) for s, points in profile.fusion.items()},
         paths=path_curves(profile.encoders, profile.fusion, profile.calls),
+        joined=frozenset(profile.encoders) if profile.hardware.placement == "single" else frozenset(),
     )
 
 

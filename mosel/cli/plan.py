@@ -93,8 +93,9 @@ def _plan(known: "ModelProfile", measured: "Profile", settings: "Settings", aske
     scheduler = Scheduler(
         {model: known}, tokens=measured.concurrency, max_queued_items=asked.size, refuse_unguaranteed=refuse
     )
+    joined = known.joined
     for lane in (*asked.modalities, FUSION):
-        scheduler.lane(lane, True, measured.hardware.device)
+        scheduler.lane(lane, True, measured.hardware.device, joined)
     job = Job(
         id=b"",
         model=model,

@@ -179,6 +179,18 @@ def test_a_profile_gives_world_and_demands() -> None:
     assert demands.full_latency_ms(1) == 15
     without = profile.model_copy(update={"end_to_end": {}})
     assert world_and_demands(without)[1].full_latency_ms(1) == 21 + 1 + 3
+    assert not world.profile.is_path(AUDIO)
+    in_one = without.model_copy(update={"hardware": profile.hardware.model_copy(update={"placement": "single"})})
+    assert world_and_demands(in_one)[0].profile.is_path(AUDIO)
+
+
+def test_where_the_services_share_a_process_a_job_takes_one_call() -> None:
+    world = one_modality()
+    known = world.profile
+    path = LatencyCurve(((1, 7.0), (2, 8.0)))
+    in_one = replace(known, paths={AUDIO: path}, joined=AUDIO)
+    (outcome,) = run(replace(world, profile=in_one), job(1.0))
+    assert outcome.ms == pytest.approx(7 + 4)
 
 
 def test_a_second_encoder_on_a_resource_of_its_own_answers_as_much_again() -> None:
