@@ -8,7 +8,6 @@ import contextlib
 import logging
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterable
 
 import grpc
@@ -27,6 +26,7 @@ from mosel.errors import (
 from mosel.modality import FUSION
 from mosel.observability.logs import job_field
 from mosel.runtime.background import Background
+from mosel.runtime.coalescing import Coalesced
 from mosel.runtime.messages import check_message
 from mosel.status import error_from_rpc
 from mosel.v1 import encoder_pb2, fusion_pb2, gateway_pb2, selector_pb2, tensor_pb2
@@ -64,12 +64,14 @@ from selector.gauges import show_jobs, show_queues, show_tensors
 from selector.in_flight import CallInFlight, JobInFlight, SlotKey, encode_request, fuse_request, note_embeddings
 from selector.job_observer import JobObserver
 from selector.observations import Observations
+from selector.releases import Releases
 from selector.services.compute_services import ComputeServices
 from selector.services.model_loader import ModelLoader
 from selector.services.tensor_paths import TensorPaths
 
-# Releases wait this long for company.
-_RELEASE_EVERY_S = 0.005
+# Within so many rounds of the event loop, jobs arrive that are on their way through this process: a busy one makes one
+# plan and one call for them, where there would be several.
+_ROUNDS = 6
 # After a bug in the core, jobs still end in time.
 _LONGEST_WAIT_S = 1.0
 
@@ -111,15 +113,17 @@ class Dispatcher:
         self._stopping = False
         # Where one fails on a bug, the jobs inside fail at their deadline.
         self._work = Background()
+        self._soon = Coalesced(self._advance, _ROUNDS)
         self._timer: asyncio.TimerHandle | None = None
-        self._flush: asyncio.TimerHandle | None = None
+        self._wakes_at = 0.0
+        self._releases = Releases(self._ledger, services)
         self.observations = Observations(scheduler, services, self._ledger, self._work, self.handle)
         show_jobs(observer, scheduler)
         show_tensors(observer, self._ledger, paths.attachments)
         show_queues(observer, gateways, services)
 
     def handle(self, event: Event) -> None:
-        """Takes in what happened, and does whatever there is to do then."""
+        """Takes in what happened; what there is to do then is done a moment later, at once for all of it."""
         match event:
             case JobSubmitted():
                 self._submit(event.session, event.description)
@@ -140,7 +144,7 @@ class Dispatcher:
                 self._lane_changed(event)
             case TimePassed():
                 pass
-        self._advance()
+        self._soon.ask()
 
     def plan(self, description: selector_pb2.JobDescription) -> gateway_pb2.PlanReply:
         """What a job would get now.
@@ -288,17 +292,22 @@ class Dispatcher:
                 self._start(action)
         self.observations.advance()
         self._models.free_drained()
-        loop = asyncio.get_running_loop()
-        if self._timer is not None:
-            self._timer.cancel()
-        delay = None if action.until is None else max(action.until - time.monotonic(), 0.0)
-        self._timer = None if delay is None else loop.call_later(delay, self._tick)
-        if self._flush is None:
-            self._flush = loop.call_later(_RELEASE_EVERY_S, self._send_releases)
+        if action.until is not None:
+            self._wake_by(action.until)
+        self._releases.soon()
+
+    def _wake_by(self, at: float) -> None:
+        """Looks again at that time; where it would do so before, that is soon enough to learn when to look next."""
+        if self._timer is None or at < self._wakes_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            delay = max(at - time.monotonic(), 0.0)
+            self._wakes_at, self._timer = at, asyncio.get_running_loop().call_later(delay, self._tick)
 
     def _tick(self) -> None:
+        self._timer = None
         # Whatever goes wrong, the clock goes on: jobs end in time.
-        self._timer = asyncio.get_running_loop().call_later(_LONGEST_WAIT_S, self._tick)
+        self._wake_by(time.monotonic() + _LONGEST_WAIT_S)
         self.handle(TimePassed())
 
     def _start(self, call: Call) -> None:
@@ -336,7 +345,7 @@ class Dispatcher:
 
     def _answer(self, job: JobInFlight) -> None:
         """All items of a job are done."""
-        work, now = job.work, time.monotonic()
+        work, outcome, now = job.work, job.work.outcome, time.monotonic()
         started_at = now if work.started_at is None else work.started_at
         groups = job.emission.rest()
         try:
@@ -347,11 +356,11 @@ class Dispatcher:
         result = selector_pb2.JobResult(
             job_id=job.id,
             groups=groups,
-            expected_accuracy=work.expected_accuracy,
+            expected_accuracy=outcome.expected_accuracy,
             queue_us=round((started_at - work.submitted_at) * 1e6),
             compute_us=round((now - started_at) * 1e6),
             unavailable_modalities=sorted(work.without),
-            assurance=assurance_message(work.assurance, work.saved, job.floor_source),
+            assurance=assurance_message(outcome.assurance, outcome.saved, job.floor_source),
         )
         job.session.send(result=result)
         self._observer.answered(job, now)
@@ -369,19 +378,6 @@ class Dispatcher:
         self._ledger.close(job)
         if not self._jobs:
             self._idle.set()
-
-    def _send_releases(self) -> None:
-        self._flush = None
-        by_producer: dict[GatewaySession | str, list[tensor_pb2.ArenaSlot]] = defaultdict(list)
-        for producer, arena_id, epoch, slot, generation in self._ledger.take_released():
-            by_producer[producer].append(
-                tensor_pb2.ArenaSlot(arena_id=arena_id, epoch=epoch, slot=slot, generation=generation)
-            )
-        for producer, slots in by_producer.items():
-            if isinstance(producer, GatewaySession):
-                producer.release(slots)
-            else:
-                self._services.release(producer, slots)
 
 
 def _key(producer: GatewaySession | str, slot: tensor_pb2.ArenaSlot) -> SlotKey:

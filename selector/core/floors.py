@@ -53,6 +53,37 @@ class Floor:
         return Assurance(guarantee, accuracy=bound, confidence=ladder.confidence, note=note)
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What becomes of items that run so many of each set.
+
+    Attributes:
+        score: the mean over the items, 0..1, of what they count for towards the floor.
+        expected_accuracy: the mean over the items, 0..1, by what was measured.
+        assurance: what can be said of the accuracy of the answer.
+        saved: the share of the compute of everything that was sent which is not spent, 0..1.
+    """
+
+    score: float
+    expected_accuracy: float
+    assurance: Assurance
+    saved: float
+
+
+# By floor and items of each set.
+Outcomes = dict[tuple[Floor, frozenset[tuple[ModalitySet, int]]], Outcome]
+
+
+def outcome_of(floor: Floor, profile: ModelProfile, sent: ModalitySet, counts: Mapping[ModalitySet, int]) -> Outcome:
+    """What becomes of items of a job that sent some modalities and runs so many items of each set."""
+    return Outcome(
+        score=mean_score(floor.scores, counts),
+        expected_accuracy=mean_score(profile.accuracy, counts),
+        assurance=floor.assurance(counts),
+        saved=profile.saved(counts, sent),
+    )
+
+
 def bound_of(ladder: Ladder | None, counts: Mapping[ModalitySet, int]) -> float | None:
     """What items that run these sets are guaranteed on average, 0..1; None where the ladder says nothing of them."""
     if ladder is None or not counts.keys() <= ladder.scores.keys():

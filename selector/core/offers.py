@@ -6,12 +6,12 @@ changes, the next job that asks for the same gets the same.
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Generic, TypeVar
 
 from mosel.modality import ModalitySet
-from selector.core.floors import Floor, floor_of
+from selector.core.floors import Floor, Outcomes, floor_of
 from selector.core.frontier import Frontiers, Strategy
 from selector.core.jobs import Job, Option
 from selector.core.options import Rounding, allowed_options, rounding_of, runnable
@@ -58,12 +58,14 @@ class Terms:
         offer: the strategies that it may use.
         rounding: how jobs like it use all of a guaranteed loss, or None.
         rounded: the floors of those that run the cheaper strategy for it, and of the others.
+        outcomes: what became of such jobs; a mix of sets that one had is what the next is likely to have.
     """
 
     floor: Floor
     offer: Offer
     rounding: Rounding | None
     rounded: tuple[Floor, Floor]
+    outcomes: Outcomes = field(default_factory=dict)
 
 
 class Offers:

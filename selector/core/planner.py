@@ -68,7 +68,16 @@ class Planner:
         """
         terms = self._offers.terms(job)
         offer = terms.offer
-        return Work(job, profile, terms.floor, now, offer.options, offer.queued(job), without=offer.without)
+        return Work(
+            job,
+            profile,
+            terms.floor,
+            now,
+            offer.options,
+            offer.queued(job),
+            without=offer.without,
+            outcomes=terms.outcomes,
+        )
 
     def round(self, work: Work) -> None:
         """Has a job with a guaranteed loss run a strategy a little too cheap, as often as that is right over all jobs.
@@ -87,9 +96,9 @@ class Planner:
 
     def outlook(self, work: Work) -> tuple[Assurance, float]:
         """What answers to jobs like one that has not started stand on, and the share of compute that they save."""
-        rounding, saved = self._offers.terms(work.job).rounding, work.saved
+        rounding, saved = self._offers.terms(work.job).rounding, work.outcome.saved
         if rounding is None:
-            return work.assurance, saved
+            return work.outcome.assurance, saved
         cheaper = work.profile.saved(dict(rounding.cheaper.counts), work.job.modalities)
         floor = replace(work.floor, over_all=work.floor.least)
         return floor.assurance(work.counts), saved + rounding.share * (cheaper - saved)

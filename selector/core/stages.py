@@ -15,6 +15,8 @@ from selector.core.profile import LatencyCurve, ModelProfile
 # Weight of what was learned before, per newer measurement, and per time without one.
 _MEMORY = 0.95
 _HALF_LIFE_S = 2.0
+# Within which nothing fades.
+_AT_ONCE_S = 0.001
 # Weight of the profile, in measurements.
 _PRIOR = 1.0
 _FACTORS = (0.2, 5.0)
@@ -82,7 +84,7 @@ class Correction:
         return (y - factor * x) / count, factor
 
     def _fade(self, now: float) -> None:
-        if now > self._at:
+        if now > self._at + _AT_ONCE_S:
             fading: float = 0.5 ** ((now - self._at) / _HALF_LIFE_S)
             self._count, self._x, self._y = self._count * fading, self._x * fading, self._y * fading
             self._xx, self._xy = self._xx * fading, self._xy * fading

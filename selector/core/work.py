@@ -1,20 +1,20 @@
 """A job on its way: which items are committed to which modality set, and where each of them is."""
 
 import random
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mosel.modality import ModalitySet
-from selector.core.floors import Floor, mean_score
+from selector.core.floors import Floor, Outcome, Outcomes, mean_score, outcome_of
 from selector.core.frontier import Strategy
-from selector.core.jobs import Assurance, Job, Option, Path, Rows, Step
+from selector.core.jobs import Job, Option, Path, Rows, Step
 from selector.core.options import strategy_of
 from selector.core.policies import Queued
 from selector.core.profile import ModelProfile
 
 # Sums of floats.
 _TOLERANCE = 1e-9
+_KEPT_OUTCOMES = 256
 
 
 @dataclass(eq=False)
@@ -42,6 +42,7 @@ class Work:
         calls: the calls under way, by id, and which of their items they are still wanted for.
         alone: a call for it failed; it shares no more.
         without: modalities that it would have run, had their encoders been there when it was planned.
+        outcomes: those that are known, of jobs that are alike.
     """
 
     job: Job
@@ -63,8 +64,10 @@ class Work:
     calls: dict[int, set[int]] = field(default_factory=dict)
     alone: bool = False
     without: ModalitySet = frozenset()
+    outcomes: Outcomes = field(default_factory=dict)
     _order: list[int] = field(default_factory=list)
     _set_of: dict[int, ModalitySet] = field(default_factory=dict)
+    _committed: dict[ModalitySet, int] = field(default_factory=dict)
     _missing: dict[int, int] = field(default_factory=dict)
     _failed: set[int] = field(default_factory=set)
 
@@ -82,7 +85,7 @@ class Work:
     @property
     def floor_of_rest(self) -> float:
         """The score that the items which are not committed need on average, so that all together meet the floor."""
-        spent = sum(self.floor.scores[s] for s in self._set_of.values())
+        spent = sum(self.floor.scores[s] * count for s, count in self._committed.items())
         return (self.floor.least * self.job.size - spent) / max(self.uncommitted, 1)
 
     @property
@@ -91,41 +94,33 @@ class Work:
         return strategy_of(self.profile, self.counts, self.floor.scores)
 
     @property
-    def score(self) -> float:
-        """The mean over the items, 0..1, of what they count for towards the floor."""
-        return mean_score(self.floor.scores, self.counts)
-
-    @property
-    def counts(self) -> Counter[ModalitySet]:
+    def counts(self) -> Mapping[ModalitySet, int]:
         """Items by the modality set that they run, committed or planned."""
-        counts = Counter(self._set_of.values())
-        counts.update(self.planned)
+        counts = dict(self._committed)
+        for modality_set, planned in self.planned.items():
+            counts[modality_set] = counts.get(modality_set, 0) + planned
         return counts
 
     @property
-    def expected_accuracy(self) -> float:
-        """The mean over the items, 0..1, by what was measured."""
-        return mean_score(self.profile.accuracy, self.counts)
-
-    @property
-    def assurance(self) -> Assurance:
-        """What can be said of the accuracy of the answer."""
-        return self.floor.assurance(self.counts)
-
-    @property
-    def saved(self) -> float:
-        """The share of the compute of everything that was sent which is not spent, 0..1."""
-        return self.profile.saved(self.counts, self.job.modalities)
+    def outcome(self) -> Outcome:
+        """What becomes of it."""
+        counts = self.counts
+        key = self.floor, frozenset(counts.items())
+        if (known := self.outcomes.get(key)) is None:
+            if len(self.outcomes) >= _KEPT_OUTCOMES:
+                self.outcomes.clear()
+            known = self.outcomes[key] = outcome_of(self.floor, self.profile, self.job.modalities, counts)
+        return known
 
     @property
     def degraded(self) -> bool:
         """Whether it gave up accuracy that it would have had on an idle system."""
-        return self.score < self.preferred - _TOLERANCE
+        return self.outcome.score < self.preferred - _TOLERANCE
 
     @property
     def upgraded(self) -> bool:
         """Whether it has more accuracy than a plan gave it while it waited."""
-        return self.score > self.least + _TOLERANCE
+        return self.outcome.score > self.least + _TOLERANCE
 
     @property
     def staged(self) -> list[ModalitySet]:
@@ -184,6 +179,9 @@ class Work:
         """Nothing that was done for these items counts any more; they wait for a plan like new ones."""
         again, self.is_settled = set(items), False
         for item in again:
+            self._committed[self._set_of[item]] -= 1
+            if not self._committed[self._set_of[item]]:
+                del self._committed[self._set_of[item]]
             del self._set_of[item]
             self._missing.pop(item, None)
         self.unsent = {m: rest for m, waiting in self.unsent.items() if (rest := _without(waiting, again))}
@@ -244,6 +242,8 @@ class Work:
             del self.planned[modality_set]
         items = [self._order.pop() for _ in range(taken)]
         self._set_of.update(dict.fromkeys(items, modality_set))
+        if items:
+            self._committed[modality_set] = self._committed.get(modality_set, 0) + taken
         return items
 
 

@@ -126,8 +126,8 @@ def test_jobs_of_few_items_use_all_of_a_loss_together(size: int) -> None:
         job = replace(losing_at_most(0.03), id=number.to_bytes(16, "big"), size=size, deadline=1e9)
         work = scheduler.submit(job, float(number))
         ran.append(mean_score(scores, work.counts))
-        saved.append(work.saved)
-        said.add(work.assurance.loss)
+        saved.append(work.outcome.saved)
+        said.add(work.outcome.assurance.loss)
         scheduler.cancelled(job.id)
     spread = float(np.std(ran)) / jobs**0.5
     assert np.mean(ran) == pytest.approx(needed, abs=4 * spread)
