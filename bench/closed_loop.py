@@ -32,7 +32,14 @@ class Load:
     cpu_ms: dict[str, float]
 
 
-def closed_loop(launcher: Launcher, model: str, payloads: Payloads, jobs_in_flight: int, seconds: float) -> Load:
+def closed_loop(
+    launcher: Launcher,
+    model: str,
+    payloads: Payloads,
+    jobs_in_flight: int,
+    seconds: float,
+    min_accuracy: float | None = None,
+) -> Load:
     """Keeps so many jobs in flight for so long.
 
     Args:
@@ -41,10 +48,11 @@ def closed_loop(launcher: Launcher, model: str, payloads: Payloads, jobs_in_flig
         payloads: arrays [items, ...] by modality, sent again and again.
         jobs_in_flight: each is sent when the one before it is answered.
         seconds: length of the window.
+        min_accuracy: the floor of each job, 0..1, or None.
     """
     before = _cpu_seconds(launcher)
     started = time.perf_counter()
-    times = uvloop.run(_drive(launcher.address, model, payloads, jobs_in_flight, seconds))
+    times = uvloop.run(_drive(launcher.address, model, payloads, jobs_in_flight, seconds, min_accuracy))
     elapsed = time.perf_counter() - started
     after = _cpu_seconds(launcher)
     items = len(next(iter(payloads.values()))) * len(times)
@@ -52,7 +60,9 @@ def closed_loop(launcher: Launcher, model: str, payloads: Payloads, jobs_in_flig
     return Load(items / elapsed, statistics.median(times) * 1000, cpu)
 
 
-async def _drive(address: str, model: str, payloads: Payloads, jobs_in_flight: int, seconds: float) -> list[float]:
+async def _drive(
+    address: str, model: str, payloads: Payloads, jobs_in_flight: int, seconds: float, min_accuracy: float | None
+) -> list[float]:
     times: list[float] = []
     until = time.perf_counter() + seconds
     async with AsyncClient(address, retries=None) as client:
@@ -60,7 +70,7 @@ async def _drive(address: str, model: str, payloads: Payloads, jobs_in_flight: i
         async def caller() -> None:
             while time.perf_counter() < until:
                 started = time.perf_counter()
-                await client.predict(model, payloads)
+                await client.predict(model, payloads, min_accuracy=min_accuracy)
                 times.append(time.perf_counter() - started)
 
         await asyncio.gather(*(caller() for _ in range(jobs_in_flight)))

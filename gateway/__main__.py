@@ -31,7 +31,7 @@ from mosel.packages.model_package import find_packages
 from mosel.runtime.background import Background
 from mosel.runtime.exposure import check_public, public_tls
 from mosel.runtime.http import HttpServer
-from mosel.runtime.service import RefuseGarbage, RefuseHugeAnswers, Service, run_service
+from mosel.runtime.service import RefuseHugeAnswers, RefuseUnread, Service, run_service
 from mosel.runtime.tracing import open_tracing
 from mosel.tls import handshake_refused
 from mosel.transport import SHARED, ArenaKinds, open_arenas
@@ -91,7 +91,10 @@ async def serve(listen: str, settings: Settings, stop: asyncio.Event, arenas: Ar
         ):
             data_plane = DataPlane(settings, packages, publisher.largest_slot, store, link, tracing)
             register = partial(_register, data_plane)
-            checks = (RefuseGarbage(data_plane.jobs.refused_unread), RefuseHugeAnswers(settings))
+            checks = (
+                RefuseUnread(data_plane.jobs.check_unread, data_plane.jobs.refused_unread),
+                RefuseHugeAnswers(settings),
+            )
             refused = partial(_handshake_refused, data_plane)
             async with guarding(settings.gateway.tokens_file, data_plane.counters) as guard:
                 data_plane.guard = guard

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from gateway.access.guard import Guard
 from gateway.gauges import show_as_triton, show_jobs, show_models
 from gateway.inferences import Inferences
+from gateway.jobs.concurrency import ConcurrencyLimit
 from gateway.jobs.floors import Floors
 from gateway.jobs.life import Jobs
 from gateway.jobs.refusals import Refusals
@@ -74,6 +75,7 @@ class DataPlane:
         self.guard: Guard | None = None
         self.stopping = asyncio.Event()
         self._store, self._refusals = store, Refusals()
+        self._limit = ConcurrencyLimit(limits.max_jobs_in_flight)
         self.weaknesses = Weaknesses()
         self.metrics = Metrics("gateway")
         self.observer = RequestObserver(self.metrics, self.packages, limits.access_log, tracing)
@@ -84,6 +86,7 @@ class DataPlane:
             self.registry,
             self.served,
             Floors(limits.max_accuracy_loss, self._loss_of_tenant),
+            self._limit,
             self._refusals,
             self.arriving,
             store,
@@ -169,7 +172,8 @@ class DataPlane:
     def statistics(self) -> dict[str, int]:
         """Counts since the start, and what is held now."""
         counts = dict(self.counters) | self._store.statistics() | self.registry.statistics()
-        counts |= self.arriving.statistics() | self.link.statistics() | self._refusals.statistics()
+        counts |= self.arriving.statistics() | self.link.statistics()
+        counts |= self._limit.statistics() | self._refusals.statistics()
         return counts | (self.guard.statistics() if self.guard is not None else {})
 
     async def statuses(self) -> list[service_pb2.ServiceStatus]:

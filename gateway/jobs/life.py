@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from gateway.jobs.answers import Answer, answer_from
 from gateway.jobs.checks import CheckedJob, Payloads
+from gateway.jobs.concurrency import ConcurrencyLimit
 from gateway.jobs.description import describe
 from gateway.jobs.floors import Floors
 from gateway.jobs.job import Job
@@ -22,6 +24,9 @@ from mosel.config import GatewaySettings
 from mosel.deadline import Deadline
 from mosel.errors import MoselError, Overloaded
 
+# Methods, of every protocol, whose callers wait for the whole of a job.
+_BRING_JOBS = frozenset({"Predict", "ModelInfer"})
+
 Check = Callable[[], tuple[CheckedJob, Payloads]]
 
 
@@ -35,6 +40,7 @@ class Jobs:
         registry: the jobs under way.
         served: the packages that jobs are checked against.
         floors: what the operator says of accuracy.
+        limit: on jobs whose callers wait.
         refusals: what the selector refused a moment ago.
         arriving: what jobs take whose items are still arriving.
         store: where payloads are.
@@ -47,6 +53,7 @@ class Jobs:
     registry: JobRegistry
     served: ServedPackages
     floors: Floors
+    limit: ConcurrencyLimit
     refusals: Refusals
     arriving: ArrivingBytes
     store: PayloadStore
@@ -70,6 +77,11 @@ class Jobs:
         with self.observer.following(job), contextlib.ExitStack() as held:
             yield JobLife(self, job, held)
 
+    def check_unread(self, method: str) -> None:
+        """Raises Overloaded or ServiceUnavailable if a call of a method brings a job that cannot be admitted now."""
+        if method in _BRING_JOBS:
+            self.check_room()
+
     def refused_unread(self, error: MoselError) -> None:
         """A request was refused of which nothing could be read; it counts and is logged as every other."""
         self.counters["requests"] += 1
@@ -81,8 +93,9 @@ class Jobs:
         job.sound_as(self.floors.resolve(checked, job.owner), self.settings.default_deadline_ms / 1000)
 
     def check_room(self) -> None:
-        """Raises Overloaded or ServiceUnavailable if no job can be admitted now."""
+        """Raises Overloaded or ServiceUnavailable if no job whose caller waits can be admitted now."""
         self.registry.check_room()
+        self.limit.check_room()
         self.link.check_connected()
 
 
@@ -185,7 +198,27 @@ class JobLife:
         self._jobs.counters.update(answered=1, items=self.job.size)
 
     async def predict(self, check: Check, elements: int) -> Answer:
-        """All that is left once the job is admitted, for a caller that waits for the whole of it; as of the steps."""
+        """All that is left once the job is admitted, for a caller that waits for the whole of it.
+
+        Raises:
+            MoselError: as of the steps.
+            Overloaded: enough jobs are under way.
+        """
+        job, limit = self.job, self._jobs.limit
+        with limit.holding():
+            try:
+                answer = await self._answered_whole(check, elements)
+            except Overloaded:
+                limit.refused(job.came, time.monotonic())
+                raise
+            except asyncio.CancelledError:
+                if job.deadline.remaining <= 0:
+                    limit.ended(job.came, time.monotonic(), job.deadline.at - job.came)
+                raise
+            limit.ended(job.came, time.monotonic(), job.deadline.at - job.came)
+        return answer
+
+    async def _answered_whole(self, check: Check, elements: int) -> Answer:
         await self.store(await self.check(check, elements))
         with self.submit() as answers:
             groups = [group async for finished in answers for group in finished]

@@ -244,15 +244,22 @@ def deadline_of(context: Context) -> Deadline:
     return Deadline.after(MAX_DEADLINE_S if remaining is None else min(remaining, MAX_DEADLINE_S))
 
 
-class RefuseGarbage(grpc.aio.ServerInterceptor):
-    """Answers INVALID_ARGUMENT to bytes that are no message of a unary method; grpc itself calls them UNKNOWN.
+class RefuseUnread(grpc.aio.ServerInterceptor):
+    """Refuses calls of unary methods before their request is parsed; INVALID_ARGUMENT where its bytes are no message.
+
+    grpc itself calls those UNKNOWN.
 
     Args:
-        refused: told of each.
+        check: asked about each call by its method; raises a MoselError where that is enough to refuse it.
+        refused: told of each that is refused.
     """
 
-    def __init__(self, refused: Callable[[InvalidRequest], None] = lambda _: None) -> None:
-        self._refused = refused
+    def __init__(
+        self,
+        check: Callable[[str], None] = lambda _: None,
+        refused: Callable[[MoselError], None] = lambda _: None,
+    ) -> None:
+        self._check, self._refused = check, refused
 
     async def intercept_service(
         self,
@@ -263,16 +270,21 @@ class RefuseGarbage(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler.unary_unary is None:
             return handler
+        method = handler_call_details.method.rpartition("/")[2]
+
+        async def refuse(context: Context, error: MoselError) -> NoReturn:
+            note_incoming(method, context.invocation_metadata)  # type: ignore[arg-type]
+            self._refused(error)
+            await abort_with(context, error)
 
         async def parse(data: bytes, context: Context) -> Any:
             try:
+                self._check(method)
                 request = handler.request_deserializer(data)
             except DecodeError:
-                method = handler_call_details.method.rpartition("/")[2]
-                error = InvalidRequest(f"the request's bytes are no message that {method} knows")
-                note_incoming(method, context.invocation_metadata)  # type: ignore[arg-type]
-                self._refused(error)
-                await abort_with(context, error)
+                await refuse(context, InvalidRequest(f"the request's bytes are no message that {method} knows"))
+            except MoselError as error:
+                await refuse(context, error)
             return await handler.unary_unary(request, context)
 
         return grpc.unary_unary_rpc_method_handler(parse, None, handler.response_serializer)

@@ -15,7 +15,7 @@ from gateway.selector_link import SelectorLink
 from gateway.servicer import GatewayServicer
 from mosel.config import FREE_PORTS, Settings
 from mosel.packages.model_package import ModelPackage
-from mosel.runtime.service import RefuseGarbage
+from mosel.runtime.service import RefuseUnread
 from mosel.transport import Publisher, SharedMemoryArena, open_arenas
 from mosel.v1 import arena_pb2, gateway_pb2_grpc, tensor_pb2
 from tests.gateway.scripted import Gateway, nowhere, serving
@@ -57,7 +57,9 @@ async def gateway(settings: Settings, fruit: ModelPackage, opened: Opened) -> As
     link = SelectorLink(settings, opened.announcement, store.release, changed, lambda: None, nowhere)
     async with serving(settings) as selector, link:
         data_plane = DataPlane(settings, {"fruit": fruit}, opened.arena.largest_slot, store, link)
-        server = grpc.aio.server(interceptors=(RefuseGarbage(data_plane.jobs.refused_unread),))
+        server = grpc.aio.server(
+            interceptors=(RefuseUnread(data_plane.jobs.check_unread, data_plane.jobs.refused_unread),)
+        )
         gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(data_plane), server)
         server.add_generic_rpc_handlers((handlers(InferenceServicer(data_plane)),))
         address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"

@@ -17,7 +17,7 @@ from gateway.access.guard import Guard
 from gateway.access.interceptor import OnlyTenants
 from gateway.access.methods import METHODS, Access
 from mosel.errors import InvalidRequest
-from mosel.runtime.service import Context, RefuseGarbage, answers_with_status
+from mosel.runtime.service import Context, RefuseUnread, answers_with_status
 
 MakeGuard = Callable[..., Guard]
 SERVICE = "test.Echo"
@@ -107,9 +107,7 @@ async def serve(make_guard: MakeGuard, tokens: dict[str, str]) -> Callable[..., 
     @asynccontextmanager
     async def serving(**limits: float) -> AsyncIterator[Served]:
         echo, guard, size = Echo(), make_guard(**limits), ("grpc.max_receive_message_length", LIMIT)
-        server = grpc.aio.server(
-            options=[size], interceptors=(OnlyTenants(guard, {**ECHO, **METHODS}), RefuseGarbage())
-        )
+        server = grpc.aio.server(options=[size], interceptors=(OnlyTenants(guard, {**ECHO, **METHODS}), RefuseUnread()))
         for service, methods in echo.handlers().items():
             server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, methods),))
         health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)

@@ -11,7 +11,7 @@ from google.protobuf.wrappers_pb2 import BytesValue
 
 from mosel.config import Settings, load_settings
 from mosel.errors import ReadNotProven
-from mosel.runtime.service import Context, RefuseGarbage, RefuseHugeAnswers, answers_with_status
+from mosel.runtime.service import Context, RefuseHugeAnswers, RefuseUnread, answers_with_status
 
 LIMIT = 1024 * 1024
 # What protobuf needs beside a long value.
@@ -62,7 +62,7 @@ async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
         "Write": grpc.unary_stream_rpc_method_handler(write, **codec),
     }
     server = grpc.aio.server(
-        options=[("grpc.max_send_message_length", LIMIT)], interceptors=(RefuseGarbage(), RefuseHugeAnswers(settings))
+        options=[("grpc.max_send_message_length", LIMIT)], interceptors=(RefuseUnread(), RefuseHugeAnswers(settings))
     )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Sized", handlers),))
     port = server.add_insecure_port("127.0.0.1:0")

@@ -9,7 +9,7 @@ import pytest
 from google.protobuf.wrappers_pb2 import BytesValue, Int64Value
 
 from mosel.errors import PayloadTooLarge, ServiceUnavailable
-from mosel.runtime.service import Context, RefuseGarbage
+from mosel.runtime.service import Context, RefuseUnread
 from mosel.status import error_from_rpc
 from tests.mosel.runtime.channels.ends import LATE_S, SOON_S, Ends, data, failure_of, hang, number, open_ends, soon
 
@@ -103,7 +103,7 @@ async def test_an_interceptor_may_ask_for_bytes(unserved: Ends) -> None:
     async def method(request: Int64Value, context: Context) -> BytesValue:
         return data(b"%d" % request.value)
 
-    async with unserved.served(interceptors=(RefuseGarbage(),)):
+    async with unserved.served(interceptors=(RefuseUnread(),)):
         assert (await method(number(70))).value == b"70"
         sends = unserved.channel.unary_unary(method_name := "/test.Ends/0", response_deserializer=BytesValue.FromString)
         assert method_name.startswith("/test")
