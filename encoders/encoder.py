@@ -119,11 +119,13 @@ class ModalityEncoder:
         embeddings = loaded.network(networks.to_tensor(batch, dtype, self._device)).float()
         part.check_shape(embeddings, len(batch))
         # Computed where they are, before the wait for them that there is anyway.
-        return Embedded(embeddings, embeddings.isfinite().all(), part)
+        return Embedded(embeddings, networks.finite_soon(embeddings), part)
 
     def _count(self, batch: NDArray[np.generic]) -> None:
         with self._lock:
-            self.counters.update(calls=1, items=len(batch), payload_bytes_read=batch.nbytes)
+            self.counters["calls"] += 1
+            self.counters["items"] += len(batch)
+            self.counters["payload_bytes_read"] += batch.nbytes
 
     def _make(self, package: ModelPackage) -> torch.nn.Module:
         if self.modality not in package.modalities:

@@ -105,14 +105,19 @@ class Predictor:
                 one.check_finite()
             part = networks.fusion_part(package, modality_set)
             part.check_shape(output, sum(sizes[i] for i in indices))
-            # Numbers may be too large for the type that they are answered in.
-            answers = output.numpy().astype(DTYPES[package.output.dtype], copy=False)
-            part.check_finite(networks.are_finite(output) and bool(np.isfinite(answers).all()))
-            of_groups = np.split(answers, np.cumsum([sizes[i] for i in indices])[:-1])
-            for index, answer in zip(indices, of_groups, strict=True):
-                outputs[index] = to_proto(answer)
+            part.check_finite(networks.are_finite(output))
+            answers, answered_in = output.numpy(), DTYPES[package.output.dtype]
+            if answers.dtype != answered_in:
+                answers = answers.astype(answered_in)
+                # Numbers may be too large for the type that they are answered in.
+                part.check_finite(bool(np.isfinite(answers).all()))
+            done = 0
+            for index in indices:
+                outputs[index] = to_proto(answers[done : done + sizes[index]])
+                done += sizes[index]
         with self._lock:
-            self.counters.update(calls=1, items=sum(sizes))
+            self.counters["calls"] += 1
+            self.counters["items"] += sum(sizes)
             self.counters["embedding_bytes_read"] = self._reader.bytes_read
         return outputs, seconds
 

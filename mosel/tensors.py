@@ -1,5 +1,6 @@
 """Data types and tensors by value, between protobuf and numpy."""
 
+import functools
 import math
 
 import numpy as np
@@ -25,7 +26,8 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 MAX_RANK = 8
 # On the wire.
-_NAMES: dict[int, str] = {tensor_pb2.DataType.Value(name): name for name in DTYPES}
+_VALUES = {name: tensor_pb2.DataType.Value(name) for name in DTYPES}
+_NAMES: dict[int, str] = {value: name for name, value in _VALUES.items()}
 
 
 def dtype_name(value: int) -> str:
@@ -41,15 +43,12 @@ def dtype_name(value: int) -> str:
 
 def dtype_value(name: str) -> tensor_pb2.DataType.ValueType:
     """The number of a data type on the wire."""
-    return tensor_pb2.DataType.Value(name)
+    return _VALUES[name]
 
 
 def name_of(dtype: DTypeLike) -> str | None:
     """The name of a numpy dtype, None if it cannot travel."""
-    if np.dtype(dtype) == BFLOAT16:
-        return "BF16"
-    wanted = np.dtype(dtype).newbyteorder("<")
-    return next((name for name, known in DTYPES.items() if known == wanted and name != "BF16"), None)
+    return _name_of(np.dtype(dtype))
 
 
 def byte_count(dtype: str, shape: tuple[int, ...]) -> int:
@@ -116,3 +115,11 @@ def from_bytes(
     if nbytes != expected:
         raise InvalidRequest(f"{data_field} has {nbytes} bytes; {dtype} {list(shape)} expects {expected} bytes")
     return np.frombuffer(data, DTYPES[dtype]).reshape(shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _name_of(dtype: np.dtype[np.generic]) -> str | None:
+    if dtype == BFLOAT16:
+        return "BF16"
+    wanted = dtype.newbyteorder("<")
+    return next((name for name, known in DTYPES.items() if known == wanted and name != "BF16"), None)

@@ -18,12 +18,12 @@ class Embedded:
 
     Attributes:
         embeddings: [rows, *embedding], FP32, on the encoder's device.
-        finite: whether all of them are; a scalar where they are.
+        finite: whether all of them are; on a GPU a scalar there.
         part: of the package, for messages.
     """
 
     embeddings: torch.Tensor
-    finite: torch.Tensor
+    finite: torch.Tensor | bool
     part: Part
 
     def check_finite(self) -> None:

@@ -1,6 +1,7 @@
 """A model package's networks, with their weights. Imports torch, so only encoders, fusion and training import this."""
 
 import ctypes
+import math
 import threading
 import zlib
 from collections.abc import Callable, Iterable
@@ -284,7 +285,15 @@ def coarsest(dtypes: Iterable[torch.dtype]) -> float:
 
 def are_finite(tensor: torch.Tensor) -> bool:
     """Whether all numbers are; integers always are."""
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+    if not tensor.is_floating_point():
+        return True
+    # A sum is finite only where all numbers are, and takes a fraction of the time; it may be too large by itself.
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
+
+
+def finite_soon(tensor: torch.Tensor) -> torch.Tensor | bool:
+    """As `are_finite`; of numbers on a GPU a scalar there, which waits for nothing."""
+    return tensor.isfinite().all() if tensor.is_cuda else are_finite(tensor)
 
 
 def _give_memory_back(device: torch.device) -> None:
