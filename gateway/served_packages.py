@@ -1,9 +1,8 @@
 """The model packages that requests are checked against: they follow what the selector has loaded. Knows no gRPC."""
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from gateway.selector_link import SelectorLink
@@ -36,28 +35,18 @@ class ServedPackages:
         self._loaded: set[str] = set()
         self._one_at_a_time = asyncio.Lock()
 
-    @contextlib.contextmanager
-    def checking(self) -> Iterator[Callable[[], None]]:
-        """A request is checked inside: the packages that it finds stay loaded until it is sent as a job, or given up.
-
-        Yields:
-            What is to be called when it is sent.
-        """
-        request = object()
+    def begin_checking(self, request: object) -> None:
+        """A request is checked from now on: the packages that it finds stay loaded until `checked` is called."""
         self._checking.add(request)
 
-        def sent() -> None:
-            self._checking.discard(request)
-            for model, requests in list(self._leaving.items()):
-                requests.discard(request)
-                if not requests:
-                    del self._leaving[model]
-                    self._tell()
-
-        try:
-            yield sent
-        finally:
-            sent()
+    def checked(self, request: object) -> None:
+        """It was sent as a job, or given up; says so to the selector, once, if that is what it waits for."""
+        self._checking.discard(request)
+        for model, requests in list(self._leaving.items()) if self._leaving else ():
+            requests.discard(request)
+            if not requests:
+                del self._leaving[model]
+                self._tell()
 
     def is_loaded(self, name: str) -> bool:
         """Whether the selector takes jobs that were checked against a model's package."""

@@ -32,7 +32,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
 
     @answers_with_status
     async def Predict(self, request: gateway_pb2.PredictRequest, context: Context) -> gateway_pb2.PredictReply:
-        async with self._data_plane.jobs.begin(request.model) as life:
+        with self._data_plane.jobs.begin(request.model) as life:
             life.admit(deadline_of(context))
             check = partial(check_request, request, self._data_plane.packages, self._limits.max_items_per_job)
             return predict_reply(await life.predict(check, elements_of(request.payloads)))
@@ -44,7 +44,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         # Before anything can interrupt it: half sent, it would keep grpc from sending how the call ended.
         await context.send_initial_metadata(())
         read = partial(_read, context)
-        async with self._data_plane.jobs.begin("") as life:
+        with self._data_plane.jobs.begin("") as life:
             spec = await read_spec(read, self._limits.default_deadline_ms / 1000)
             life.job.model = spec.model
             life.admit(deadline_of(context))
@@ -64,12 +64,15 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
 
     @answers_with_status
     async def Plan(self, request: gateway_pb2.PlanRequest, context: Context) -> gateway_pb2.PlanReply:
-        with self._data_plane.served.checking():
-            # How long the caller waits for the plan says nothing about the job.
-            job = Job(self._data_plane.registry.new_id(), ends=Deadline.after(MAX_DEADLINE_S))
+        # How long the caller waits for the plan says nothing about the job.
+        job = Job(self._data_plane.registry.new_id(), ends=Deadline.after(MAX_DEADLINE_S))
+        self._data_plane.served.begin_checking(job)
+        try:
             checked = check_spec(request.job, self._data_plane.packages, self._limits.max_items_per_job)
             self._data_plane.jobs.sound(job, checked)
             return await self._data_plane.link.plan(describe(job), deadline_of(context))
+        finally:
+            self._data_plane.served.checked(job)
 
     @answers_with_status
     async def GetJob(self, request: gateway_pb2.GetJobRequest, context: Context) -> gateway_pb2.JobStatus:

@@ -36,9 +36,10 @@ def dtype_name(value: int) -> str:
     Raises:
         InvalidRequest: the number names no data type.
     """
-    if value not in _NAMES:
+    name = _NAMES.get(value)
+    if name is None:
         raise InvalidRequest(f"dtype {value} is unknown; expected one of {', '.join(DTYPES)}")
-    return _NAMES[value]
+    return name
 
 
 def dtype_value(name: str) -> tensor_pb2.DataType.ValueType:
@@ -64,10 +65,10 @@ def checked_shape(shape: tuple[int, ...], field: str) -> tuple[int, ...]:
     """
     if len(shape) > MAX_RANK:
         raise InvalidRequest(f"{field} has rank {len(shape)}; at most {MAX_RANK} dimensions are expected")
-    if any(dimension < 0 for dimension in shape):
+    if min(shape, default=0) < 0:
         raise InvalidRequest(f"{field} has shape {list(shape)}; every dimension must be at least 0")
     # numpy refuses such a shape even where a zero makes the tensor empty.
-    if math.prod(max(dimension, 1) for dimension in shape) > 2**59:
+    if (math.prod(shape) or math.prod(dimension or 1 for dimension in shape)) > 2**59:
         raise InvalidRequest(f"{field} has shape {list(shape)}, which is larger than any memory")
     return shape
 

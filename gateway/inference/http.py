@@ -142,7 +142,7 @@ class InferenceHttp:
     async def infer(self, request: Request) -> Response:
         """Answers a request; it ends when its caller goes away."""
         jobs = self._data_plane.jobs
-        async with jobs.begin(request.path_params["model"]) as life:
+        with jobs.begin(request.path_params["model"]) as life:
             self._served(request)
             # The body of what is refused anyway is not read.
             jobs.check_room()

@@ -111,7 +111,7 @@ class InferenceServicer:
         return served(request.name, request.version, self._data_plane.packages)
 
     async def _infer(self, request: Any, call: Deadline) -> Any:
-        async with self._data_plane.jobs.begin(request.model_name) as life:
+        with self._data_plane.jobs.begin(request.model_name) as life:
             life.admit(call)
             if sum(math.prod(tensor.shape) for tensor in request.inputs) > OFF_LOOP_ELEMENTS:
                 converted = await asyncio.to_thread(request_from, request)
@@ -123,7 +123,7 @@ class InferenceServicer:
         """What a stream answers to one of its requests."""
         try:
             if isinstance(request, MoselError):
-                async with self._data_plane.jobs.begin(""):
+                with self._data_plane.jobs.begin(""):
                     raise request
             response = await self._infer(request, call)
         except MoselError as error:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +19,10 @@ Payloads = Mapping[str, NDArray[np.generic]]
 # What both say of a job.
 JobFields = gateway_pb2.PredictRequest | gateway_pb2.JobSpec
 _LAST_PRIORITY = 9
+_EFFORTS = frozenset(gateway_pb2.Effort.values())
 
 
-@dataclass(frozen=True)
-class SentPayload:
+class SentPayload(NamedTuple):
     """One payload as its caller's protocol names and describes it; nothing of it is checked yet.
 
     Attributes:
@@ -112,11 +112,12 @@ def check_fields(field: str, fields: JobFields, package: ModelPackage, payloads:
     Raises:
         InvalidRequest: names the field, what it holds and what was expected.
     """
-    for name in fields.modalities:
+    named = set(fields.modalities)
+    for name in fields.modalities if named else ():
         if name not in payloads:
             raise InvalidRequest(f"modalities has '{name}'; expected some of the {field}: {', '.join(payloads)}")
-    modalities = tuple(sorted(set(fields.modalities) or payloads))
-    exact = bool(fields.modalities) and not (fields.HasField("min_accuracy") or fields.HasField("max_accuracy_loss"))
+    modalities = tuple(sorted(named or payloads))
+    exact = bool(named) and not (fields.HasField("min_accuracy") or fields.HasField("max_accuracy_loss"))
     return _job(fields, package, size_of(payloads), modalities, exact)
 
 
@@ -168,9 +169,8 @@ def check_payloads(field: str, sent: Iterable[SentPayload], package: ModelPackag
         payloads[payload.modality] = _payload(payload, package.modalities[payload.modality], max_items)
     if not payloads:
         raise InvalidRequest(f"{field} is empty; expected some of {', '.join(package.modalities)}")
-    sizes = {name: len(array) for name, array in payloads.items()}
-    if len(set(sizes.values())) != 1:
-        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    if len(set(map(len, payloads.values()))) != 1:
+        listed = ", ".join(f"{name} {len(array)}" for name, array in payloads.items())
         raise InvalidRequest(f"{field} have different numbers of items ({listed}); expected the same in all")
     return dict(sorted(payloads.items()))
 
@@ -212,10 +212,10 @@ def _job(
     slo = request.latency_slo_ms if request.HasField("latency_slo_ms") else None
     if slo is not None and not (slo > 0 and math.isfinite(slo)):
         raise InvalidRequest(f"latency_slo_ms is {slo}; expected a positive number of milliseconds")
-    if request.effort not in gateway_pb2.Effort.values():
-        raise InvalidRequest(f"effort is {request.effort}; expected CHEAPEST, BEST or none")
+    if (effort := request.effort) not in _EFFORTS:
+        raise InvalidRequest(f"effort is {effort}; expected CHEAPEST, BEST or none")
     priority = checked_priority(request.priority)
-    return CheckedJob(package, size, modalities, floor, slo, exact, request.effort, request.late_ok, priority, loss)
+    return CheckedJob(package, size, modalities, floor, slo, exact, effort, request.late_ok, priority, loss)
 
 
 def _fraction(request: JobFields, field: Literal["min_accuracy", "max_accuracy_loss"]) -> float | None:
@@ -226,22 +226,26 @@ def _fraction(request: JobFields, field: Literal["min_accuracy", "max_accuracy_l
 
 
 def _payload(sent: SentPayload, spec: ModalitySpec, max_items: int) -> NDArray[np.generic]:
-    field, shape = sent.field, list(sent.shape)
     if sent.dtype != spec.dtype:
-        raise InvalidRequest(f"{field}.{sent.dtype_field} is {sent.dtype}; expected {spec.dtype}")
+        raise InvalidRequest(f"{sent.field}.{sent.dtype_field} is {sent.dtype}; expected {spec.dtype}")
+    shape = sent.shape
+    if not shape or shape[1:] != spec.shape or not 1 <= shape[0] <= max_items:
+        raise _wrong_shape(sent.field, list(shape), spec, max_items)
+    array = sent.read()
+    _check_finite(sent.field, array, spec.dtype)
+    return array
+
+
+def _wrong_shape(field: str, shape: list[int], spec: ModalitySpec, max_items: int) -> InvalidRequest | PayloadTooLarge:
     expected = f"[{', '.join(map(str, ('items', *spec.shape)))}]"
     if tuple(shape[1:]) != spec.shape or not shape:
-        raise InvalidRequest(f"{field}.shape is {shape}; expected {expected}")
+        return InvalidRequest(f"{field}.shape is {shape}; expected {expected}")
     if shape[0] < 1:
-        raise InvalidRequest(f"{field}.shape is {shape}, a batch of no items; expected {expected} with at least one")
-    if shape[0] > max_items:
-        raise PayloadTooLarge(
-            f"{field}.shape is {shape}: {shape[0]} items; expected at most {max_items} "
-            f"in one job (setting gateway.max_items_per_job)"
-        )
-    array = sent.read()
-    _check_finite(field, array, spec.dtype)
-    return array
+        return InvalidRequest(f"{field}.shape is {shape}, a batch of no items; expected {expected} with at least one")
+    return PayloadTooLarge(
+        f"{field}.shape is {shape}: {shape[0]} items; expected at most {max_items} "
+        f"in one job (setting gateway.max_items_per_job)"
+    )
 
 
 def _check_finite(field: str, array: NDArray[np.generic], dtype: str) -> None:

@@ -1,9 +1,8 @@
 """The record of one job in the gateway, from its request until its answer. Knows no gRPC and no sockets."""
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -12,7 +11,7 @@ from gateway.jobs.checks import CheckedJob
 from mosel.deadline import Deadline
 from mosel.errors import Cancelled, DeadlineExceeded, JobCancelled, MoselError
 from mosel.observability.metrics import MIXED
-from mosel.observability.tracing import Span
+from mosel.observability.tracing import NO_SPAN, Span
 from mosel.v1 import gateway_pb2, selector_pb2
 
 # As much of an error is remembered.
@@ -46,7 +45,7 @@ class Job:
     id: bytes
     model: str = ""
     method: str = ""
-    span: Span = field(default_factory=Span)
+    span: Span = NO_SPAN
     owner: str | None = field(default_factory=caller)
     came: float = field(default_factory=time.monotonic)
     admitted: float = field(default_factory=time.monotonic)
@@ -122,31 +121,34 @@ class Job:
             self._close(reason)
             self._task.cancel()
 
-    @contextlib.contextmanager
-    def following(self) -> Iterator[None]:
-        """Notes how the body ends, in the task that serves the job; what `end` interrupts raises its reason."""
-        try:
-            yield
-        except asyncio.CancelledError:
+    def over(self, error: BaseException | None) -> None:
+        """Notes how it ended, in the task that serves it.
+
+        Args:
+            error: what ended it; None: it is answered.
+
+        Raises:
+            MoselError: what `end` was called with, if that is what the task was cancelled for.
+        """
+        if self._expiry is not None:
+            self._expiry.cancel()
+        if error is None:
+            self.status.state = gateway_pb2.ANSWERED
+        elif isinstance(error, asyncio.CancelledError):
             if self._reason is None:
                 self._close(JobCancelled("the caller went away"))
-                raise
+                return
             if self._task is not None:
                 self._task.uncancel()
             raise self._reason from None
-        except Exception as error:
+        elif isinstance(error, Exception):
             self._close(error)
-            raise
-        finally:
-            if self._expiry is not None:
-                self._expiry.cancel()
-        self.status.state = gateway_pb2.ANSWERED
 
     def _wait_until(self, ends: Deadline) -> None:
-        self.ends = ends
-        if self._expiry is not None:
+        if self._expiry is not None and ends.at != self.ends.at:
             self._expiry.cancel()
             self._expiry = asyncio.get_running_loop().call_later(ends.remaining, self.expire)
+        self.ends = ends
 
     def _step(self) -> str:
         """What the job has not got to."""

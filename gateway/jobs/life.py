@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 from gateway.jobs.answers import Answer, answer_from
 from gateway.jobs.checks import CheckedJob, Payloads
@@ -60,9 +61,8 @@ class Jobs:
     link: SelectorLink
     counters: Counter[str] = field(default_factory=Counter)
 
-    @contextlib.asynccontextmanager
-    async def begin(self, model: str) -> AsyncIterator["JobLife"]:
-        """The life of one job, in the task that serves it; how the block ends is how the job ends.
+    def begin(self, model: str) -> "JobLife":
+        """The life of one job, a context manager of the task that serves it; how the block ends is how the job ends.
 
         What is refused before it is a job counts and is logged, too. Cancelling cancels the job.
 
@@ -73,9 +73,7 @@ class Jobs:
             MoselError: what the job was ended with from outside: it was cancelled, or its deadline passed.
         """
         self.counters["requests"] += 1
-        job = Job(self.registry.new_id(), model)
-        with self.observer.following(job), contextlib.ExitStack() as held:
-            yield JobLife(self, job, held)
+        return JobLife(self, Job(self.registry.new_id(), model))
 
     def check_unread(self, method: str) -> None:
         """Raises Overloaded or ServiceUnavailable if a call of a method brings a job that cannot be admitted now."""
@@ -84,8 +82,7 @@ class Jobs:
 
     def refused_unread(self, error: MoselError) -> None:
         """A request was refused of which nothing could be read; it counts and is logged as every other."""
-        self.counters["requests"] += 1
-        with contextlib.suppress(MoselError), self.observer.following(Job(self.registry.new_id())):
+        with contextlib.suppress(MoselError), self.begin(""):
             raise error
 
     def sound(self, job: Job, checked: CheckedJob) -> None:
@@ -100,15 +97,29 @@ class Jobs:
 
 
 class JobLife:
-    """The steps of one job, in their order; `Jobs.begin` gives it, and ends what a step has begun.
+    """The steps of one job, in their order; a context manager that ends what a step has begun.
 
     Attributes:
         job: the record that all steps fill.
     """
 
-    def __init__(self, jobs: Jobs, job: Job, held: contextlib.ExitStack) -> None:
-        self.job, self._jobs, self._held = job, jobs, held
-        self._sent: Callable[[], None] = lambda: None
+    def __init__(self, jobs: Jobs, job: Job) -> None:
+        self.job, self._jobs = job, jobs
+        self._has_place = False
+
+    def __enter__(self) -> Self:
+        self._jobs.observer.began(self.job)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._has_place:
+            self._jobs.served.checked(self.job)
+            try:
+                self._jobs.registry.leave(self.job, error)
+            except MoselError as reason:
+                self._jobs.observer.over(self.job, reason)
+                raise
+        self._jobs.observer.over(self.job, error)
 
     def admit(self, call: Deadline) -> None:
         """Takes the job's place, before anything else is done for it; from now on it can be found and cancelled.
@@ -120,8 +131,9 @@ class JobLife:
             Overloaded, ServiceUnavailable: no job can be taken now.
         """
         self._jobs.link.check_connected()
-        self._held.enter_context(self._jobs.registry.admit(self.job, call))
-        self._sent = self._held.enter_context(self._jobs.served.checking())
+        self._jobs.registry.admit(self.job, call)
+        self._has_place = True
+        self._jobs.served.begin_checking(self.job)
 
     async def check(self, check: Check, elements: int) -> Payloads:
         """Checks what the caller sent, in a thread if there is much of it.
@@ -178,7 +190,7 @@ class JobLife:
         description = self.job.description
         description.traceparent = self.job.span.traceparent
         with self._jobs.link.submit(description) as answers:
-            self._sent()
+            self._jobs.served.checked(self.job)
             self.job.under_way()
             try:
                 yield answers

@@ -1,9 +1,7 @@
 """The jobs of this gateway: those that are under way, and the last that are over. Knows no gRPC."""
 
-import contextlib
 import re
 import secrets
-from collections.abc import Iterator
 from typing import NoReturn
 
 from gateway.access.caller import caller
@@ -56,11 +54,8 @@ class JobRegistry:
         for job in list(self._open.values()):
             job.end(_stopping())
 
-    @contextlib.contextmanager
-    def admit(self, job: Job, ends: Deadline) -> Iterator[None]:
-        """A place for a job that the current task serves inside the block; how the block ends is how the job ends.
-
-        A job that was found to be unsound is not remembered.
+    def admit(self, job: Job, ends: Deadline) -> None:
+        """A place for a job that the current task serves until it calls `leave`.
 
         Args:
             job: the job, with an id of no other.
@@ -68,19 +63,27 @@ class JobRegistry:
 
         Raises:
             Overloaded, ServiceUnavailable: there is no place.
+        """
+        self.check_room()
+        job.admit(ends)
+        self._open[job.status.job_id] = job
+
+    def leave(self, job: Job, error: BaseException | None) -> None:
+        """A job that has a place is over; one that was found to be unsound is not remembered.
+
+        Args:
+            job: the job.
+            error: what ended it; None: it is answered.
+
+        Raises:
             DeadlineExceeded: nobody waits any more.
             JobCancelled: somebody cancelled it.
             MoselError: `Job.end` was called with it.
         """
-        self.check_room()
-        name = job.id.hex()
-        self._open[name] = job
-        job.admit(ends)
         try:
-            with job.following():
-                yield
+            job.over(error)
         finally:
-            del self._open[name]
+            del self._open[job.status.job_id]
             if job.checked is not None:
                 self._remember(job)
 
@@ -118,7 +121,7 @@ class JobRegistry:
         return {"jobs_in_flight": len(self._open), "jobs_remembered": len(self._over)}
 
     def _remember(self, job: Job) -> None:
-        self._over[job.id.hex()] = job.status, job.owner
+        self._over[job.status.job_id] = job.status, job.owner
         if len(self._over) > self._max_over:
             del self._over[next(iter(self._over))]
 

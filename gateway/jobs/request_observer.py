@@ -1,11 +1,10 @@
 """What is seen of requests from outside, whatever protocol they came by: counts, times, spans and a line in the log."""
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from gateway.inferences import Inferences
 from gateway.jobs.answers import assurance_of, words_of
@@ -61,21 +60,23 @@ class RequestObserver:
         for name in packages:
             self._missed[name, "late"] = self._missed[name, "expired"] = 0
 
-    @contextlib.contextmanager
-    def following(self, job: Job) -> Iterator[None]:
-        """Follows a request through the body, whose record says how far it got; how the body ends is how it ends."""
+    def began(self, job: Job) -> None:
+        """A request has come, which the current task serves."""
         call = incoming()
         about_jobs(job.id)
-        parent = call.traceparent if self._tracing.on else ""
-        job.method, job.span = call.method, self._tracing.begin("request", parent, "server", job.id)
-        try:
-            yield
-        except BaseException as error:
-            self._over(job, _as_callers_see_it(error, job))
-            raise
-        self._over(job, None)
+        job.method = call.method
+        if self._tracing.on:
+            job.span = self._tracing.begin("request", call.traceparent, "server", job.id)
 
-    def _over(self, job: Job, error: BaseException | None) -> None:
+    def over(self, job: Job, error: BaseException | None) -> None:
+        """It is over.
+
+        Args:
+            job: its record, which says how far it got.
+            error: what ended it; None: it is answered.
+        """
+        if error is not None:
+            error = _as_callers_see_it(error, job)
         seconds = time.monotonic() - job.came
         model = job.model if job.model in self._packages else ""
         status = "OK" if error is None else status_of(error).name
@@ -86,7 +87,7 @@ class RequestObserver:
             self._failed(job, model, seconds, error)
         if self._tracing.on:
             job.span.end(_attributes(job, model, status), error)
-        if self._access_log:
+        if self._access_log and log.isEnabledFor(logging.INFO):
             log.info("request", extra=_line(job, status, seconds, error))
 
     def _succeeded(self, job: Job, model: str, seconds: float) -> None:
@@ -98,7 +99,7 @@ class RequestObserver:
             self._saved[model,] += job.size * assurance.saved
         times_ns = (seconds * 1e9, (job.sent - job.came) * 1e9)
         steps_ns = (job.result.queue_us * 1e3, job.result.compute_us * 1e3)
-        self.served[model].answered(sum(job.sets.values()), *map(round, times_ns + steps_ns))
+        self.served[model].answered(job.size, *map(round, times_ns + steps_ns))
 
     def _failed(self, job: Job, model: str, seconds: float, error: BaseException) -> None:
         if model:

@@ -19,7 +19,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from mosel.config import TracingSettings
 from mosel.errors import MoselError
-from mosel.observability.tracing import NONE, Attributes, Kind, Span, Tracing
+from mosel.observability.tracing import NO_SPAN, NONE, Attributes, Kind, Span, Tracing
 
 _SEND_EVERY_MS = 1000
 # Of one attempt to deliver, with its repetitions.
@@ -68,7 +68,7 @@ class OtlpTracing(Tracing):
         context = self._propagator.extract({"traceparent": parent}, Context())
         start_time = None if started is None else _epoch_ns(started)
         span = self._tracer.start_span(step, context, _KINDS[kind], start_time=start_time)
-        return _Recorded(span) if span.is_recording() else Span()
+        return _Recorded(span) if span.is_recording() else NO_SPAN
 
     def close(self, seconds: float) -> None:
         """Sends what waits, for so long at most."""

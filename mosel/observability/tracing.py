@@ -34,6 +34,10 @@ class Span:
         """
 
 
+# What nobody records, with nothing to hand on.
+NO_SPAN = Span()
+
+
 class Tracing:
     """Makes spans; this one makes none, and hands on the trace that it is given.
 
@@ -60,7 +64,7 @@ class Tracing:
             trace_id: 16 bytes, of a trace that begins.
             started: when, in seconds of `time.monotonic()`; None: now.
         """
-        return Span(parent)
+        return Span(parent) if parent else NO_SPAN
 
 
 OFF = Tracing()

@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,17 @@ async def following(settings: Settings, before: ModelPackage) -> AsyncIterator[F
         yield followed
 
 
+@contextlib.contextmanager
+def checking(followed: Followed) -> Iterator[Callable[[], None]]:
+    """A request is checked inside, until it is sent: that is, until what is yielded is called."""
+    request = object()
+    followed.served.begin_checking(request)
+    try:
+        yield partial(followed.served.checked, request)
+    finally:
+        followed.served.checked(request)
+
+
 @pytest.fixture
 def settings(settings_with: Callable[..., Settings], changing: Fruit, tmp_path: Path) -> Settings:
     return settings_with(models_dir=changing.folder.parent, selector={"address": f"unix:{tmp_path}/s.sock"})
@@ -100,11 +112,11 @@ async def test_what_a_request_may_have_found_is_named_until_it_is_sent(
 ) -> None:
     before, after = revisions
     async with following(settings, before) as followed:
-        with followed.served.checking() as sent, followed.served.checking() as other_sent:
+        with checking(followed) as sent, checking(followed) as other_sent:
             await followed.told(after)
             both = sorted([before.id, after.id])
             assert await followed.named() == both
-            with followed.served.checking():
+            with checking(followed):
                 # It began later, and does not count.
                 assert followed.served.packages["fruit"] == after
             sent()
@@ -119,7 +131,7 @@ async def test_what_a_request_may_have_found_is_named_until_it_is_sent(
 async def test_a_request_that_is_given_up_lets_go_too(settings: Settings, revisions: list[ModelPackage]) -> None:
     before, after = revisions
     async with following(settings, before) as followed:
-        with contextlib.suppress(ZeroDivisionError), followed.served.checking():
+        with contextlib.suppress(ZeroDivisionError), checking(followed):
             await followed.told(after)
             assert await followed.named() == sorted([before.id, after.id])
             raise ZeroDivisionError

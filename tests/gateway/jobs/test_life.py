@@ -107,7 +107,7 @@ async def test_a_job_is_found_and_cancelled_while_it_is_checked(gateway: Gateway
         raise InvalidRequest("nobody waits for it")
 
     async def serve() -> None:
-        async with gateway.data_plane.jobs.begin("fruit") as life:
+        with gateway.data_plane.jobs.begin("fruit") as life:
             life.admit(Deadline.after(60))
             ids.append(life.job.id.hex())
             checking.set()

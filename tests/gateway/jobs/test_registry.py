@@ -41,9 +41,14 @@ def admitted(registry: JobRegistry, fruit: ModelPackage) -> Admitted:
     @contextlib.contextmanager
     def admitted(job_id: bytes = ID, ends: Deadline | None = None) -> Iterator[Job]:
         job = Job(job_id)
-        with registry.admit(job, ends or Deadline.after(60)):
+        registry.admit(job, ends or Deadline.after(60))
+        try:
             job.sound_as(asked, default_s=60)
             yield job
+        except BaseException as error:
+            registry.leave(job, error)
+            raise
+        registry.leave(job, None)
 
     return admitted
 

@@ -107,9 +107,12 @@ async def test_calls_are_spread_over_all_of_them(stack: AsyncExitStack, settings
 async def run(jobs: JobRegistry, begun: "asyncio.Queue[Job]") -> None:
     """Serves a job until somebody ends it."""
     job = Job(jobs.new_id())
-    with jobs.admit(job, Deadline.after(60)):
-        begun.put_nowait(job)
+    jobs.admit(job, Deadline.after(60))
+    begun.put_nowait(job)
+    try:
         await asyncio.Event().wait()
+    except asyncio.CancelledError as error:
+        jobs.leave(job, error)
 
 
 @pytest.mark.parametrize("retries", [Retry(), None])
