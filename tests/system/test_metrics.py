@@ -245,12 +245,18 @@ def log_lines(launcher: Launcher, service: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
-def test_the_log_has_a_line_for_each_request(launcher: Launcher, draw: Draw) -> None:
+def request_lines(launcher: Launcher) -> list[dict[str, Any]]:
+    return [line for line in log_lines(launcher, "gateway") if line["logger"] == "gateway.requests"]
+
+
+def test_the_log_has_a_line_for_each_request(launcher: Launcher, draw: Draw, until: Until) -> None:
+    before = len(request_lines(launcher))
     with Client(launcher.address) as client:
         job_id = client.predict("fruit", draw(2)).job_id
         with pytest.raises(Unreachable):
             client.predict("fruit", draw(1), min_accuracy=0.999)
-    *_, answered, refused = [line for line in log_lines(launcher, "gateway") if line["logger"] == "gateway.requests"]
+    until(lambda: len(request_lines(launcher)) >= before + 2, "both are logged")
+    answered, refused = request_lines(launcher)[before:]
     names = ("service", "level", "method", "model", "size", "status", "modality_sets", "job_id")
     expected = ["gateway", "INFO", "Predict", "fruit", 2, "OK", {"photo+scent": 2}, job_id]
     assert [answered[name] for name in names] == expected
@@ -261,7 +267,8 @@ def test_the_log_has_a_line_for_each_request(launcher: Launcher, draw: Draw) -> 
 
 
 def test_a_line_about_a_failed_call_names_its_job(launcher: Launcher, draw: Draw, until: Until) -> None:
-    before, fusion = scrape(launcher), launcher.children["fusion"].process.pid
+    before, logged = scrape(launcher), len(request_lines(launcher))
+    fusion = launcher.children["fusion"].process.pid
     os.kill(fusion, signal.SIGSTOP)
     try:
         # Long enough for the encoders to be done on a busy machine: it is in fusion that the job must expire.
@@ -269,7 +276,8 @@ def test_a_line_about_a_failed_call_names_its_job(launcher: Launcher, draw: Draw
             client.predict("fruit", draw(1), latency_slo_ms=4000.0)
     finally:
         os.kill(fusion, signal.SIGCONT)
-    refused = [line for line in log_lines(launcher, "gateway") if line["logger"] == "gateway.requests"][-1]
+    until(lambda: len(request_lines(launcher)) > logged, "the request is logged")
+    refused = request_lines(launcher)[-1]
     assert refused["status"] == "DEADLINE_EXCEEDED"
 
     def failed() -> list[dict[str, Any]]:

@@ -283,7 +283,11 @@ def test_a_model_that_is_not_there_is_not_found(client: Client) -> None:
 
 
 def test_as_commands(
-    client: Client, launcher: Launcher, fruit_on_disk: Fruit, run_mosel: Callable[..., CompletedProcess[str]]
+    client: Client,
+    launcher: Launcher,
+    fruit_on_disk: Fruit,
+    run_mosel: Callable[..., CompletedProcess[str]],
+    until: Callable[..., None],
 ) -> None:
     fruit_on_disk.change(9)
     revision = load_package(fruit_on_disk.folder).revision
@@ -291,7 +295,8 @@ def test_as_commands(
     assert (done.returncode, done.stdout) == (0, f"loaded fruit 1, revision {revision}\n"), done.stderr
     done = run_mosel("reload", "fruit", "--address", launcher.address)
     assert (done.returncode, done.stdout) == (0, f"nothing changed: fruit 1, revision {revision}\n"), done.stderr
-    assert '"nothing changed"' in launcher.children["selector"].log.read_text()
+    log = launcher.children["selector"].log
+    until(lambda: '"nothing changed"' in log.read_text(), "the selector has logged it")
     done = run_mosel("unload", "fruit", "--address", launcher.address)
     assert (done.returncode, done.stdout) == (0, "unloaded fruit\n"), done.stderr
     done = run_mosel("unload", "fruit", "--address", launcher.address)

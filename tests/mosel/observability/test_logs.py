@@ -1,8 +1,15 @@
 """Log lines, and the jobs that they are about."""
 
+import io
 import json
+import logging
 import subprocess
 import sys
+import threading
+
+import pytest
+
+from mosel.observability.logs import WriteBehind
 
 CODE = """
 import asyncio
@@ -49,3 +56,61 @@ def test_a_line_names_the_jobs_that_its_task_serves() -> None:
     named = ("service", "logger", "level", "peer")
     assert [lines["lost"][name] for name in named] == ["encoder/image", "test", "WARNING", "fusion"]
     assert all("time" in line for line in lines.values())
+
+
+class Written(io.StringIO):
+    """Says when something was written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flushed = threading.Event()
+
+    def flush(self) -> None:
+        self.flushed.set()
+
+
+def record(level: int, message: str) -> logging.LogRecord:
+    return logging.LogRecord("test", level, __file__, 1, message, (), None)
+
+
+def test_a_line_is_written_a_moment_later_and_a_warning_at_once_after_those_before_it() -> None:
+    first, second = Written(), Written()
+    handler = WriteBehind(first)
+    handler.handle(record(logging.INFO, "one"))
+    assert first.flushed.wait(30)
+    assert first.getvalue() == "one\n"
+    for number in range(100):
+        handler.handle(record(logging.INFO, str(number)))
+    handler.handle(record(logging.WARNING, "now"))
+    assert first.getvalue().splitlines() == ["one", *map(str, range(100)), "now"]
+    handler.handle(record(logging.INFO, "still here"))
+    handler.setStream(second)
+    handler.handle(record(logging.INFO, "there"))
+    handler.flush()
+    assert (first.getvalue().splitlines()[-1], second.getvalue()) == ("still here", "there\n")
+
+
+def test_a_line_that_cannot_be_written_takes_no_other_along(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = Written()
+    handler = WriteBehind(stream)
+    wrong = logging.LogRecord("test", logging.INFO, __file__, 1, "%d", ("no number",), None)
+    for one in (record(logging.INFO, "before"), wrong, record(logging.WARNING, "after")):
+        handler.handle(one)
+    assert stream.getvalue() == "before\nafter\n"
+    assert "Logging error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", ["leftovers.end_process(0)", "sys.exit()", "raise SystemExit"])
+def test_nothing_is_lost_at_the_end(end: str) -> None:
+    code = f"""
+import logging, sys
+from mosel.observability.logs import configure_logs
+from mosel.runtime import leftovers
+
+configure_logs("gateway", "info")
+for number in range(100):
+    logging.info("line %d", number)
+{end}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [json.loads(line)["message"] for line in done.stderr.splitlines()] == [f"line {n}" for n in range(100)]
