@@ -116,7 +116,7 @@ class ModalityEncoder:
     def _embed(self, model: str, batch: NDArray[np.generic]) -> Embedded:
         loaded = self._loaded(model)
         dtype, part = loaded.package.modalities[self.modality].dtype, self._part(loaded.package)
-        embeddings = loaded.network(networks.to_tensor(batch, dtype, self._device)).float()
+        embeddings = networks.as_fp32(loaded.network(networks.to_tensor(batch, dtype, self._device)))
         part.check_shape(embeddings, len(batch))
         # Computed where they are, before the wait for them that there is anyway.
         return Embedded(embeddings, networks.finite_soon(embeddings), part)

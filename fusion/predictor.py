@@ -99,7 +99,8 @@ class Predictor:
             else:
                 batch = {m: self._gather(package, m, parts, deadline) for m, parts in rows.items()}
                 started = time.perf_counter()
-            output = loaded.network(batch).float().cpu()
+            output = networks.as_fp32(loaded.network(batch))
+            output = output.cpu() if output.is_cuda else output
             seconds += time.perf_counter() - started
             for one in embedded:
                 one.check_finite()

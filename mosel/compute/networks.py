@@ -1,7 +1,6 @@
 """A model package's networks, with their weights. Imports torch, so only encoders, fusion and training import this."""
 
 import ctypes
-import math
 import threading
 import zlib
 from collections.abc import Callable, Iterable
@@ -150,7 +149,9 @@ def resource_of(device: torch.device) -> str:
 
 def to_tensor(array: NDArray[np.generic], dtype: str, device: torch.device) -> torch.Tensor:
     """A gathered array as a torch tensor; the bits of BF16 arrive as uint16."""
-    return tensor_over(array, dtype).to(device)
+    tensor = tensor_over(array, dtype)
+    # Torch gives Python's lock away even where there is nothing to do.
+    return tensor if device.type == "cpu" else tensor.to(device)
 
 
 def synchronize(device: torch.device) -> None:
@@ -283,12 +284,19 @@ def coarsest(dtypes: Iterable[torch.dtype]) -> float:
     return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)
 
 
+def as_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers in FP32: the tensor itself if it is."""
+    return tensor if tensor.dtype is torch.float32 else tensor.float()
+
+
 def are_finite(tensor: torch.Tensor) -> bool:
     """Whether all numbers are; integers always are."""
     if not tensor.is_floating_point():
         return True
-    # A sum is finite only where all numbers are, and takes a fraction of the time; it may be too large by itself.
-    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
+    if tensor.dtype is torch.float32 and not tensor.is_cuda and not tensor.requires_grad:
+        # Torch gives Python's lock away at each call, however short, and gets it back when the event loop rests.
+        return bool(np.isfinite(tensor.numpy()).all())
+    return bool(tensor.isfinite().all())
 
 
 def finite_soon(tensor: torch.Tensor) -> torch.Tensor | bool:

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
@@ -244,7 +245,33 @@ def deadline_of(context: Context) -> Deadline:
     return Deadline.after(MAX_DEADLINE_S if remaining is None else min(remaining, MAX_DEADLINE_S))
 
 
-class RefuseUnread(grpc.aio.ServerInterceptor):
+class _InFront(grpc.aio.ServerInterceptor):
+    """Puts something in front of each method's own handler, once for each: calls find it made."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[grpc.RpcMethodHandler[Any, Any], grpc.RpcMethodHandler[Any, Any]]] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """The handler of a method, with what is in front of it; None of a method that does not exist."""
+        own = await continuation(handler_call_details)
+        if own is None:
+            return None
+        method = handler_call_details.method
+        made = self._made.get(method)
+        if made is None or made[0] is not own:
+            made = self._made[method] = own, self._in_front_of(own, method.rpartition("/")[2])
+        return made[1]
+
+    @abstractmethod
+    def _in_front_of(self, own: Any, method: str) -> Any:
+        """The handler that calls a method's own one."""
+
+
+class RefuseUnread(_InFront):
     """Refuses calls of unary methods before their request is parsed; INVALID_ARGUMENT where its bytes are no message.
 
     grpc itself calls those UNKNOWN.
@@ -259,18 +286,12 @@ class RefuseUnread(grpc.aio.ServerInterceptor):
         check: Callable[[str], None] = lambda _: None,
         refused: Callable[[MoselError], None] = lambda _: None,
     ) -> None:
+        super().__init__()
         self._check, self._refused = check, refused
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """Puts the check in front of the method's own handler."""
-        handler = await continuation(handler_call_details)
-        if handler is None or handler.unary_unary is None:
-            return handler
-        method = handler_call_details.method.rpartition("/")[2]
+    def _in_front_of(self, own: Any, method: str) -> Any:
+        if own.unary_unary is None:
+            return own
 
         async def refuse(context: Context, error: MoselError) -> NoReturn:
             note_incoming(method, context.invocation_metadata)  # type: ignore[arg-type]
@@ -280,47 +301,42 @@ class RefuseUnread(grpc.aio.ServerInterceptor):
         async def parse(data: bytes, context: Context) -> Any:
             try:
                 self._check(method)
-                request = handler.request_deserializer(data)
+                request = own.request_deserializer(data)
             except DecodeError:
                 await refuse(context, InvalidRequest(f"the request's bytes are no message that {method} knows"))
             except MoselError as error:
                 await refuse(context, error)
-            return await handler.unary_unary(request, context)
+            return await own.unary_unary(request, context)
 
-        return grpc.unary_unary_rpc_method_handler(parse, None, handler.response_serializer)
+        return grpc.unary_unary_rpc_method_handler(parse, None, own.response_serializer)
 
 
-class RefuseHugeAnswers(grpc.aio.ServerInterceptor):
+class RefuseHugeAnswers(_InFront):
     """Answers INVALID_ARGUMENT, and names the setting, where an answer is more than a message may hold."""
 
     def __init__(self, settings: Settings) -> None:
+        super().__init__()
         self._limit = limit_bytes(settings.transport.max_message_mib)
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """Puts the check between the method's own handler and gRPC."""
-        handler = await continuation(handler_call_details)
-        if handler is None or handler.response_serializer is None:
-            return handler
+    def _in_front_of(self, own: Any, method: str) -> Any:
+        if own.response_serializer is None:
+            return own
 
         def serialize(answer: Any) -> bytes:
-            data: bytes = handler.response_serializer(answer)
+            data: bytes = own.response_serializer(answer)
             check_message("the answer has", len(data), self._limit)
             return data
 
         async def answer(request: Any, context: Context) -> Any:
             try:
-                return serialize(await handler.unary_unary(request, context))
+                return serialize(await own.unary_unary(request, context))
             except PayloadTooLarge as error:
                 await abort_with(context, error)
 
-        if handler.unary_unary is None:
+        if own.unary_unary is None:
             # In a stream, the one who writes gets the error.
-            return handler._replace(response_serializer=serialize)
-        return grpc.unary_unary_rpc_method_handler(answer, handler.request_deserializer, None)
+            return own._replace(response_serializer=serialize)
+        return grpc.unary_unary_rpc_method_handler(answer, own.request_deserializer, None)
 
 
 def _end_after(seconds: float) -> None:

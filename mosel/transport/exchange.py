@@ -25,7 +25,8 @@ from mosel.v1 import arena_pb2, tensor_pb2
 
 # How long a producer has to show its nonce, and to send rows where nobody says otherwise.
 _OPEN_S, _FETCH_S = 3.0, 60.0
-_RUNGS = {number: name.lower() for name, number in tensor_pb2.Rung.items()}
+# What is counted of tensors, by the rung that they travel on.
+_COUNTED = {number: (f"tensors.{n.lower()}", f"tensor_bytes.{n.lower()}") for n, number in tensor_pb2.Rung.items()}
 
 
 class Publisher:
@@ -119,10 +120,10 @@ class Publisher:
 
     def count(self, rung: tensor_pb2.Rung.ValueType, nbytes: int) -> None:
         """Counts a tensor that was published."""
-        name = _RUNGS[rung]
+        tensors, tensor_bytes = _COUNTED[rung]
         with self._lock:
-            self._published[f"tensors.{name}"] += 1
-            self._published[f"tensor_bytes.{name}"] += nbytes
+            self._published[tensors] += 1
+            self._published[tensor_bytes] += nbytes
 
     def statistics(self) -> dict[str, int]:
         """What was published by rung, `tensors.inline` and so on, and slots.
