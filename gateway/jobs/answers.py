@@ -1,7 +1,6 @@
 """From what the selector says of a job to what its caller gets. Knows no gRPC and no sockets."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +14,8 @@ from mosel.tensors import dtype_value, from_proto
 from mosel.v1 import gateway_pb2, selector_pb2, tensor_pb2
 
 Groups = Sequence[selector_pb2.ItemGroup]
+# What an accuracy stands on, in words.
+GUARANTEES = {number: name.lower() for name, number in gateway_pb2.Guarantee.items()}
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Answer:
         job_id: 16 bytes.
         output: [size, *shape] of the model's output, BF16 as uint16.
         modality_sets: the set that each item used, written sorted and joined.
+        sets: how many items used which.
         expected_accuracy: over the items, 0..1.
         queue_ms: milliseconds from admission until the first encoder call.
         compute_ms: milliseconds from then on.
@@ -38,6 +40,7 @@ class Answer:
     job_id: bytes
     output: NDArray[np.generic]
     modality_sets: list[str]
+    sets: Mapping[str, int]
     expected_accuracy: float
     queue_ms: float
     compute_ms: float
@@ -58,20 +61,21 @@ def answer_from(job: CheckedJob, groups: Groups, result: selector_pb2.JobResult,
     Raises:
         InternalError: the groups do not cover the items.
     """
-    sets_of(job, groups)
+    sets = sets_of(job, groups)
     outputs = [from_proto(group.output, "output") for group in groups]
-    joined, sets = outputs[0], [groups[0].modality_set] * job.size
+    joined, by_item = outputs[0], [groups[0].modality_set] * job.size
     if len(groups) > 1:
         joined = np.empty((job.size, *outputs[0].shape[1:]), outputs[0].dtype)
         for group, output in zip(groups, outputs, strict=True):
             joined[list(group.items)] = output
             for item in group.items:
-                sets[item] = group.modality_set
+                by_item[item] = group.modality_set
     return Answer(
         job=job,
         job_id=result.job_id,
         output=joined,
-        modality_sets=sets,
+        modality_sets=by_item,
+        sets=sets,
         expected_accuracy=result.expected_accuracy,
         queue_ms=result.queue_us / 1000,
         compute_ms=result.compute_us / 1000,
@@ -139,7 +143,7 @@ def words_of(assurance: gateway_pb2.Assurance | None) -> dict[str, str | float]:
     """The same by the names of its fields, without what has nothing to say."""
     if assurance is None:
         return {}
-    said: dict[str, str | float] = {"guarantee": gateway_pb2.Guarantee.Name(assurance.guarantee).lower()}
+    said: dict[str, str | float] = {"guarantee": GUARANTEES[assurance.guarantee]}
     bounds: tuple[Literal["guaranteed_accuracy", "guaranteed_loss"], ...] = "guaranteed_accuracy", "guaranteed_loss"
     for bound in bounds:
         if assurance.HasField(bound):
@@ -150,17 +154,17 @@ def words_of(assurance: gateway_pb2.Assurance | None) -> dict[str, str | float]:
     return said | ({"note": assurance.note} if assurance.note else {})
 
 
-def sets_of(job: CheckedJob, groups: Groups) -> Counter[str]:
+def sets_of(job: CheckedJob, groups: Groups) -> dict[str, int]:
     """How many items of a job used which modality set.
 
     Raises:
         InternalError: the groups do not cover the items.
     """
-    sets: Counter[str] = Counter()
+    sets: dict[str, int] = {}
     for group in groups:
-        sets[group.modality_set] += len(group.items)
-    if sets.total() != job.size:
-        raise InternalError(f"service selector answered {sets.total()} items; expected the {job.size} of the job")
+        sets[group.modality_set] = sets.get(group.modality_set, 0) + len(group.items)
+    if (items := sum(sets.values())) != job.size:
+        raise InternalError(f"service selector answered {items} items; expected the {job.size} of the job")
     return sets
 
 

@@ -106,7 +106,7 @@ class Job:
 
     def answered(self, sets: Mapping[str, int], result: selector_pb2.JobResult) -> None:
         """All of it is answered."""
-        self.sets, self.result, self.slack_ms = dict(sets), result, self.deadline.remaining * 1000
+        self.sets, self.result, self.slack_ms = sets, result, self.deadline.remaining * 1000
         self.status.items_done = self.size
 
     def expire(self) -> None:

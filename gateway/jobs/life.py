@@ -207,7 +207,8 @@ class JobLife:
             answers: what the selector said, read to its end.
         """
         self.job.answered(sets, answers.result)
-        self._jobs.counters.update(answered=1, items=self.job.size)
+        self._jobs.counters["answered"] += 1
+        self._jobs.counters["items"] += self.job.size
 
     async def predict(self, check: Check, elements: int) -> Answer:
         """All that is left once the job is admitted, for a caller that waits for the whole of it.
@@ -235,5 +236,5 @@ class JobLife:
         with self.submit() as answers:
             groups = [group async for finished in answers for group in finished]
         answer = answer_from(self.job.sound, groups, answers.result, self.job.deadline.remaining * 1000)
-        self.answered(Counter(answer.modality_sets), answers)
+        self.answered(answer.sets, answers)
         return answer

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from gateway.inferences import Inferences
-from gateway.jobs.answers import assurance_of, words_of
+from gateway.jobs.answers import GUARANTEES, assurance_of, words_of
 from gateway.jobs.job import Job
 from mosel.errors import Cancelled, DeadlineExceeded, JobCancelled, MoselError
 from mosel.observability.logs import about_jobs
@@ -95,7 +95,7 @@ class RequestObserver:
         if job.slack_ms < 0:
             self._missed[model, "late"] += 1
         if (assurance := assurance_of(job.result)) is not None:
-            self._answered[model, str(words_of(assurance)["guarantee"])] += job.size
+            self._answered[model, GUARANTEES[assurance.guarantee]] += job.size
             self._saved[model,] += job.size * assurance.saved
         times_ns = (seconds * 1e9, (job.sent - job.came) * 1e9)
         steps_ns = (job.result.queue_us * 1e3, job.result.compute_us * 1e3)

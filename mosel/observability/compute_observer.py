@@ -7,7 +7,7 @@ from typing import Protocol
 
 from mosel.observability.logs import about_jobs
 from mosel.observability.metrics import ITEMS, Metrics, single
-from mosel.observability.tracing import Tracing
+from mosel.observability.tracing import Attributes, Tracing
 from mosel.packages.model_package import name_of
 
 
@@ -66,14 +66,15 @@ class ComputeObserver:
         """
         about_jobs(*request.job_ids)
         spans = [self._tracing.begin(name, parent, "server") for parent in request.traceparents]
-        attributes, call = {"model": name_of(request.model), self._label: value}, ComputedCall()
+        model, call = name_of(request.model), ComputedCall()
         try:
             yield call
         except BaseException as error:
             for span in spans:
-                span.end(attributes, error)
+                span.end({"model": model, self._label: value}, error)
             raise
         for span in spans:
-            span.end(attributes | {"batch_size": call.items, "compute_ms": call.seconds * 1000})
-        self._seconds.observe(call.seconds, attributes["model"], value)
-        self._items.observe(call.items, attributes["model"], value)
+            taken: Attributes = {"batch_size": call.items, "compute_ms": call.seconds * 1000}
+            span.end({"model": model, self._label: value, **taken})
+        self._seconds.observe(call.seconds, model, value)
+        self._items.observe(call.items, model, value)

@@ -1,5 +1,6 @@
 """Answers as the Open Inference Protocol gives them."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ ROWS = np.array([[0.2, 0.7, 0.1], [0.5, 0.3, 0.2], [0.1, 0.1, 0.8]], np.float32)
 def answer_of(package: ModelPackage, away: Sequence[str] = ()) -> Answer:
     job = check_spec(gateway_pb2.JobSpec(model="fruit", size=3), {"fruit": package}, 9)
     sets = ["photo+scent", "scent", "photo+scent"]
-    return Answer(job, b"0123456789abcdef", ROWS, sets, 0.875, 1.5, 2.5, -3.5, away)
+    return Answer(job, b"0123456789abcdef", ROWS, sets, Counter(sets), 0.875, 1.5, 2.5, -3.5, away)
 
 
 def outputs_of(package: ModelPackage, *outputs: str, **fields: Any) -> list[OutputTensor]:
