@@ -17,8 +17,8 @@ _about: ContextVar[Sequence[bytes]] = ContextVar("about", default=())
 _service: ContextVar[str] = ContextVar("service")
 
 
-# Lines wait so long for others.
-_TOGETHER_S = 0.02
+# Lines wait so long for others, and who logs waits for the stream when there are so many.
+_TOGETHER_S, MOST_WAITING = 0.02, 10_000
 
 
 class WriteBehind(logging.StreamHandler[TextIO]):
@@ -36,7 +36,7 @@ class WriteBehind(logging.StreamHandler[TextIO]):
     def emit(self, record: logging.LogRecord) -> None:
         """Takes a line."""
         self._waiting.append(record)
-        if record.levelno >= logging.WARNING:
+        if record.levelno >= logging.WARNING or len(self._waiting) >= MOST_WAITING:
             self.flush()
         elif not self._some.is_set():
             self._some.set()

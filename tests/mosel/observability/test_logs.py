@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from mosel.observability.logs import WriteBehind
+from mosel.observability.logs import MOST_WAITING, WriteBehind
 
 CODE = """
 import asyncio
@@ -88,6 +88,29 @@ def test_a_line_is_written_a_moment_later_and_a_warning_at_once_after_those_befo
     handler.handle(record(logging.INFO, "there"))
     handler.flush()
     assert (first.getvalue().splitlines()[-1], second.getvalue()) == ("still here", "there\n")
+
+
+def test_who_logs_waits_for_a_stream_that_takes_nothing_and_no_line_is_lost() -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            asked.set()
+            assert go_on.wait(30)
+            return super().write(text)
+
+    handler = WriteBehind(stream := Full())
+    handler.handle(record(logging.INFO, "first"))
+    assert asked.wait(30)
+    for number in range(MOST_WAITING - 1):
+        handler.handle(record(logging.INFO, str(number)))
+    last = threading.Thread(target=handler.handle, args=(record(logging.INFO, "last"),))
+    last.start()
+    last.join(0.1)
+    assert last.is_alive()
+    go_on.set()
+    last.join(30)
+    assert stream.getvalue().splitlines() == ["first", *map(str, range(MOST_WAITING - 1)), "last"]
 
 
 def test_a_line_that_cannot_be_written_takes_no_other_along(capsys: pytest.CaptureFixture[str]) -> None:
