@@ -1,9 +1,9 @@
 """How many jobs whose callers wait may be under way: a limit that finds itself. Knows no gRPC, no clock, no sockets.
 
-Beyond some number, more jobs at the same time are not answered faster, only later. That number depends on the models, the
-machine and its other programs, so it is found as TCP finds its window: it rises by one while as many jobs as it allows
-are answered in good time, and falls in proportion when a job takes longer (AIMD: Chiu and Jain, "Analysis of the increase
-and decrease algorithms for congestion avoidance", 1989; in proportion to the delay as in Netflix's concurrency-limits).
+Beyond some number, more jobs at the same time are not answered faster, only later. That number depends on the models,
+the machine and its other programs, so it is found as TCP finds its window: it rises by one while as many jobs as it
+allows are answered in good time, and falls when a job takes longer (AIMD: Chiu and Jain, "Analysis of the increase and
+decrease algorithms for congestion avoidance", 1989), in proportion to the delay as in Netflix's concurrency-limits.
 What is refused for it costs next to nothing, so that the jobs under way have the machine for themselves.
 """
 

@@ -18,6 +18,7 @@ from mosel.errors import ConfigError, InternalError, PackageError
 from mosel.modality import ModalitySet, format_set
 from mosel.packages.model_modules import forget_modules
 from mosel.packages.model_package import ModelPackage
+from mosel.runtime.heap import settle_soon
 from mosel.transport.torch_exchange import tensor_over
 
 # How much a row may differ between a batch and alone: a share of the largest number, and some units of precision.
@@ -110,11 +111,13 @@ class Hosted:
                 _give_memory_back(self._device)
             package.check_unchanged()
             self._loaded[package.id] = loaded
+        settle_soon()
 
     def unload(self, model: str) -> None:
         """Frees a network once no call uses it any more; one that is not there is passed over."""
         if self._loaded.pop(model, None):
             _give_memory_back(self._device)
+            settle_soon()
 
     def get(self, model: str) -> Loaded | None:
         """The network of a model, None if it is not here."""
