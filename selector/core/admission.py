@@ -6,7 +6,7 @@ do not know which jobs come next, and err a little.
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from mosel.errors import DeadlineUnreachable, MoselError, Overloaded
 from mosel.modality import ModalitySet
@@ -119,7 +119,7 @@ class Promises:
 
 
 def refusal(
-    work: Work, now: float, fastest: int, idle_s: float, behind_s: float, fitting: Sequence[ModalitySet]
+    work: Work, now: float, fastest: int, idle_s: float, behind_s: float, fitting: Callable[[], Sequence[ModalitySet]]
 ) -> MoselError:
     """The error for a job whose deadline cannot be met.
 
@@ -129,7 +129,7 @@ def refusal(
         fastest: index of its fastest option.
         idle_s: seconds that it takes on an idle system.
         behind_s: the same behind what is queued.
-        fitting: modality sets that would meet the deadline on an idle system, whatever the floor.
+        fitting: says which modality sets would meet the deadline on an idle system, whatever the floor.
 
     Returns:
         DeadlineUnreachable if not even an idle system meets it, with the best that would; else Overloaded. A job that
@@ -144,5 +144,5 @@ def refusal(
         )
     return DeadlineUnreachable(
         f"the deadline of {budget_s * 1000:.1f} ms cannot be met for {work.job.size} items: of the strategies that "
-        f"are accurate enough, {takes}; {best_of(work.profile, fitting)}"
+        f"are accurate enough, {takes}; {best_of(work.profile, fitting())}"
     )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from mosel.errors import MoselError
-from mosel.modality import FUSION
+from mosel.modality import FUSION, ModalitySet
 from selector.core.admission import OfferedLoad, Promises, refusal
 from selector.core.forecast import Forecast
 from selector.core.frontier import Strategy
@@ -236,15 +236,21 @@ class Planner:
         at: int,
         spare_s: float,
     ) -> MoselError:
-        now, profile, job = forecast.now, work.profile, work.job
-        idle_s = [self._idle_s(left, now) for left in work.queued.options]
-        fastest = min(range(len(idle_s)), key=lambda i: idle_s[i])
+        now, options = forecast.now, work.queued.options
+        fastest = work.queued.cheapest
+        if not self._resources.is_one:
+            fastest = min(range(len(options)), key=lambda i: self._idle_s(options[i], now))
         others = [other.cheapest if choice is None else choice for other, choice in zip(queue, choices, strict=True)]
         behind = finish_times(queue, forecast, [*others[:at], fastest, *others[at + 1 :]])[at] or now
+        idle_s = self._idle_s(options[fastest], now)
+        return refusal(work, now, fastest, idle_s, behind + spare_s - now, partial(self._fitting, work, now))
+
+    def _fitting(self, work: Work, now: float) -> list[ModalitySet]:
+        """The modality sets with which a job would be in time on an idle system, whatever its floor."""
+        profile, job = work.profile, work.job
         sets = [s for s in profile.accuracy if s <= job.modalities and profile.can_run(s)]
         lefts = {s: self.stages.remaining(job.model, strategy_of(profile, {s: job.size})) for s in sets}
-        fitting = [s for s, left in lefts.items() if self._idle_s(left, now) <= job.deadline - now]
-        return refusal(work, now, fastest, idle_s[fastest], behind + spare_s - now, fitting)
+        return [s for s, left in lefts.items() if self._idle_s(left, now) <= job.deadline - now]
 
     def _as_queued(self, work: Work) -> Queued:
         """The job as a policy sees it now."""
