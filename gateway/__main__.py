@@ -10,7 +10,6 @@ from typing import NoReturn
 
 import grpc
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection
 
 from gateway.access.guarding import guarding
 from gateway.access.handshakes import handshakes_watched
@@ -19,10 +18,11 @@ from gateway.access.middleware import OnlyTenantsHttp
 from gateway.data_plane import DataPlane
 from gateway.fetching import FetchListeners
 from gateway.inference.http import InferenceHttp
-from gateway.inference.messages import POOL, SERVICE
+from gateway.inference.messages import SERVICE
 from gateway.inference.servicer import InferenceServicer, handlers
 from gateway.jobs.store import PayloadStore
 from gateway.metrics_page import MetricsPage
+from gateway.reflection import add_reflection
 from gateway.selector_link import SelectorLink
 from gateway.servicer import GatewayServicer
 from mosel.config import Settings
@@ -161,9 +161,8 @@ def _register(data_plane: DataPlane, server: grpc.aio.Server) -> None:
         SERVICE.full_name,
         gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name,
         health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
-        reflection.SERVICE_NAME,
     ]
-    reflection.enable_server_reflection(names, server, POOL)
+    add_reflection(server, names)
 
 
 @contextlib.asynccontextmanager

@@ -15,6 +15,7 @@ class Access(enum.Enum):
 _SERVICES: Mapping[str, Mapping[Access, str]] = {
     # Supervisors and load balancers must be able to ask how a gateway is.
     "grpc.health.v1.Health": {Access.ALL: "Check List Watch"},
+    "grpc.reflection.v1.ServerReflection": {Access.TENANTS: "ServerReflectionInfo"},
     "grpc.reflection.v1alpha.ServerReflection": {Access.TENANTS: "ServerReflectionInfo"},
     "inference.GRPCInferenceService": {
         Access.TENANTS: "ServerLive ServerReady ModelReady ServerMetadata ModelMetadata ModelConfig ModelStatistics "

@@ -7,9 +7,9 @@ there. The pool also holds what else the gateway serves, so that reflection find
 from importlib import resources
 from typing import Any
 
-from google.protobuf import json_format
+from google.protobuf import json_format, text_format
 from google.protobuf.descriptor import Descriptor, FileDescriptor
-from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
@@ -29,7 +29,13 @@ def _pool() -> DescriptorPool:
         pool.AddSerializedFile(file.SerializeToString())
     for module in (gateway_pb2, health_pb2, reflection_pb2):
         _add(pool, module.DESCRIPTOR)
+    pool.Add(_newer(FileDescriptorProto.FromString(reflection_pb2.DESCRIPTOR.serialized_pb)))
     return pool
+
+
+def _newer(file: FileDescriptorProto) -> FileDescriptorProto:
+    """The file of `v1alpha` as `v1` has it: other names, the same messages."""
+    return text_format.Parse(text_format.MessageToString(file).replace("v1alpha", "v1"), FileDescriptorProto())
 
 
 def _add(pool: DescriptorPool, file: FileDescriptor) -> None:

@@ -7,6 +7,7 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf import descriptor_pool
+from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from numpy.typing import NDArray
 
@@ -38,6 +39,10 @@ def test_reflection_shows_the_true_names_of_all_protocols(channel: grpc.Channel)
         "inference.GRPCInferenceService": ("ModelInfer", "inference.ModelInferRequest"),
         "mosel.v1.Gateway": ("Predict", "mosel.v1.PredictRequest"),
         "grpc.health.v1.Health": ("Check", "grpc.health.v1.HealthCheckRequest"),
+        "grpc.reflection.v1.ServerReflection": (
+            "ServerReflectionInfo",
+            "grpc.reflection.v1.ServerReflectionRequest",
+        ),
         "grpc.reflection.v1alpha.ServerReflection": (
             "ServerReflectionInfo",
             "grpc.reflection.v1alpha.ServerReflectionRequest",
@@ -46,6 +51,45 @@ def test_reflection_shows_the_true_names_of_all_protocols(channel: grpc.Channel)
     assert {*database.get_services()} == {*expected}
     for service, (method, request) in expected.items():
         assert pool.FindServiceByName(service).methods_by_name[method].input_type.full_name == request
+
+
+def asked_by_reflection(channel: grpc.Channel, version: str, symbol: str) -> Any:
+    """What is said of the file with a symbol, as tools ask it."""
+    ask = channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        reflection_pb2.ServerReflectionRequest.SerializeToString,
+        reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    question = reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)
+    (answer,) = ask(iter([question]), timeout=30)
+    return answer
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+@pytest.mark.parametrize(
+    "symbol",
+    [
+        "mosel.v1.Gateway.Predict",
+        "mosel.v1.Gateway",
+        "mosel.v1.PredictRequest",
+        "inference.GRPCInferenceService.ModelInfer",
+    ],
+)
+def test_reflection_finds_methods_as_ghz_grpcurl_and_k6_ask_for_them(
+    channel: grpc.Channel, version: str, symbol: str
+) -> None:
+    answer = asked_by_reflection(channel, version, symbol)
+    pool = descriptor_pool.DescriptorPool()
+    for file in reversed(answer.file_descriptor_response.file_descriptor_proto):
+        pool.AddSerializedFile(file)
+    found = pool.FindFileContainingSymbol(symbol.removesuffix(".Predict").removesuffix(".ModelInfer"))
+    assert symbol.startswith(f"{found.package}.")
+
+
+@pytest.mark.parametrize("symbol", ["mosel.v1.Gateway.Divine", "mosel.v1.Oracle.Predict", "Predict", ""])
+def test_reflection_does_not_find_what_is_not_there(channel: grpc.Channel, symbol: str) -> None:
+    answer = asked_by_reflection(channel, "v1", symbol)
+    assert answer.error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]
 
 
 def test_each_floor_gets_the_sets_that_meet_it(channel: grpc.Channel, draw: Draw, directly: Directly) -> None:

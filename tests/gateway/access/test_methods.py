@@ -7,7 +7,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from gateway.access.methods import METHODS, Access, access_to
-from gateway.inference.messages import SERVICE
+from gateway.inference.messages import POOL, SERVICE
 from mosel.v1 import gateway_pb2
 
 
@@ -25,6 +25,7 @@ from mosel.v1 import gateway_pb2
         ("/mosel.v1.Gateway/Predict", Access.TENANTS),
         ("/mosel.v1.Gateway/SubmitJob", Access.TENANTS),
         ("/mosel.v1.Gateway/CancelJob", Access.TENANTS),
+        ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Access.TENANTS),
         ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", Access.TENANTS),
         ("/mosel.v1.Gateway/Preload", Access.ADMINS),
         ("/mosel.v1.Gateway/DrainModel", Access.ADMINS),
@@ -45,6 +46,7 @@ def test_every_method_that_the_gateway_serves_is_listed_and_no_other() -> None:
         gateway_pb2.DESCRIPTOR.services_by_name["Gateway"],
         health_pb2.DESCRIPTOR.services_by_name["Health"],
         reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"],
+        POOL.FindServiceByName("grpc.reflection.v1.ServerReflection"),
     ]
     served = {f"/{service.full_name}/{method.name}" for service in services for method in service.methods}
     # Newer ones than what is installed have it.
