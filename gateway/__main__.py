@@ -150,7 +150,8 @@ async def _speaking_http(
     host, port, grace_s = settings.gateway.host, settings.gateway.http_port, settings.stop_grace_ms / 1000
     with InferenceHttp(data_plane) as inference:
         app = inference.app() if data_plane.guard is None else OnlyTenantsHttp(inference.app(), data_plane.guard)
-        async with HttpServer(app, host, port, "--http-port", grace_s, public_tls(settings), refused) as server:
+        tls, idle_s = public_tls(settings), settings.gateway.http_idle_s
+        async with HttpServer(app, host, port, "--http-port", grace_s, tls, refused, idle_s) as server:
             yield server
 
 

@@ -99,6 +99,8 @@ class GatewaySettings(_Section):
     insecure: bool = False
     # One line in the log for each request.
     access_log: bool = True
+    # How long an HTTP connection may be idle: longer than the proxies in front keep theirs, most of them for 60 s.
+    http_idle_s: float = Field(75, gt=0)
     # Of HTTP requests: JSON takes many times its size while it is read, binary data does not; and a body that is still
     # not there after so long is waited for no more.
     max_json_mib: int = Field(8, ge=1)

@@ -4,7 +4,17 @@ import json
 import reprlib
 from typing import Annotated, Any, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from gateway.inference.words import Parameter
@@ -28,19 +38,29 @@ def _parameter(value: object) -> Parameter:
     raise PydanticCustomError("parameter", "Input should be true, false, a number of 64 bits or a short text")
 
 
+def _without_nulls(members: object) -> object:
+    if not isinstance(members, dict):
+        return members
+    return {name: value for name, value in members.items() if value is not None}
+
+
 # The bound also has the text checked for characters that UTF-8 cannot hold.
 Text = Annotated[str, Field(max_length=_MAX_TEXT)]
 Dimension = Annotated[int, Field(ge=_INT64.start, lt=_INT64.stop)]
 ParameterJson = Annotated[
     Any, PlainValidator(_parameter), WithJsonSchema({"type": ["boolean", "integer", "number", "string"]})
 ]
-ParametersJson = dict[Text, ParameterJson]
+ParametersJson = Annotated[dict[Text, ParameterJson], BeforeValidator(_without_nulls)]
 
 
 class Message(BaseModel):
-    """A JSON object that a caller sends."""
+    """A JSON object that a caller sends.
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    What is null is absent, and what the protocol does not have is ignored: KServe's own client sends both.
+    """
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+    _null_is_absent = model_validator(mode="before")(_without_nulls)
 
 
 class InputJson(Message):
@@ -150,8 +170,6 @@ def _told(error: ErrorDetails) -> str:
     match error["type"]:
         case "missing":
             return f"{path} is missing"
-        case "extra_forbidden":
-            return f"{field}; expected no such member"
         case "model_type":
             return f"{field}; expected an object"
         case "string_unicode":

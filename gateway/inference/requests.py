@@ -38,8 +38,11 @@ _KNOWN = (
     *("min_accuracy", "latency_slo_ms", "modalities", "policy", "priority", "timeout", "effort", "late_ok"),
     "max_accuracy_loss",
 )
-# The protocol's own, which say how tensors are written or ask for what every answer is.
-_IGNORED = {"binary_data", "binary_data_size", "binary_data_output", "triton_enable_empty_final_response"}
+# The protocol's own, and MLServer's, which say how tensors are written or ask for what every answer is.
+_IGNORED = {
+    *("binary_data", "binary_data_size", "binary_data_output", "content_type"),
+    "triton_enable_empty_final_response",
+}
 # What would change the meaning of a request if it were ignored; what is false, zero or empty asks for nothing.
 _SEQUENCE = {"sequence_id", "sequence_start", "sequence_end"}
 # numpy's kinds of arrays that values of a data type may come as.

@@ -12,7 +12,7 @@ from mosel.packages.model_package import ModelPackage
 _MODALITIES, _LABELS = "modalities", "labels"
 _CLASSIFICATION = "classification"
 # How tensors are written is not said here.
-_IGNORED = {"binary_data"}
+_IGNORED = {"binary_data", "content_type"}
 
 
 def output_tensors(package: ModelPackage) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -26,6 +26,10 @@ def channel_options(settings: Settings) -> list[tuple[str, int]]:
     ]
 
 
+# Callers may ask each second whether a server is there, with and without calls; gRPC itself cuts them off for it.
+PINGS_OF_CALLERS = [("grpc.keepalive_permit_without_calls", 1), ("grpc.http2.min_ping_interval_without_data_ms", 500)]
+
+
 def keepalive_options(address: str) -> list[tuple[str, int]]:
     """Has both ends of a connection between hosts ask each other whether they are there.
 

@@ -18,7 +18,7 @@ from mosel.tls import ServerTls, handshake_refused
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-_IDLE_S = 60.0
+_IDLE_S = 75.0
 
 
 class _Connection(H11Protocol):

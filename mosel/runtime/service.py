@@ -25,7 +25,7 @@ from mosel.deadline import Deadline
 from mosel.errors import ConfigError, InvalidRequest, MoselError, PayloadTooLarge, ServiceUnavailable
 from mosel.observability.logs import configure_logs
 from mosel.runtime import leftovers
-from mosel.runtime.channels import channel_options, keepalive_options
+from mosel.runtime.channels import PINGS_OF_CALLERS, channel_options, keepalive_options
 from mosel.runtime.exposure import internal_server_tls, public_tls
 from mosel.runtime.health import Health
 from mosel.runtime.in_process import InProcessServer, local_services
@@ -99,6 +99,7 @@ class Service:
         if public:
             # What is under way on an old connection is finished, however long that takes.
             options.append(("grpc.max_connection_age_ms", round(settings.gateway.max_connection_age_s * 1000)))
+            options += PINGS_OF_CALLERS
         else:
             options += keepalive_options(address)
         return grpc.aio.server(options=options, interceptors=interceptors), tls

@@ -58,6 +58,23 @@ def test_check_and_watch_by_service_name(services: Launcher, service: str) -> No
         watch.cancel()
 
 
+@pytest.mark.parametrize("services", ["single"], indirect=True)
+def test_a_caller_who_asks_each_second_whether_the_gateway_is_there_is_not_cut_off(services: Launcher) -> None:
+    options = [
+        ("grpc.keepalive_time_ms", 1000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+    with grpc.insecure_channel(services.address, options) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest(), timeout=5)  # type: ignore[attr-defined]
+        assert next(watch).status == SERVING
+        # gRPC's own limit of two needless pings is passed in the fourth second.
+        with pytest.raises(grpc.RpcError) as ended:
+            next(watch)
+    assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
 class Watched:
     """What Watch says of a name, as it says it."""
 
