@@ -84,6 +84,12 @@ def configure_logs(service: str, level: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
+def flush_logs() -> None:
+    """Writes what was logged, so that what is written to standard error next comes after it."""
+    for handler in logging.root.handlers:
+        handler.flush()
+
+
 def as_service(name: str) -> None:
     """From now on, what the current task logs, and those that it begins, is of this service."""
     _service.set(name)

@@ -23,7 +23,7 @@ from grpc_health.v1 import health_pb2_grpc
 from mosel.config import Placement, Settings, load_settings
 from mosel.deadline import Deadline
 from mosel.errors import ConfigError, InvalidRequest, MoselError, PayloadTooLarge, ServiceUnavailable
-from mosel.observability.logs import configure_logs
+from mosel.observability.logs import configure_logs, flush_logs
 from mosel.runtime import leftovers
 from mosel.runtime.channels import PINGS_OF_CALLERS, channel_options, keepalive_options
 from mosel.runtime.exposure import internal_server_tls, public_tls
@@ -203,7 +203,11 @@ def run_service(
         if settings.parent_pid:
             _end_with(settings.parent_pid)
         configure_logs(name, settings.log_level)
-        uvloop.run(with_signals(settings))
+        try:
+            uvloop.run(with_signals(settings))
+        finally:
+            # Why a process ended is the last that it says.
+            flush_logs()
     except MoselError as error:
         sys.stderr.write(f"{name}: error: {error}\n")
         leftovers.end_process(1)

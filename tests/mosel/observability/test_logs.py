@@ -137,3 +137,25 @@ for number in range(100):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert [json.loads(line)["message"] for line in done.stderr.splitlines()] == [f"line {n}" for n in range(100)]
+
+
+@pytest.mark.parametrize(
+    ("error", "last"),
+    [("ConfigError('wrong')", "gateway: error: wrong"), ("LookupError('a bug')", "LookupError: a bug")],
+)
+def test_why_a_process_ended_is_its_last_line(error: str, last: str) -> None:
+    code = f"""
+import logging
+from mosel.errors import ConfigError
+from mosel.runtime.service import run_service
+
+async def serve(settings, stop):
+    logging.info("logged")
+    raise {error}
+
+run_service("gateway", serve)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert (json.loads(lines[0])["message"], lines[-1]) == ("logged", last)
