@@ -47,6 +47,8 @@ if RECORDINGS.is_dir():
     os.environ.setdefault("MOSEL_DATA", str(RECORDINGS))
 # In what tests start: whoever changes a message after it was handed over inside a process is found.
 os.environ.setdefault("MOSEL_CHECK_MESSAGES", "1")
+# Otherwise each of the hundreds of processes that tests start would compile the product anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 Payloads = dict[str, NDArray[np.generic]]
 Output = NDArray[np.float32]

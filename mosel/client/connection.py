@@ -54,7 +54,7 @@ class Connection:
             ("grpc.max_receive_message_length", limit),
             # As short as among the services: a gateway that starts again is found at once.
             ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.max_reconnect_backoff_ms", 1_000),
+            ("grpc.max_reconnect_backoff_ms", 100 if self.address.startswith("unix:") else 1_000),
             # Where a name stands for several gateways, calls are spread over all of them.
             ("grpc.lb_policy_name", "round_robin"),
             # With http_proxy set, grpc would look for 127.0.0.1 behind the proxy.

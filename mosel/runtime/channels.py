@@ -17,8 +17,6 @@ def channel_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", limit),
         ("grpc.max_receive_message_length", limit),
         ("grpc.so_reuseport", 0),
-        ("grpc.max_reconnect_backoff_ms", 1_000),
-        ("grpc.initial_reconnect_backoff_ms", 100),
         # Also how long one attempt may take: to a host that is cut off, it would be 20 s.
         ("grpc.min_reconnect_backoff_ms", 5_000),
         # A unix socket must not be looked for behind a proxy.
@@ -28,6 +26,14 @@ def channel_options(settings: Settings) -> list[tuple[str, int]]:
 
 # Callers may ask each second whether a server is there, with and without calls; gRPC itself cuts them off for it.
 PINGS_OF_CALLERS = [("grpc.keepalive_permit_without_calls", 1), ("grpc.http2.min_ping_interval_without_data_ms", 500)]
+
+
+def reconnect_options(address: str) -> list[tuple[str, int]]:
+    """When a channel tries again to reach a service that is not there; on one machine, trying costs next to nothing."""
+    return [
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 100 if address.startswith("unix:") else 1_000),
+    ]
 
 
 def keepalive_options(address: str) -> list[tuple[str, int]]:
@@ -78,4 +84,4 @@ def _options_and_credentials(
     """Options and credentials; without these, it is plain text."""
     tls = internal_client_tls(settings, address)
     credentials = None if tls is None else tls.channel_credentials("internal_tls")
-    return channel_options(settings) + keepalive_options(address), credentials
+    return channel_options(settings) + reconnect_options(address) + keepalive_options(address), credentials

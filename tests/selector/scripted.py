@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mosel.config import Settings
 from mosel.modality import FUSION
+from mosel.runtime.channels import open_channel
 from mosel.runtime.health import Context, Health
 from mosel.v1 import arena_pb2, encoder_pb2, fusion_pb2, selector_pb2, selector_pb2_grpc, service_pb2, tensor_pb2
 from selector.core.stages import service_name
@@ -286,7 +287,7 @@ async def selector_of(settings: Settings) -> AsyncIterator[Selector]:
     """A selector that serves inside the block, as a process of its own."""
     environment = os.environ | settings.as_environment()
     process = await asyncio.create_subprocess_exec(sys.executable, "-m", "selector", env=environment)
-    async with grpc.aio.insecure_channel(settings.selector_address) as channel:
+    async with open_channel(settings, settings.selector_address) as channel:
         try:
             yield Selector(selector_pb2_grpc.SelectorStub(channel), process)
         finally:
