@@ -6,8 +6,11 @@ from contextlib import AsyncExitStack
 import pytest
 
 from mosel.config import Settings
-from mosel.modality import FUSION
-from tests.selector.scripted import ScriptedService, private_folder
+from mosel.modality import FUSION, format_set
+from mosel.packages.model_package import ModelPackage
+from mosel.profiles.files import CallCost, Point, profile_file, quick_profile, save_profile
+from mosel.profiles.hardware import this_hardware
+from tests.selector.scripted import ScriptedService, Selector, private_folder, selector_of, until
 
 Services = dict[str, ScriptedService]
 
@@ -29,3 +32,22 @@ async def scripted(settings: Settings) -> AsyncIterator[Services]:
     async with AsyncExitStack() as entered:
         lanes = ("photo", "scent", FUSION)
         yield {lane: await entered.enter_async_context(ScriptedService(settings, lane)) for lane in lanes}
+
+
+@pytest.fixture
+def measured(settings: Settings, fruit: ModelPackage) -> None:
+    """The latencies of `fruit` are kept: a selector that starts need not measure them."""
+    hardware, points = this_hardware(settings, "cpu"), (Point(batch_size=1, p50_ms=1.0, p95_ms=1.0),)
+    fusion = dict.fromkeys(map(format_set, fruit.accuracy.sets), points)
+    calls = dict.fromkeys((*fruit.modalities, FUSION), CallCost(overhead_ms=0.1))
+    profile = quick_profile(fruit, hardware, dict.fromkeys(fruit.modalities, points), fusion, calls)
+    save_profile(profile, profile_file(fruit, hardware, settings))
+
+
+@pytest.fixture
+async def selector(settings: Settings, scripted: Services, measured: None) -> AsyncIterator[Selector]:
+    """A process that knows all services, and whose model is ready."""
+    async with selector_of(settings) as selector:
+        async with selector.connected() as stream:
+            await until(lambda: all(state.ready for state in stream.models().values()), "the model is ready")
+        yield selector

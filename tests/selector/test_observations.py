@@ -52,14 +52,6 @@ class Observer:
         return ended.value.code(), ended.value.details() or ""
 
 
-@pytest.fixture
-async def selector(settings: Settings, scripted: Services) -> AsyncIterator[Selector]:
-    async with selector_of(settings) as selector:
-        async with selector.connected() as stream:
-            await until(lambda: all(state.ready for state in stream.models().values()), "the model is ready")
-        yield selector
-
-
 @contextlib.asynccontextmanager
 async def observing(selector: Selector) -> AsyncIterator[tuple[Stream, str, Observer]]:
     """A gateway, the model, and whoever observes it; at the end nothing is held."""
@@ -157,7 +149,7 @@ async def test_who_fixed_its_modalities_or_sent_less_is_not_observed(selector: S
 
 
 async def test_what_was_on_its_way_as_a_path_when_it_began_is_not_observed(
-    settings: Settings, scripted: Services
+    settings: Settings, scripted: Services, measured: None
 ) -> None:
     fusion = scripted[FUSION]
     fusion.joined = {"photo", "scent"}
@@ -294,7 +286,7 @@ async def test_it_ends_when_the_model_is_unloaded(selector: Selector, scripted: 
         assert not scripted[FUSION].models
 
 
-async def test_it_ends_when_the_selector_stops(settings: Settings, scripted: Services) -> None:
+async def test_it_ends_when_the_selector_stops(settings: Settings, scripted: Services, measured: None) -> None:
     async with selector_of(settings) as selector, selector.connected() as stream:
         await until(lambda: all(state.ready for state in stream.models().values()), "the model is ready")
         observer = Observer(selector, f"fruit@{stream.models()['fruit'].revision}")

@@ -2,7 +2,6 @@
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
@@ -11,22 +10,13 @@ import pytest
 from mosel.config import Settings
 from mosel.packages.model_package import ModelPackage
 from mosel.v1 import arena_pb2, gateway_pb2, selector_pb2, service_pb2, tensor_pb2
-from tests.fruit_on_disk import measured
+from tests.fruit_on_disk import measured as measured_anew
 from tests.selector.conftest import Services
 from tests.selector.scripted import ScriptedService, Selector, Stream, job, selector_of, until
 
 ARENA = arena_pb2.AnnouncedArena(
     arena=arena_pb2.ArenaDescription(arena_id=1, epoch=1, rung=tensor_pb2.POSIX_SHM), nonce=b"n" * 16
 )
-
-
-@pytest.fixture
-async def selector(settings: Settings, scripted: Services) -> AsyncIterator[Selector]:
-    """One that knows all services, and whose model is ready."""
-    async with selector_of(settings) as selector:
-        async with selector.connected() as stream:
-            await until(lambda: all(state.ready for state in stream.models().values()), "the model is ready")
-        yield selector
 
 
 def model_of(stream: Stream) -> str:
@@ -94,12 +84,12 @@ def models_of_two(models_dir: Path, tmp_path: Path, fruit: ModelPackage) -> Path
     for file in ("model.toml", "accuracy.json"):
         text = (nut / file).read_text().replace('"fruit"', '"nut"').replace("scent", "taste")
         (nut / file).write_text(text)
-    measured(nut)
+    measured_anew(nut)
     return tmp_path / "models"
 
 
 async def test_nothing_is_left_of_a_model_that_could_not_be_loaded(
-    settings: Settings, scripted: Services, models_of_two: Path
+    settings: Settings, scripted: Services, measured: None, models_of_two: Path
 ) -> None:
     settings = settings.model_copy(update={"models_dir": models_of_two})
     request = gateway_pb2.LoadModelRequest(model="nut")
