@@ -26,6 +26,8 @@ MODEL = "digits"
 _READY_TIMEOUT_S = 300.0
 # Before anything is compared with it, a service has worked for so long.
 _WARM_UP_S = 5.0
+# How long it is measured what the services can answer.
+_CAPACITY_S = 2.0
 # About what a job of the load has, and enough of them to keep the services busy.
 _JOB_ITEMS, _IN_FLIGHT = 3, 8
 # That requests bring some of; more than the largest job has.
@@ -162,7 +164,7 @@ def chaos(options: Options, profiles_dir: Path | None = None) -> Report:
 def _capacity(launcher: Launcher, truth: Truth) -> float:
     """Jobs per second that the services answer from every modality; measured, for they share cores with the load."""
     payloads = truth.rows(0, _JOB_ITEMS)
-    return closed_loop(launcher, MODEL, payloads, _IN_FLIGHT, _WARM_UP_S).items_per_s / _JOB_ITEMS
+    return closed_loop(launcher, MODEL, payloads, _IN_FLIGHT, _CAPACITY_S).items_per_s / _JOB_ITEMS
 
 
 class _Sending:

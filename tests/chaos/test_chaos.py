@@ -13,11 +13,14 @@ _LATE_S, _AGAIN_S = 20.0, 90.0
 
 
 @pytest.mark.timeout(480)
-@pytest.mark.parametrize(("placement", "seconds"), [("single", 8), ("services", 18)])
+@pytest.mark.parametrize(
+    ("placement", "seconds"), [("single", 8), ("services", 8), pytest.param("services", 60, marks=pytest.mark.slow)]
+)
 def test_under_kills_every_request_ends_right_and_nothing_is_left(
     profiles_dir: Path, placement: str, seconds: float
 ) -> None:
-    report = chaos(Options(seconds=seconds, kills=2, load=0.25, placement=placement, seed=1))
+    # With this seed, fusion is killed first, then the gateway while shared memory is full.
+    report = chaos(Options(seconds=seconds, kills=2, load=0.25, placement=placement, seed=8))
     Console(width=160, highlight=False).print(tables(report))
     assert report.wrong() == []
     assert any(not ended.error and ended.full for ended in report.ended)
