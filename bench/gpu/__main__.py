@@ -31,14 +31,16 @@ class Step:
 
 def steps(out: Path, device: str) -> list[Step]:
     """The parts in their order; their limits together stay under nine minutes. A rehearsal is as short as it can be."""
+    served: tuple[str, ...] = ()
     transport: tuple[str, ...] = ("--messages", "5000", "--kills", "4")
     overhead: tuple[str, ...] = ("--rounds", "2", "--seconds", "1")
     if device == "cpu":
+        served = ("--models", "digits")
         transport = ("--messages", "100", "--kills", "1", "--largest-mib", "1", "--repeats", "5")
         overhead = ("--rounds", "1", "--seconds", "0.1")
     report = ("bench.gpu.transport", "--out", str(out / "transport.md"))
     return [
-        Step("served", "Predictions of the services against the processor", ("bench.gpu.served",), 120),
+        Step("served", "Predictions of the services against the processor", ("bench.gpu.served", *served), 120),
         Step("tests", "The tests marked gpu", _TESTS, 110),
         Step("transport", "Device memory between two processes", (*report, *transport), 170),
         Step("overhead", "What the services cost", ("bench.overhead", *overhead), 110),

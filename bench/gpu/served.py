@@ -3,6 +3,7 @@
 python -m bench.gpu.served
 """
 
+import argparse
 import contextlib
 import os
 from collections.abc import Iterator
@@ -27,7 +28,9 @@ _MOST = 5e-3
 
 def main() -> None:
     """Prints a list in Markdown; exits with 1 where predictions differ or embeddings do not stay on the GPU."""
-    settings = load_settings(models=_MODELS, gateway=FREE_PORTS)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.served", description=__doc__)
+    parser.add_argument("--models", nargs="+", default=_MODELS, help="which are served")
+    settings = load_settings(models=tuple(parser.parse_args().models), gateway=FREE_PORTS)
     device = networks.choose_device(settings.device)
     failures = list[str]()
     for placement, rung in _RUNGS.items():
