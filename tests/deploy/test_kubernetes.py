@@ -1,5 +1,7 @@
 """The manifests: every overlay is rendered by kustomize, and checked against the schemas of Kubernetes."""
 
+import copy
+import functools
 import re
 import shutil
 import subprocess
@@ -37,10 +39,11 @@ def program() -> list[str] | None:
 
 @pytest.fixture(scope="session")
 def rendered() -> Callable[[str], list[Manifest]]:
-    """The manifests of an overlay."""
+    """The manifests of an overlay; a test may change them."""
+    command = program()
 
-    def render(overlay: str) -> list[Manifest]:
-        command = program()
+    @functools.cache
+    def manifests(overlay: str) -> list[Manifest]:
         if command is None:
             pytest.skip("neither kustomize nor kubectl 1.27 here")
         made = subprocess.run(
@@ -50,7 +53,7 @@ def rendered() -> Callable[[str], list[Manifest]]:
         assert "deprecated" not in made.stderr
         return [manifest for manifest in yaml.safe_load_all(made.stdout) if manifest]
 
-    return render
+    return lambda overlay: copy.deepcopy(manifests(overlay))
 
 
 @pytest.fixture(params=sorted(OLDEST))
