@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.frontier import OVERHEADS, all_mixes, excess, optima, random_profile
@@ -106,6 +106,8 @@ def test_small_jobs_have_exact_frontiers_though_their_sets_share_encoders(profil
         assert cheapest_ms(found, accuracy) <= cost_ms + 1e-6
 
 
+# To draw a profile of 31 sets takes long.
+@settings(max_examples=40)
 @given(profile=profiles(subsets("abcde"), any_curves))
 def test_jobs_of_one_item_have_exact_frontiers_however_many_sets_there_are(profile: ModelProfile) -> None:
     sets = tuple(profile.accuracy)

@@ -278,10 +278,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.next(self.now) == Wait(None)
 
 
+@pytest.mark.parametrize("examples", [40, pytest.param(400, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("policy", sorted(POLICIES))
-def test_no_floor_is_undercut_and_nothing_is_done_twice_or_forgotten(policy: str) -> None:
+def test_no_floor_is_undercut_and_nothing_is_done_twice_or_forgotten(policy: str, examples: int) -> None:
     machine = type("Machine", (SchedulerMachine,), {"policy": policy})
-    run_state_machine_as_test(machine, settings=settings(max_examples=80, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=40, deadline=None))
 
 
 def test_the_profiles_have_sets_that_more_modalities_make_worse() -> None:

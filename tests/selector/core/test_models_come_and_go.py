@@ -104,8 +104,10 @@ class ModelsMachine(SchedulerMachine):
             assert self.retired == {}
 
 
-def test_jobs_keep_their_models_and_nothing_is_left_of_those_that_go() -> None:
-    run_state_machine_as_test(ModelsMachine, settings=settings(max_examples=120, stateful_step_count=40, deadline=None))
+@pytest.mark.parametrize("examples", [50, pytest.param(500, marks=pytest.mark.slow)])
+def test_jobs_keep_their_models_and_nothing_is_left_of_those_that_go(examples: int) -> None:
+    run_settings = settings(max_examples=examples, stateful_step_count=40, deadline=None)
+    run_state_machine_as_test(ModelsMachine, settings=run_settings)
 
 
 def test_a_job_ends_with_the_model_that_it_began_with() -> None:
