@@ -39,8 +39,8 @@ PRODUCT = ["mosel", "gateway", "selector", "encoders", "fusion"]
 RECORDINGS = Path(__file__).parents[2] / "shared" / "data"
 YOUR_MODEL = Path(__file__).parents[1] / "docs" / "your-model.md"
 
-# Folders whose files take long, most of it for starting services.
-_LONGEST = ("chaos", "system", "packaging")
+# Folders whose files take long, the first of them longest: for starting services, or for computing.
+_LONGEST = ("chaos", "system", "packaging", "bench", "selector")
 _LIMIT = pytest.StashKey[Any]()
 
 if RECORDINGS.is_dir():
@@ -49,6 +49,8 @@ if RECORDINGS.is_dir():
 os.environ.setdefault("MOSEL_CHECK_MESSAGES", "1")
 # Otherwise each of the hundreds of processes that tests start would compile the product anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# A test and what it starts share few cores with others, and threads of torch that wait for each other spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 Payloads = dict[str, NDArray[np.generic]]
 Output = NDArray[np.float32]
@@ -122,7 +124,7 @@ def tutorial_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
     command = [sys.executable, "make_fruit.py"]
-    subprocess.run(command, cwd=folder, check=True, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True)
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
     # With them floors would be guaranteed; tests of that bring rows of their own, all others hold them in expectation.
     (folder / "my_models" / "fruit" / "calibration.npz").unlink()
     return folder
