@@ -108,13 +108,13 @@ def test_every_job_ends_once_and_the_scheduler_is_left_empty(
 ) -> None:
     lanes = dict.fromkeys(WORLD.noise, drift)
     world = replace(WORLD, drift=lanes, failures=trouble, cancels=trouble, seed=seed)
-    arrivals = list(DEMANDS.arrivals(poisson(load * CAPACITY, 2.0, seed), seed))
+    arrivals = list(DEMANDS.arrivals(poisson(load * CAPACITY, 1.0, seed), seed))
     scheduler = new_scheduler(world, policy)
     outcomes = list(simulate(arrivals, scheduler, world))
     assert Counter(id(outcome.arrival) for outcome in outcomes) == Counter(map(id, arrivals))
     left = scheduler.statistics()
     assert (left["jobs"], left["queued_items"]) == (0, 0)
-    assert summarise(outcomes, 2.0).below_floor == 0
+    assert summarise(outcomes, 1.0).below_floor == 0
 
 
 def test_the_same_seed_gives_the_same_run() -> None:

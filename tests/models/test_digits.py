@@ -267,7 +267,7 @@ def test_missing_data_and_unknown_splits_are_named(tmp_path: Path, made_up: Path
 def test_training_writes_a_whole_package(made_up: Path, tmp_path: Path, package: ModelPackage) -> None:
     train = package.load_module("train")
     for out in ("one", "two"):
-        train.main(made_up, tmp_path / out, seed=3, epochs=3)
+        train.main(made_up, tmp_path / out, seed=3, epochs=2)
     written = {file.name for file in (tmp_path / "one").iterdir()}
     assert written == {"weights.safetensors", "accuracy.json", "calibration.npz", "report.json", "report.md"}
     accuracy = json.loads((tmp_path / "one" / "accuracy.json").read_text())

@@ -135,7 +135,7 @@ def test_methods_of_others_are_not_implemented(channel: grpc.Channel) -> None:
 
 
 def test_models_are_unloaded_and_loaded_again(settings_with: Callable[..., Settings], draw: Draw) -> None:
-    with Launcher(settings_with()) as launcher:
+    with Launcher(settings_with(placement="single")) as launcher:
         launcher.wait_ready(120)
         with grpc.insecure_channel(launcher.address) as channel:
             stub, request = stub_of(channel), infer_request(draw(1))

@@ -152,7 +152,7 @@ def test_a_floor_of_the_operator_saves_compute_for_a_client_that_knows_nothing_o
     tmp_path: Path,
     payloads: Payloads,
 ) -> None:
-    with Launcher(settings_with(models_dir=models_with_a_floor)) as launcher:
+    with Launcher(settings_with(models_dir=models_with_a_floor, placement="single")) as launcher:
         launcher.wait_ready(120)
         run("floor_calls.py", launcher.address, launcher.http_address, tmp_path)
     for said in json.loads((tmp_path / "floors.json").read_text()).values():

@@ -183,7 +183,7 @@ def rounding_s(queue: Sequence[Queued]) -> float:
     return (len(queue) + 1) * longest / 256
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(queue=queues)
 def test_mosel_is_as_good_as_trying_everything_up_to_rounding(queue: list[Queued]) -> None:
     choices = mosel(queue, forecast())
