@@ -12,7 +12,7 @@ import grpc
 from gateway.outbox import Outbox, slots_of, stamp
 from mosel.config import Settings
 from mosel.deadline import Deadline
-from mosel.errors import InternalError, MoselError, PackageError, ServiceUnavailable, Unreachable
+from mosel.errors import InputsNeeded, InternalError, MoselError, PackageError, ServiceUnavailable, Unreachable
 from mosel.runtime.background import Background
 from mosel.runtime.channels import open_channel
 from mosel.runtime.service import MAX_DEADLINE_S
@@ -295,7 +295,7 @@ class SelectorLink:
         elif kind == "failure":
             failure = message.failure
             error = error_from_number(failure.status_code, failure.message, failure.retry_after_ms)
-            self._answer(failure.job_id, error)
+            self._answer(failure.job_id, InputsNeeded(failure.message, failure.send) if failure.send else error)
         elif kind == "release":
             self._release(message.release.slots)
         elif kind == "transport":

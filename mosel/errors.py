@@ -11,7 +11,8 @@
     │   │   └── JobElsewhere        another gateway has it, or had it       NOT_FOUND
     │   └── Unreachable             no modality set is good enough          FAILED_PRECONDITION
     │       ├── FloorUnreachable    not accurate enough                     FAILED_PRECONDITION
-    │       └── DeadlineUnreachable accurate enough, but not fast enough    FAILED_PRECONDITION
+    │       ├── DeadlineUnreachable accurate enough, but not fast enough    FAILED_PRECONDITION
+    │       └── InputsNeeded        not with what was sent of what there is FAILED_PRECONDITION
     ├── ServiceError            this system's state
     │   ├── Overloaded              a bound is reached; try again later     RESOURCE_EXHAUSTED
     │   ├── DeadlineExceeded        the time the caller gave is over        DEADLINE_EXCEEDED
@@ -29,6 +30,8 @@
 Messages are written for the person who reads them: they name the field or setting, what it holds and what was
 expected.
 """
+
+from collections.abc import Iterable
 
 
 class MoselError(Exception):
@@ -86,6 +89,19 @@ class FloorUnreachable(Unreachable):
 
 class DeadlineUnreachable(Unreachable):
     """No modality set that is accurate enough is as fast as the request demands, even on an idle system."""
+
+
+class InputsNeeded(Unreachable):
+    """What was sent does not do, and more of what the caller has would.
+
+    Args:
+        message: what was sent, and what to send.
+        modalities: what to send.
+    """
+
+    def __init__(self, message: str, modalities: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.modalities = tuple(sorted(modalities))
 
 
 class ServiceError(MoselError):

@@ -12,6 +12,7 @@ from mosel.errors import (
     DeadlineExceeded,
     DeadlineUnreachable,
     FloorUnreachable,
+    InputsNeeded,
     InternalError,
     InvalidRequest,
     JobCancelled,
@@ -32,6 +33,8 @@ from mosel.errors import (
 RETRY_AFTER = "retry-after-ms"
 # The gateway that was asked for a job of another.
 _ASKED = "mosel-asked"
+# What to send, where more of what the caller has is needed.
+_SEND = "mosel-send"
 # Of the beginning and of the end of a message, which says what was expected. Each character may take 12 bytes of the
 # trailer, which callers read up to 8 KiB of.
 _SHOWN_FIRST, _SHOWN_LAST = 300, 300
@@ -47,6 +50,7 @@ STATUS: dict[type[MoselError], grpc.StatusCode] = {
     Unreachable: grpc.StatusCode.FAILED_PRECONDITION,
     FloorUnreachable: grpc.StatusCode.FAILED_PRECONDITION,
     DeadlineUnreachable: grpc.StatusCode.FAILED_PRECONDITION,
+    InputsNeeded: grpc.StatusCode.FAILED_PRECONDITION,
     PackageError: grpc.StatusCode.FAILED_PRECONDITION,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -77,6 +81,7 @@ HTTP_STATUS: dict[type[MoselError], int] = {
     Unreachable: 422,
     FloorUnreachable: 422,
     DeadlineUnreachable: 422,
+    InputsNeeded: 422,
     Overloaded: 429,
     DeadlineExceeded: 504,
     # Those who get it are others than those who went away; nginx gave it its number.
@@ -109,9 +114,11 @@ def http_status_of(error: BaseException) -> int:
 
 
 def http_headers_of(error: BaseException) -> dict[str, str]:
-    """When to try again, as HTTP says it in seconds and in milliseconds, or that a token is wanted; or nothing."""
+    """When to try again, as HTTP says it in seconds and in milliseconds, what is wanted besides; or nothing."""
     if isinstance(error, Unauthenticated):
         return {"www-authenticate": "Bearer"}
+    if isinstance(error, InputsNeeded):
+        return {_SEND: ",".join(error.modalities)}
     wait_ms = retry_after_ms(error)
     return {"retry-after": str(math.ceil(wait_ms / 1000)), RETRY_AFTER: str(wait_ms)} if wait_ms else {}
 
@@ -170,6 +177,8 @@ def error_from_rpc(
     if status is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in details:
         return PayloadTooLarge(f"{details} (setting transport.max_message_mib): send fewer items")
     found = error_from(status, details or f"service {peer} answered {status.name}", retry_hint_ms(error))
+    if send := _trailers(error).get(_SEND):
+        return InputsNeeded(str(found), send.split(","))
     meant = (instead or {}).get(type(found))
     return meant(str(found)) if meant else found
 
@@ -178,6 +187,8 @@ def trailers_of(error: MoselError) -> tuple[tuple[str, str], ...]:
     """What the status of an error cannot say."""
     if isinstance(error, JobElsewhere):
         return ((_ASKED, error.asked),)
+    if isinstance(error, InputsNeeded):
+        return ((_SEND, ",".join(error.modalities)),)
     wait_ms = retry_after_ms(error)
     return ((RETRY_AFTER, str(wait_ms)),) if wait_ms else ()
 

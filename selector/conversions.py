@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from mosel.errors import InvalidRequest, MoselError
+from mosel.errors import InputsNeeded, InvalidRequest, MoselError
 from mosel.modality import FUSION, format_set, parse_set
 from mosel.packages.calibration import Calibration
 from mosel.profiles.files import CallCost, Point, Profile
@@ -22,6 +22,8 @@ _GUARANTEES = {
     Guarantee.ESTIMATE: gateway_pb2.ESTIMATE,
 }
 _EFFORTS = {gateway_pb2.CHEAPEST: Effort.CHEAPEST, gateway_pb2.BEST: Effort.BEST}
+# How long callers may go by what they were told to send. Each answer says it anew, so it ends only where none comes.
+_ADVICE_VALID_S, _ADVICE_VALID_JOBS = 10.0, 64
 # One row of a tensor.
 Place = tuple[tensor_pb2.TensorRef, int]
 
@@ -42,6 +44,9 @@ def job_from(description: selector_pb2.JobDescription, now: float) -> Job:
         raise InvalidRequest("size is 0; expected at least one item")
     if not description.modalities:
         raise InvalidRequest("modalities is empty; expected at least one")
+    available = frozenset(description.available)
+    if available and not available.issuperset(description.modalities):
+        raise InvalidRequest(f"available is {sorted(available)}; expected {sorted(description.modalities)} among them")
     deadline = _deadline_of(description, now)
     late_s = max(description.expiry_us - description.budget_us, 0) / 1e6
     return Job(
@@ -57,6 +62,7 @@ def job_from(description: selector_pb2.JobDescription, now: float) -> Job:
         priority=description.priority or NORMAL_PRIORITY,
         max_accuracy_loss=description.max_accuracy_loss if description.HasField("max_accuracy_loss") else None,
         expires=deadline + late_s if description.late_ok else None,
+        available=available,
     )
 
 
@@ -78,7 +84,15 @@ def failure_from(job_id: bytes, error: MoselError) -> selector_pb2.JobFailure:
         status_code=status_number(error),
         message=str(error),
         retry_after_ms=retry_after_ms(error),
+        send=error.modalities if isinstance(error, InputsNeeded) else (),
     )
+
+
+def upload_advice(wanted: frozenset[str]) -> gateway_pb2.UploadAdvice | None:
+    """What callers are told of what their next jobs should bring; None if there is nothing to say."""
+    if not wanted:
+        return None
+    return gateway_pb2.UploadAdvice(modalities=sorted(wanted), valid_s=_ADVICE_VALID_S, valid_jobs=_ADVICE_VALID_JOBS)
 
 
 def assurance_message(
@@ -104,7 +118,7 @@ def assurance_message(
 
 def plan_reply(plan: Plan, source: gateway_pb2.FloorSource.ValueType) -> gateway_pb2.PlanReply:
     """The answer to a caller that asked for a plan; `source` as of `assurance_message`."""
-    reply = gateway_pb2.PlanReply(refusal=plan.refusal)
+    reply = gateway_pb2.PlanReply(refusal=plan.refusal, upload=upload_advice(plan.wanted))
     reply.frontier.extend(_strategy(strategy, idle_ms) for strategy, idle_ms in plan.frontier)
     if plan.chosen is not None:
         reply.chosen.CopyFrom(_strategy(plan.chosen, plan.latency_ms))

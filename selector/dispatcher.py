@@ -38,6 +38,7 @@ from selector.conversions import (
     job_from,
     plan_reply,
     slots_in,
+    upload_advice,
 )
 from selector.core.emission import Emission
 from selector.core.jobs import Call, EncodeCall, Ended, FuseCall, Wait
@@ -223,8 +224,7 @@ class Dispatcher:
                 self._scheduler.lane(event.lane, True, event.resource, event.joined)
             case LaneDown():
                 for job_id in self._scheduler.lane(event.lane, False):
-                    error = ServiceUnavailable(f"service {service_name(event.lane)} went away")
-                    self._fail(self._jobs[job_id], error)
+                    self._lose(self._jobs[job_id], ServiceUnavailable(f"service {service_name(event.lane)} went away"))
             case LaneLeaving():
                 self._scheduler.leaving(event.lane)
                 self._work.start(_drained(event, list(self._jobs.values())), f"drain {event.lane}")
@@ -238,7 +238,7 @@ class Dispatcher:
             reason = self._reason_of(call.call, event.error)
             self._observer.lost(call, reason)
             for job_id in self._scheduler.failed(call.call, now):
-                self._fail(self._jobs[job_id], reason)
+                self._lose(self._jobs[job_id], reason)
             return
         self._observer.returned(call, event.reply.compute_us)
         self.observations.computed(call.call.model, event.reply.compute_us)
@@ -361,11 +361,15 @@ class Dispatcher:
             compute_us=round((now - started_at) * 1e6),
             unavailable_modalities=sorted(work.without),
             assurance=assurance_message(outcome.assurance, outcome.saved, job.floor_source),
+            upload=upload_advice(self._scheduler.wanted(work)) if work.job.available else None,
         )
         job.session.send(result=result)
         self._observer.answered(job, now)
         self.observations.answered(job)
         self._forget(job)
+
+    def _lose(self, job: JobInFlight, error: MoselError) -> None:
+        self._fail(job, self._scheduler.lost(job.work, error))
 
     def _fail(self, job: JobInFlight, error: MoselError) -> None:
         self._observer.failed(job, error)

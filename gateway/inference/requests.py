@@ -36,7 +36,7 @@ _EFFORTS = {"cheapest": gateway_pb2.CHEAPEST, "best": gateway_pb2.BEST}
 _FLAGS = {True: True, False: False}
 _KNOWN = (
     *("min_accuracy", "latency_slo_ms", "modalities", "policy", "priority", "timeout", "effort", "late_ok"),
-    "max_accuracy_loss",
+    *("max_accuracy_loss", "available"),
 )
 # The protocol's own, and MLServer's, which say how tensors are written or ask for what every answer is.
 _IGNORED = {
@@ -116,12 +116,13 @@ def _job(parameters: Parameters, package: ModelPackage, payloads: Payloads, own_
         "max_accuracy_loss": _number,
         "latency_slo_ms": _number,
         "modalities": _names,
+        "available": _names,
         "priority": lambda name, value: checked_priority(_whole(name, value)),
         "effort": partial(_one_of, _EFFORTS),
         "late_ok": partial(_one_of, _FLAGS),
     }
     fields = {name: read(name, parameters[name]) for name, read in readers.items() if name in parameters}
-    job = check_fields("inputs", gateway_pb2.JobSpec(model=package.name, **fields), package, payloads)
+    job = check_fields("inputs", gateway_pb2.PredictRequest(model=package.name, **fields), package, payloads)
     policy = _one_of({name: name for name in (_RUN_ALL, own_policy)}, "policy", parameters.get("policy", own_policy))
     return replace(job, exact=job.exact or policy == _RUN_ALL)
 

@@ -62,6 +62,7 @@ def respond(request: InferRequest, answer: Answer) -> InferResponse:
             "compute_ms": answer.compute_ms,
             "deadline_slack_ms": answer.deadline_slack_ms,
             **({"modalities_unavailable": away} if away else {}),
+            **({"upload": ",".join(answer.upload.modalities)} if answer.upload else {}),
             **words_of(answer.assurance),
         },
         outputs=[

@@ -34,6 +34,7 @@ class Answer:
         deadline_slack_ms: milliseconds that were left; negative if it is late.
         unavailable_modalities: those that would have been run, had their encoders been there; sorted.
         assurance: what the accuracy stands on; None: the selector does not say.
+        upload: what the next job like it should bring; None: its caller did not say what it has.
     """
 
     job: CheckedJob
@@ -47,6 +48,7 @@ class Answer:
     deadline_slack_ms: float
     unavailable_modalities: Sequence[str]
     assurance: gateway_pb2.Assurance | None = None
+    upload: gateway_pb2.UploadAdvice | None = None
 
 
 def answer_from(job: CheckedJob, groups: Groups, result: selector_pb2.JobResult, slack_ms: float) -> Answer:
@@ -82,6 +84,7 @@ def answer_from(job: CheckedJob, groups: Groups, result: selector_pb2.JobResult,
         deadline_slack_ms=slack_ms,
         unavailable_modalities=tuple(result.unavailable_modalities),
         assurance=assurance_of(result),
+        upload=result.upload if result.HasField("upload") else None,
     )
 
 
@@ -99,6 +102,7 @@ def predict_reply(answer: Answer) -> gateway_pb2.PredictReply:
         deadline_slack_ms=answer.deadline_slack_ms,
         unavailable_modalities=answer.unavailable_modalities,
         assurance=answer.assurance,
+        upload=answer.upload,
     )
 
 

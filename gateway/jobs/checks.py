@@ -1,8 +1,8 @@
 """From request to checked job. Knows no gRPC and no sockets."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -48,7 +48,7 @@ class CheckedJob:
 
     Attributes:
         size: items.
-        modalities: those that may be run, sorted.
+        modalities: those that were sent and may be run, sorted.
         min_accuracy: the floor, 0..1, or None.
         latency_slo_ms: the caller's deadline in milliseconds, or None.
         exact: the caller named the modalities and gave no floor: all of them are run.
@@ -57,6 +57,7 @@ class CheckedJob:
         max_accuracy_loss: the other kind of floor: the most accuracy that may be lost against running everything that
             was sent, 0..1, or None.
         floor_source: whose floor it is, once that is known (`gateway.jobs.floors`).
+        available: what the caller has and may be run, `modalities` among it, sorted; empty: it did not say.
     """
 
     package: ModelPackage
@@ -70,6 +71,7 @@ class CheckedJob:
     priority: int = 0
     max_accuracy_loss: float | None = None
     floor_source: gateway_pb2.FloorSource.ValueType = gateway_pb2.FLOOR_SOURCE_UNSPECIFIED
+    available: tuple[str, ...] = ()
 
     def payload_bytes(self) -> dict[str, int]:
         """Bytes of each payload."""
@@ -100,12 +102,14 @@ def check_request(
     return check_fields("payloads", request, package, payloads), payloads
 
 
-def check_fields(field: str, fields: JobFields, package: ModelPackage, payloads: Payloads) -> CheckedJob:
+def check_fields(
+    field: str, fields: gateway_pb2.PredictRequest, package: ModelPackage, payloads: Payloads
+) -> CheckedJob:
     """Checks what is asked for items whose payloads are known to be sound.
 
     Args:
         field: names the payloads in messages.
-        fields: what is asked for.
+        fields: what is asked for; the payloads in it do not matter.
         package: the model.
         payloads: by modality.
 
@@ -113,12 +117,20 @@ def check_fields(field: str, fields: JobFields, package: ModelPackage, payloads:
         InvalidRequest: names the field, what it holds and what was expected.
     """
     named = set(fields.modalities)
+    allowed = named or payloads.keys()
+    if available := tuple(fields.available):
+        allowed = named or set(available)
+        _check_available(field, available, package, payloads)
     for name in fields.modalities if named else ():
-        if name not in payloads:
-            raise InvalidRequest(f"modalities has '{name}'; expected some of the {field}: {', '.join(payloads)}")
-    modalities = tuple(sorted(named or payloads))
+        if name not in (available or payloads):
+            what = f"'available': {', '.join(available)}" if available else f"the {field}: {', '.join(payloads)}"
+            raise InvalidRequest(f"modalities has '{name}'; expected some of {what}")
+    modalities = tuple(sorted(allowed & payloads.keys()))
+    if not modalities:
+        raise InvalidRequest(f"{field} are {', '.join(payloads)}; expected some of the modalities: {', '.join(named)}")
     exact = bool(named) and not (fields.HasField("min_accuracy") or fields.HasField("max_accuracy_loss"))
-    return _job(fields, package, size_of(payloads), modalities, exact)
+    job = _job(fields, package, size_of(payloads), modalities, exact)
+    return replace(job, available=tuple(sorted(allowed))) if available else job
 
 
 def check_spec(spec: gateway_pb2.JobSpec, packages: Mapping[str, ModelPackage], max_items: int) -> CheckedJob:
@@ -216,6 +228,15 @@ def _job(
         raise InvalidRequest(f"effort is {effort}; expected CHEAPEST, BEST or none")
     priority = checked_priority(request.priority)
     return CheckedJob(package, size, modalities, floor, slo, exact, effort, request.late_ok, priority, loss)
+
+
+def _check_available(field: str, available: Sequence[str], package: ModelPackage, payloads: Payloads) -> None:
+    """Checks what the caller says that it has."""
+    for name in available:
+        if name not in package.modalities:
+            raise InvalidRequest(f"available has '{name}'; expected some of {', '.join(package.modalities)}")
+    if missing := payloads.keys() - set(available):
+        raise InvalidRequest(f"available lacks '{min(missing)}'; expected all of the {field}: {', '.join(payloads)}")
 
 
 def _fraction(request: JobFields, field: Literal["min_accuracy", "max_accuracy_loss"]) -> float | None:

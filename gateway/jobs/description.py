@@ -15,6 +15,7 @@ def describe(job: Job) -> selector_pb2.JobDescription:
         model=checked.package.id,
         size=checked.size,
         modalities=checked.modalities,
+        available=checked.available,
         min_accuracy=checked.min_accuracy,
         max_accuracy_loss=checked.max_accuracy_loss,
         floor_source=checked.floor_source,

@@ -37,6 +37,7 @@ class _Refusal:
             and job.package is mine.package
             and job.size >= mine.size
             and job.modalities == mine.modalities
+            and job.available == mine.available
             and job.exact == mine.exact
             and job.priority == mine.priority
             and _is_at_least(job.min_accuracy, mine.min_accuracy)

@@ -216,6 +216,7 @@ class PredictRequest(_message.Message):
     LATE_OK_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     MAX_ACCURACY_LOSS_FIELD_NUMBER: _builtins.int
+    AVAILABLE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     min_accuracy: _builtins.float
     """The least accuracy, 0..1, on average over items that are served so: guaranteed where the model has calibration
@@ -241,6 +242,12 @@ class PredictRequest(_message.Message):
     def modalities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only these modalities may be run. Without a floor: exactly these are run. Empty: all that were sent."""
 
+    @_builtins.property
+    def available(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """For callers who send only what will be used (PlanReply.upload): the modalities that they have. Floors, losses and
+        what is saved count against all of these, the payloads included; only payloads are run. Empty: the payloads.
+        """
+
     def __init__(
         self,
         *,
@@ -253,10 +260,11 @@ class PredictRequest(_message.Message):
         late_ok: _builtins.bool = ...,
         priority: _builtins.int = ...,
         max_accuracy_loss: _builtins.float | None = ...,
+        available: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms", "_max_accuracy_loss", b"_max_accuracy_loss", "_min_accuracy", b"_min_accuracy", "latency_slo_ms", b"latency_slo_ms", "max_accuracy_loss", b"max_accuracy_loss", "min_accuracy", b"min_accuracy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms", "_max_accuracy_loss", b"_max_accuracy_loss", "_min_accuracy", b"_min_accuracy", "effort", b"effort", "late_ok", b"late_ok", "latency_slo_ms", b"latency_slo_ms", "max_accuracy_loss", b"max_accuracy_loss", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "payloads", b"payloads", "priority", b"priority"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms", "_max_accuracy_loss", b"_max_accuracy_loss", "_min_accuracy", b"_min_accuracy", "available", b"available", "effort", b"effort", "late_ok", b"late_ok", "latency_slo_ms", b"latency_slo_ms", "max_accuracy_loss", b"max_accuracy_loss", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "payloads", b"payloads", "priority", b"priority"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__latency_slo_ms: _TypeAlias = _typing.Literal["latency_slo_ms"]  # noqa: Y015
     _WhichOneofArgType__latency_slo_ms: _TypeAlias = _typing.Literal["_latency_slo_ms", b"_latency_slo_ms"]  # noqa: Y015
@@ -274,6 +282,39 @@ class PredictRequest(_message.Message):
 Global___PredictRequest: _TypeAlias = PredictRequest  # noqa: Y015
 
 @_typing.final
+class UploadAdvice(_message.Message):
+    """What jobs like this one should bring. Who asks again only when it is no longer valid needs no further calls, as each
+    answer renews it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODALITIES_FIELD_NUMBER: _builtins.int
+    VALID_S_FIELD_NUMBER: _builtins.int
+    VALID_JOBS_FIELD_NUMBER: _builtins.int
+    valid_s: _builtins.float
+    """Until when: so many seconds from now, and no more jobs than this, whichever ends first."""
+    valid_jobs: _builtins.int
+    @_builtins.property
+    def modalities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those of the modalities that the caller has which such jobs use; sorted."""
+
+    def __init__(
+        self,
+        *,
+        modalities: _abc.Iterable[_builtins.str] | None = ...,
+        valid_s: _builtins.float = ...,
+        valid_jobs: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["modalities", b"modalities", "valid_jobs", b"valid_jobs", "valid_s", b"valid_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadAdvice: _TypeAlias = UploadAdvice  # noqa: Y015
+
+@_typing.final
 class PredictReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -287,6 +328,7 @@ class PredictReply(_message.Message):
     DEADLINE_SLACK_MS_FIELD_NUMBER: _builtins.int
     UNAVAILABLE_MODALITIES_FIELD_NUMBER: _builtins.int
     ASSURANCE_FIELD_NUMBER: _builtins.int
+    UPLOAD_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job's id, 32 hexadecimal digits; also in every log line about the job."""
     expected_accuracy: _builtins.float
@@ -317,6 +359,10 @@ class PredictReply(_message.Message):
 
     @_builtins.property
     def assurance(self) -> Global___Assurance: ...
+    @_builtins.property
+    def upload(self) -> Global___UploadAdvice:
+        """What the next job like this one should bring; absent unless the request has `available`."""
+
     def __init__(
         self,
         *,
@@ -330,12 +376,15 @@ class PredictReply(_message.Message):
         deadline_slack_ms: _builtins.float = ...,
         unavailable_modalities: _abc.Iterable[_builtins.str] | None = ...,
         assurance: Global___Assurance | None = ...,
+        upload: Global___UploadAdvice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assurance", b"assurance", "output", b"output"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_upload", b"_upload", "assurance", b"assurance", "output", b"output", "upload", b"upload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assurance", b"assurance", "compute_ms", b"compute_ms", "deadline_slack_ms", b"deadline_slack_ms", "expected_accuracy", b"expected_accuracy", "job_id", b"job_id", "labels", b"labels", "modality_sets", b"modality_sets", "output", b"output", "queue_ms", b"queue_ms", "unavailable_modalities", b"unavailable_modalities"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_upload", b"_upload", "assurance", b"assurance", "compute_ms", b"compute_ms", "deadline_slack_ms", b"deadline_slack_ms", "expected_accuracy", b"expected_accuracy", "job_id", b"job_id", "labels", b"labels", "modality_sets", b"modality_sets", "output", b"output", "queue_ms", b"queue_ms", "unavailable_modalities", b"unavailable_modalities", "upload", b"upload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__upload: _TypeAlias = _typing.Literal["upload"]  # noqa: Y015
+    _WhichOneofArgType__upload: _TypeAlias = _typing.Literal["_upload", b"_upload"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__upload) -> _WhichOneofReturnType__upload | None: ...
 
 Global___PredictReply: _TypeAlias = PredictReply  # noqa: Y015
 
@@ -657,6 +706,7 @@ class PlanReply(_message.Message):
     CHOSEN_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
     ASSURANCE_FIELD_NUMBER: _builtins.int
+    UPLOAD_FIELD_NUMBER: _builtins.int
     refusal: _builtins.str
     """Why it would be refused; empty if it would not."""
     @_builtins.property
@@ -671,6 +721,10 @@ class PlanReply(_message.Message):
     def assurance(self) -> Global___Assurance:
         """What an answer by `chosen` would stand on."""
 
+    @_builtins.property
+    def upload(self) -> Global___UploadAdvice:
+        """What jobs like it should bring (PredictRequest.available); absent where no strategy can be had now."""
+
     def __init__(
         self,
         *,
@@ -678,19 +732,24 @@ class PlanReply(_message.Message):
         chosen: Global___Strategy | None = ...,
         refusal: _builtins.str = ...,
         assurance: Global___Assurance | None = ...,
+        upload: Global___UploadAdvice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_assurance", b"_assurance", "_chosen", b"_chosen", "assurance", b"assurance", "chosen", b"chosen"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_assurance", b"_assurance", "_chosen", b"_chosen", "_upload", b"_upload", "assurance", b"assurance", "chosen", b"chosen", "upload", b"upload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_assurance", b"_assurance", "_chosen", b"_chosen", "assurance", b"assurance", "chosen", b"chosen", "frontier", b"frontier", "refusal", b"refusal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_assurance", b"_assurance", "_chosen", b"_chosen", "_upload", b"_upload", "assurance", b"assurance", "chosen", b"chosen", "frontier", b"frontier", "refusal", b"refusal", "upload", b"upload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__assurance: _TypeAlias = _typing.Literal["assurance"]  # noqa: Y015
     _WhichOneofArgType__assurance: _TypeAlias = _typing.Literal["_assurance", b"_assurance"]  # noqa: Y015
     _WhichOneofReturnType__chosen: _TypeAlias = _typing.Literal["chosen"]  # noqa: Y015
     _WhichOneofArgType__chosen: _TypeAlias = _typing.Literal["_chosen", b"_chosen"]  # noqa: Y015
+    _WhichOneofReturnType__upload: _TypeAlias = _typing.Literal["upload"]  # noqa: Y015
+    _WhichOneofArgType__upload: _TypeAlias = _typing.Literal["_upload", b"_upload"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__assurance) -> _WhichOneofReturnType__assurance | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__chosen) -> _WhichOneofReturnType__chosen | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__upload) -> _WhichOneofReturnType__upload | None: ...
 
 Global___PlanReply: _TypeAlias = PlanReply  # noqa: Y015
 

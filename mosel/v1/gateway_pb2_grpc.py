@@ -95,7 +95,8 @@ class GatewayServicer(object):
         Sets off: payloads go into the gateway's arena, a description of the job to the selector.
         Deadline: the smaller of latency_slo_ms and the gRPC deadline; 30 s if there is neither.
         Errors: INVALID_ARGUMENT (a field is wrong; nothing was run), NOT_FOUND (no such model), FAILED_PRECONDITION (no
-        modality set meets floor and deadline; names the best that could be had), RESOURCE_EXHAUSTED (a queue or arena is
+        modality set meets floor and deadline; names the best that could be had. Where more of `available` would have to be
+        sent, the trailer `mosel-send` names, separated by commas, what to send), RESOURCE_EXHAUSTED (a queue or arena is
         full; trailer retry-after-ms), DEADLINE_EXCEEDED, UNAVAILABLE (a service that is needed is away).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -28,7 +28,7 @@ from mosel.v1 import service_pb2 as mosel_dot_v1_dot_service__pb2
 from mosel.v1 import tensor_pb2 as mosel_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17mosel/v1/selector.proto\x12\x08mosel.v1\x1a\x14mosel/v1/arena.proto\x1a\x16mosel/v1/gateway.proto\x1a\x16mosel/v1/service.proto\x1a\x15mosel/v1/tensor.proto\"\xf5\x01\n\x0eGatewayMessage\x12\'\n\x03job\x18\x01 \x01(\x0b\x32\x18.mosel.v1.JobDescriptionH\x00\x12%\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x13.mosel.v1.CancelJobH\x00\x12.\n\x0c\x61nnouncement\x18\x03 \x01(\x0b\x32\x16.mosel.v1.AnnouncementH\x00\x12\'\n\x06models\x18\x04 \x01(\x0b\x32\x15.mosel.v1.ModelsInUseH\x00\x12/\n\rfetch_address\x18\x05 \x01(\x0b\x32\x16.mosel.v1.FetchAddressH\x00\x42\t\n\x07message\"\xa3\x04\n\x0eJobDescription\x12\x0e\n\x06job_id\x18\x01 \x01(\x0c\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\r\x12\x38\n\x08payloads\x18\x04 \x03(\x0b\x32&.mosel.v1.JobDescription.PayloadsEntry\x12\x19\n\x0cmin_accuracy\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\tbudget_us\x18\x06 \x01(\x04\x12\x12\n\nmodalities\x18\x07 \x03(\t\x12\r\n\x05\x65xact\x18\x08 \x01(\x08\x12 \n\x06\x65\x66\x66ort\x18\t \x01(\x0e\x32\x10.mosel.v1.Effort\x12\x0f\n\x07late_ok\x18\n \x01(\x08\x12\x11\n\texpiry_us\x18\x0b \x01(\x04\x12\x0e\n\x06stream\x18\x0c \x01(\x08\x12\x10\n\x08priority\x18\r \x01(\r\x12\x13\n\x0btraceparent\x18\x0e \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ns\x18\x0f \x01(\x04\x12\r\n\x05\x63lock\x18\x10 \x01(\t\x12\x1e\n\x11max_accuracy_loss\x18\x11 \x01(\x01H\x01\x88\x01\x01\x12+\n\x0c\x66loor_source\x18\x12 \x01(\x0e\x32\x15.mosel.v1.FloorSource\x1a\x44\n\rPayloadsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.mosel.v1.TensorRef:\x02\x38\x01\x42\x0f\n\r_min_accuracyB\x14\n\x12_max_accuracy_loss\"\x1d\n\x0bModelsInUse\x12\x0e\n\x06models\x18\x01 \x03(\t\"\x1b\n\tCancelJob\x12\x0e\n\x06job_id\x18\x01 \x01(\x0c\"\xc7\x02\n\x0fSelectorMessage\x12%\n\x06result\x18\x01 \x01(\x0b\x32\x13.mosel.v1.JobResultH\x00\x12\'\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x14.mosel.v1.JobFailureH\x00\x12)\n\x07release\x18\x03 \x01(\x0b\x32\x16.mosel.v1.ReleaseSlotsH\x00\x12\'\n\x06models\x18\x04 \x01(\x0b\x32\x15.mosel.v1.ModelStatesH\x00\x12/\n\ttransport\x18\x05 \x01(\x0b\x32\x1a.mosel.v1.PayloadTransportH\x00\x12!\n\x04part\x18\x06 \x01(\x0b\x32\x11.mosel.v1.JobPartH\x00\x12\x31\n\x0e\x66\x65tch_question\x18\x07 \x01(\x0b\x32\x17.mosel.v1.FetchQuestionH\x00\x42\t\n\x07message\"\xc9\x01\n\tJobResult\x12\x0e\n\x06job_id\x18\x01 \x01(\x0c\x12#\n\x06groups\x18\x02 \x03(\x0b\x32\x13.mosel.v1.ItemGroup\x12\x19\n\x11\x65xpected_accuracy\x18\x03 \x01(\x01\x12\x10\n\x08queue_us\x18\x04 \x01(\x04\x12\x12\n\ncompute_us\x18\x05 \x01(\x04\x12\x1e\n\x16unavailable_modalities\x18\x06 \x03(\t\x12&\n\tassurance\x18\x07 \x01(\x0b\x32\x13.mosel.v1.Assurance\"=\n\x07JobPart\x12\x0e\n\x06job_id\x18\x01 \x01(\x0c\x12\"\n\x05group\x18\x02 \x01(\x0b\x32\x13.mosel.v1.ItemGroup\"R\n\tItemGroup\x12\x14\n\x0cmodality_set\x18\x01 \x01(\t\x12\r\n\x05items\x18\x02 \x03(\r\x12 \n\x06output\x18\x03 \x01(\x0b\x32\x10.mosel.v1.Tensor\"Z\n\nJobFailure\x12\x0e\n\x06job_id\x18\x01 \x01(\x0c\x12\x13\n\x0bstatus_code\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\x04\"3\n\x0bModelStates\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.mosel.v1.ModelState\"\x83\x01\n\nModelState\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\"\n\x04sets\x18\x03 \x03(\x0b\x32\x14.mosel.v1.SetProfile\x12\x10\n\x08revision\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x11\n\tlatencies\x18\x06 \x01(\t\"A\n\x10PayloadTransport\x12\x1c\n\x04rung\x18\x01 \x01(\x0e\x32\x0e.mosel.v1.Rung\x12\x0f\n\x07refused\x18\x02 \x01(\t\" \n\rFetchQuestion\x12\x0f\n\x07\x65ncoder\x18\x01 \x01(\t\"@\n\x0c\x46\x65tchAddress\x12\x0f\n\x07\x65ncoder\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t2\xc3\x03\n\x08Selector\x12\x42\n\x07\x43onnect\x12\x18.mosel.v1.GatewayMessage\x1a\x19.mosel.v1.SelectorMessage(\x01\x30\x01\x12\x35\n\x04Plan\x12\x18.mosel.v1.JobDescription\x1a\x13.mosel.v1.PlanReply\x12=\n\tLoadModel\x12\x1a.mosel.v1.LoadModelRequest\x1a\x14.mosel.v1.ModelState\x12G\n\x0bUnloadModel\x12\x1c.mosel.v1.UnloadModelRequest\x1a\x1a.mosel.v1.UnloadModelReply\x12=\n\x07Observe\x12\x18.mosel.v1.ObserveRequest\x1a\x16.mosel.v1.ObserveEvent0\x01\x12\x38\n\x06Status\x12\x17.mosel.v1.StatusRequest\x1a\x15.mosel.v1.StatusReply\x12;\n\x07Metrics\x12\x18.mosel.v1.MetricsRequest\x1a\x16.mosel.v1.MetricsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17mosel/v1/selector.proto\x12\x08mosel.v1\x1a\x14mosel/v1/arena.proto\x1a\x16mosel/v1/gateway.proto\x1a\x16mosel/v1/service.proto\x1a\x15mosel/v1/tensor.proto\"\xf5\x01\n\x0eGatewayMessage\x12\'\n\x03job\x18\x01 \x01(\x0b\x32\x18.mosel.v1.JobDescriptionH\x00\x12%\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x13.mosel.v1.CancelJobH\x00\x12.\n\x0c\x61nnouncement\x18\x03 \x01(\x0b\x32\x16.mosel.v1.AnnouncementH\x00\x12\'\n\x06models\x18\x04 \x01(\x0b\x32\x15.mosel.v1.ModelsInUseH\x00\x12/\n\rfetch_address\x18\x05 \x01(\x0b\x32\x16.mosel.v1.FetchAddressH\x00\x42\t\n\x07message\"\xb6\x04\n\x0eJobDescription\x12\x0e\n\x06job_id\x18\x01 \x01(\x0c\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\r\x12\x38\n\x08payloads\x18\x04 \x03(\x0b\x32&.mosel.v1.JobDescription.PayloadsEntry\x12\x19\n\x0cmin_accuracy\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\tbudget_us\x18\x06 \x01(\x04\x12\x12\n\nmodalities\x18\x07 \x03(\t\x12\r\n\x05\x65xact\x18\x08 \x01(\x08\x12 \n\x06\x65\x66\x66ort\x18\t \x01(\x0e\x32\x10.mosel.v1.Effort\x12\x0f\n\x07late_ok\x18\n \x01(\x08\x12\x11\n\texpiry_us\x18\x0b \x01(\x04\x12\x0e\n\x06stream\x18\x0c \x01(\x08\x12\x10\n\x08priority\x18\r \x01(\r\x12\x13\n\x0btraceparent\x18\x0e \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ns\x18\x0f \x01(\x04\x12\r\n\x05\x63lock\x18\x10 \x01(\t\x12\x1e\n\x11max_accuracy_loss\x18\x11 \x01(\x01H\x01\x88\x01\x01\x12+\n\x0c\x66loor_source\x18\x12 \x01(\x0e\x32\x15.mosel.v1.FloorSource\x12\x11\n\tavailable\x18\x13 \x03(\t\x1a\x44\n\rPayloadsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.mosel.v1.TensorRef:\x02\x38\x01\x42\x0f\n\r_min_accuracyB\x14\n\x12_max_accuracy_loss\"\x1d\n\x0bModelsInUse\x12\x0e\n\x06models\x18\x01 \x03(\t\"\x1b\n\tCancelJob\x12\x0e\n\x06job_id\x18\x01 \x01(\x0c\"\xc7\x02\n\x0fSelectorMessage\x12%\n\x06result\x18\x01 \x01(\x0b\x32\x13.mosel.v1.JobResultH\x00\x12\'\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x14.mosel.v1.JobFailureH\x00\x12)\n\x07release\x18\x03 \x01(\x0b\x32\x16.mosel.v1.ReleaseSlotsH\x00\x12\'\n\x06models\x18\x04 \x01(\x0b\x32\x15.mosel.v1.ModelStatesH\x00\x12/\n\ttransport\x18\x05 \x01(\x0b\x32\x1a.mosel.v1.PayloadTransportH\x00\x12!\n\x04part\x18\x06 \x01(\x0b\x32\x11.mosel.v1.JobPartH\x00\x12\x31\n\x0e\x66\x65tch_question\x18\x07 \x01(\x0b\x32\x17.mosel.v1.FetchQuestionH\x00\x42\t\n\x07message\"\x81\x02\n\tJobResult\x12\x0e\n\x06job_id\x18\x01 \x01(\x0c\x12#\n\x06groups\x18\x02 \x03(\x0b\x32\x13.mosel.v1.ItemGroup\x12\x19\n\x11\x65xpected_accuracy\x18\x03 \x01(\x01\x12\x10\n\x08queue_us\x18\x04 \x01(\x04\x12\x12\n\ncompute_us\x18\x05 \x01(\x04\x12\x1e\n\x16unavailable_modalities\x18\x06 \x03(\t\x12&\n\tassurance\x18\x07 \x01(\x0b\x32\x13.mosel.v1.Assurance\x12+\n\x06upload\x18\x08 \x01(\x0b\x32\x16.mosel.v1.UploadAdviceH\x00\x88\x01\x01\x42\t\n\x07_upload\"=\n\x07JobPart\x12\x0e\n\x06job_id\x18\x01 \x01(\x0c\x12\"\n\x05group\x18\x02 \x01(\x0b\x32\x13.mosel.v1.ItemGroup\"R\n\tItemGroup\x12\x14\n\x0cmodality_set\x18\x01 \x01(\t\x12\r\n\x05items\x18\x02 \x03(\r\x12 \n\x06output\x18\x03 \x01(\x0b\x32\x10.mosel.v1.Tensor\"h\n\nJobFailure\x12\x0e\n\x06job_id\x18\x01 \x01(\x0c\x12\x13\n\x0bstatus_code\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\x04\x12\x0c\n\x04send\x18\x05 \x03(\t\"3\n\x0bModelStates\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.mosel.v1.ModelState\"\x83\x01\n\nModelState\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\"\n\x04sets\x18\x03 \x03(\x0b\x32\x14.mosel.v1.SetProfile\x12\x10\n\x08revision\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x11\n\tlatencies\x18\x06 \x01(\t\"A\n\x10PayloadTransport\x12\x1c\n\x04rung\x18\x01 \x01(\x0e\x32\x0e.mosel.v1.Rung\x12\x0f\n\x07refused\x18\x02 \x01(\t\" \n\rFetchQuestion\x12\x0f\n\x07\x65ncoder\x18\x01 \x01(\t\"@\n\x0c\x46\x65tchAddress\x12\x0f\n\x07\x65ncoder\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t2\xc3\x03\n\x08Selector\x12\x42\n\x07\x43onnect\x12\x18.mosel.v1.GatewayMessage\x1a\x19.mosel.v1.SelectorMessage(\x01\x30\x01\x12\x35\n\x04Plan\x12\x18.mosel.v1.JobDescription\x1a\x13.mosel.v1.PlanReply\x12=\n\tLoadModel\x12\x1a.mosel.v1.LoadModelRequest\x1a\x14.mosel.v1.ModelState\x12G\n\x0bUnloadModel\x12\x1c.mosel.v1.UnloadModelRequest\x1a\x1a.mosel.v1.UnloadModelReply\x12=\n\x07Observe\x12\x18.mosel.v1.ObserveRequest\x1a\x16.mosel.v1.ObserveEvent0\x01\x12\x38\n\x06Status\x12\x17.mosel.v1.StatusRequest\x1a\x15.mosel.v1.StatusReply\x12;\n\x07Metrics\x12\x18.mosel.v1.MetricsRequest\x1a\x16.mosel.v1.MetricsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,33 +40,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GATEWAYMESSAGE']._serialized_start=131
   _globals['_GATEWAYMESSAGE']._serialized_end=376
   _globals['_JOBDESCRIPTION']._serialized_start=379
-  _globals['_JOBDESCRIPTION']._serialized_end=926
-  _globals['_JOBDESCRIPTION_PAYLOADSENTRY']._serialized_start=819
-  _globals['_JOBDESCRIPTION_PAYLOADSENTRY']._serialized_end=887
-  _globals['_MODELSINUSE']._serialized_start=928
-  _globals['_MODELSINUSE']._serialized_end=957
-  _globals['_CANCELJOB']._serialized_start=959
-  _globals['_CANCELJOB']._serialized_end=986
-  _globals['_SELECTORMESSAGE']._serialized_start=989
-  _globals['_SELECTORMESSAGE']._serialized_end=1316
-  _globals['_JOBRESULT']._serialized_start=1319
-  _globals['_JOBRESULT']._serialized_end=1520
-  _globals['_JOBPART']._serialized_start=1522
-  _globals['_JOBPART']._serialized_end=1583
-  _globals['_ITEMGROUP']._serialized_start=1585
-  _globals['_ITEMGROUP']._serialized_end=1667
-  _globals['_JOBFAILURE']._serialized_start=1669
-  _globals['_JOBFAILURE']._serialized_end=1759
-  _globals['_MODELSTATES']._serialized_start=1761
-  _globals['_MODELSTATES']._serialized_end=1812
-  _globals['_MODELSTATE']._serialized_start=1815
-  _globals['_MODELSTATE']._serialized_end=1946
-  _globals['_PAYLOADTRANSPORT']._serialized_start=1948
-  _globals['_PAYLOADTRANSPORT']._serialized_end=2013
-  _globals['_FETCHQUESTION']._serialized_start=2015
-  _globals['_FETCHQUESTION']._serialized_end=2047
-  _globals['_FETCHADDRESS']._serialized_start=2049
-  _globals['_FETCHADDRESS']._serialized_end=2113
-  _globals['_SELECTOR']._serialized_start=2116
-  _globals['_SELECTOR']._serialized_end=2567
+  _globals['_JOBDESCRIPTION']._serialized_end=945
+  _globals['_JOBDESCRIPTION_PAYLOADSENTRY']._serialized_start=838
+  _globals['_JOBDESCRIPTION_PAYLOADSENTRY']._serialized_end=906
+  _globals['_MODELSINUSE']._serialized_start=947
+  _globals['_MODELSINUSE']._serialized_end=976
+  _globals['_CANCELJOB']._serialized_start=978
+  _globals['_CANCELJOB']._serialized_end=1005
+  _globals['_SELECTORMESSAGE']._serialized_start=1008
+  _globals['_SELECTORMESSAGE']._serialized_end=1335
+  _globals['_JOBRESULT']._serialized_start=1338
+  _globals['_JOBRESULT']._serialized_end=1595
+  _globals['_JOBPART']._serialized_start=1597
+  _globals['_JOBPART']._serialized_end=1658
+  _globals['_ITEMGROUP']._serialized_start=1660
+  _globals['_ITEMGROUP']._serialized_end=1742
+  _globals['_JOBFAILURE']._serialized_start=1744
+  _globals['_JOBFAILURE']._serialized_end=1848
+  _globals['_MODELSTATES']._serialized_start=1850
+  _globals['_MODELSTATES']._serialized_end=1901
+  _globals['_MODELSTATE']._serialized_start=1904
+  _globals['_MODELSTATE']._serialized_end=2035
+  _globals['_PAYLOADTRANSPORT']._serialized_start=2037
+  _globals['_PAYLOADTRANSPORT']._serialized_end=2102
+  _globals['_FETCHQUESTION']._serialized_start=2104
+  _globals['_FETCHQUESTION']._serialized_end=2136
+  _globals['_FETCHADDRESS']._serialized_start=2138
+  _globals['_FETCHADDRESS']._serialized_end=2202
+  _globals['_SELECTOR']._serialized_start=2205
+  _globals['_SELECTOR']._serialized_end=2656
 # @@protoc_insertion_point(module_scope)

@@ -106,6 +106,7 @@ class JobDescription(_message.Message):
     CLOCK_FIELD_NUMBER: _builtins.int
     MAX_ACCURACY_LOSS_FIELD_NUMBER: _builtins.int
     FLOOR_SOURCE_FIELD_NUMBER: _builtins.int
+    AVAILABLE_FIELD_NUMBER: _builtins.int
     job_id: _builtins.bytes
     """16 random bytes, made by the gateway."""
     model: _builtins.str
@@ -146,6 +147,12 @@ class JobDescription(_message.Message):
     def modalities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The modalities that may be run; a subset of the payloads."""
 
+    @_builtins.property
+    def available(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The modalities that the caller has and that may be run, `modalities` among them; as in PredictRequest. Empty:
+        `modalities`.
+        """
+
     def __init__(
         self,
         *,
@@ -167,10 +174,11 @@ class JobDescription(_message.Message):
         clock: _builtins.str = ...,
         max_accuracy_loss: _builtins.float | None = ...,
         floor_source: _gateway_pb2.FloorSource.ValueType = ...,
+        available: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_accuracy_loss", b"_max_accuracy_loss", "_min_accuracy", b"_min_accuracy", "max_accuracy_loss", b"max_accuracy_loss", "min_accuracy", b"min_accuracy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_accuracy_loss", b"_max_accuracy_loss", "_min_accuracy", b"_min_accuracy", "budget_us", b"budget_us", "clock", b"clock", "deadline_ns", b"deadline_ns", "effort", b"effort", "exact", b"exact", "expiry_us", b"expiry_us", "floor_source", b"floor_source", "job_id", b"job_id", "late_ok", b"late_ok", "max_accuracy_loss", b"max_accuracy_loss", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "payloads", b"payloads", "priority", b"priority", "size", b"size", "stream", b"stream", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_accuracy_loss", b"_max_accuracy_loss", "_min_accuracy", b"_min_accuracy", "available", b"available", "budget_us", b"budget_us", "clock", b"clock", "deadline_ns", b"deadline_ns", "effort", b"effort", "exact", b"exact", "expiry_us", b"expiry_us", "floor_source", b"floor_source", "job_id", b"job_id", "late_ok", b"late_ok", "max_accuracy_loss", b"max_accuracy_loss", "min_accuracy", b"min_accuracy", "modalities", b"modalities", "model", b"model", "payloads", b"payloads", "priority", b"priority", "size", b"size", "stream", b"stream", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_accuracy_loss: _TypeAlias = _typing.Literal["max_accuracy_loss"]  # noqa: Y015
     _WhichOneofArgType__max_accuracy_loss: _TypeAlias = _typing.Literal["_max_accuracy_loss", b"_max_accuracy_loss"]  # noqa: Y015
@@ -286,6 +294,7 @@ class JobResult(_message.Message):
     COMPUTE_US_FIELD_NUMBER: _builtins.int
     UNAVAILABLE_MODALITIES_FIELD_NUMBER: _builtins.int
     ASSURANCE_FIELD_NUMBER: _builtins.int
+    UPLOAD_FIELD_NUMBER: _builtins.int
     job_id: _builtins.bytes
     expected_accuracy: _builtins.float
     queue_us: _builtins.int
@@ -300,6 +309,10 @@ class JobResult(_message.Message):
 
     @_builtins.property
     def assurance(self) -> _gateway_pb2.Assurance: ...
+    @_builtins.property
+    def upload(self) -> _gateway_pb2.UploadAdvice:
+        """As in PredictReply."""
+
     def __init__(
         self,
         *,
@@ -310,12 +323,15 @@ class JobResult(_message.Message):
         compute_us: _builtins.int = ...,
         unavailable_modalities: _abc.Iterable[_builtins.str] | None = ...,
         assurance: _gateway_pb2.Assurance | None = ...,
+        upload: _gateway_pb2.UploadAdvice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assurance", b"assurance"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_upload", b"_upload", "assurance", b"assurance", "upload", b"upload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assurance", b"assurance", "compute_us", b"compute_us", "expected_accuracy", b"expected_accuracy", "groups", b"groups", "job_id", b"job_id", "queue_us", b"queue_us", "unavailable_modalities", b"unavailable_modalities"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_upload", b"_upload", "assurance", b"assurance", "compute_us", b"compute_us", "expected_accuracy", b"expected_accuracy", "groups", b"groups", "job_id", b"job_id", "queue_us", b"queue_us", "unavailable_modalities", b"unavailable_modalities", "upload", b"upload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__upload: _TypeAlias = _typing.Literal["upload"]  # noqa: Y015
+    _WhichOneofArgType__upload: _TypeAlias = _typing.Literal["_upload", b"_upload"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__upload) -> _WhichOneofReturnType__upload | None: ...
 
 Global___JobResult: _TypeAlias = JobResult  # noqa: Y015
 
@@ -385,12 +401,17 @@ class JobFailure(_message.Message):
     STATUS_CODE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_MS_FIELD_NUMBER: _builtins.int
+    SEND_FIELD_NUMBER: _builtins.int
     job_id: _builtins.bytes
     status_code: _builtins.int
     """A gRPC status code; the gateway ends the caller's call with it."""
     message: _builtins.str
     retry_after_ms: _builtins.int
     """When to try again, in milliseconds; 0 if trying again does not help."""
+    @_builtins.property
+    def send(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What to send instead, where more of what the caller has is needed; sorted."""
+
     def __init__(
         self,
         *,
@@ -398,10 +419,11 @@ class JobFailure(_message.Message):
         status_code: _builtins.int = ...,
         message: _builtins.str = ...,
         retry_after_ms: _builtins.int = ...,
+        send: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "message", b"message", "retry_after_ms", b"retry_after_ms", "status_code", b"status_code"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "message", b"message", "retry_after_ms", b"retry_after_ms", "send", b"send", "status_code", b"status_code"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

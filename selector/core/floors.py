@@ -61,7 +61,7 @@ class Outcome:
         score: the mean over the items, 0..1, of what they count for towards the floor.
         expected_accuracy: the mean over the items, 0..1, by what was measured.
         assurance: what can be said of the accuracy of the answer.
-        saved: the share of the compute of everything that was sent which is not spent, 0..1.
+        saved: the share of the compute of everything that its caller has which is not spent, 0..1.
     """
 
     score: float
@@ -74,13 +74,15 @@ class Outcome:
 Outcomes = dict[tuple[Floor, frozenset[tuple[ModalitySet, int]]], Outcome]
 
 
-def outcome_of(floor: Floor, profile: ModelProfile, sent: ModalitySet, counts: Mapping[ModalitySet, int]) -> Outcome:
-    """What becomes of items of a job that sent some modalities and runs so many items of each set."""
+def outcome_of(
+    floor: Floor, profile: ModelProfile, everything: ModalitySet, counts: Mapping[ModalitySet, int]
+) -> Outcome:
+    """What becomes of a job that runs so many items of each set, where its caller has some modalities."""
     return Outcome(
         score=mean_score(floor.scores, counts),
         expected_accuracy=mean_score(profile.accuracy, counts),
         assurance=floor.assurance(counts),
-        saved=profile.saved(counts, sent),
+        saved=profile.saved(counts, everything),
     )
 
 
@@ -108,13 +110,13 @@ def floor_of(profile: ModelProfile, job: Job, *, refuse: bool = False) -> Floor:
         refuse: a floor that nothing guarantees is refused; else the reference set is run for it.
 
     Raises:
-        FloorUnreachable: what was sent is not accurate enough, or that is not guaranteed and `refuse` says so.
+        FloorUnreachable: what the caller has is not accurate enough, or that is not guaranteed and `refuse` says so.
     """
     if job.max_accuracy_loss is not None:
-        return _floor_of_loss(profile, job.modalities, job.max_accuracy_loss)
+        return _floor_of_loss(profile, job.everything, job.max_accuracy_loss)
     if job.min_accuracy is not None:
         return _floor_of_accuracy(profile, job, job.min_accuracy, refuse=refuse)
-    return _no_floor(profile, job.modalities)
+    return _no_floor(profile, job.everything)
 
 
 def best_of(profile: ModelProfile, candidates: Collection[ModalitySet]) -> str:
@@ -135,7 +137,7 @@ def _floor_of_loss(profile: ModelProfile, sent: ModalitySet, most: float) -> Flo
 
 
 def _floor_of_accuracy(profile: ModelProfile, job: Job, wanted: float, *, refuse: bool) -> Floor:
-    sent, asked = job.modalities, f"min_accuracy {wanted:.4g}"
+    sent, asked = job.everything, f"min_accuracy {wanted:.4g}"
     reference = _most_accurate(profile, sent)
     if profile.accuracy[reference] < wanted - TOLERANCE:
         raise FloorUnreachable(

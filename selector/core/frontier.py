@@ -58,6 +58,11 @@ class Strategy:
         """Items of the job."""
         return sum(count for _, count in self.counts)
 
+    @property
+    def modalities(self) -> ModalitySet:
+        """Those that are run."""
+        return frozenset().union(*(modality_set for modality_set, _ in self.counts))
+
 
 def format_strategy(strategy: Strategy) -> str:
     """Writes a strategy, `pen` or `3 image+pen, 1 pen`."""

@@ -1,6 +1,6 @@
 """The words of the core: jobs, and the calls that serve them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from mosel.errors import MoselError
@@ -36,6 +36,7 @@ class Job:
         late_ok: a late answer is wanted too, so the job is neither refused nor dropped for its deadline.
         expires: seconds on the driver's clock after which nobody waits; None: the deadline.
         priority: 1 goes first, 9 last.
+        available: those that the caller has and that may be run, if it did not send all of them; else empty.
     """
 
     id: bytes
@@ -50,6 +51,22 @@ class Job:
     expires: float | None = None
     priority: int = NORMAL_PRIORITY
     max_accuracy_loss: float | None = None
+    available: ModalitySet = frozenset()
+
+    @property
+    def everything(self) -> ModalitySet:
+        """What its caller has: what floors, losses and savings are counted against."""
+        return self.available or self.modalities
+
+    @property
+    def is_part(self) -> bool:
+        """Whether its caller has more than it sent."""
+        return self.modalities != self.everything
+
+    @property
+    def sent_whole(self) -> "Job":
+        """The same job, had its caller sent all that it has."""
+        return replace(self, modalities=self.everything, available=frozenset())
 
     @property
     def has_floor(self) -> bool:
@@ -182,6 +199,7 @@ class Plan:
         refusal: why it would be refused; empty if it would not.
         assurance: what an answer would stand on.
         saved: the share of the compute of everything that was sent which would not be spent, 0..1.
+        wanted: the modalities that jobs like it use; empty if none can be answered now.
     """
 
     frontier: tuple[tuple[Strategy, float], ...]
@@ -190,6 +208,7 @@ class Plan:
     refusal: str
     assurance: Assurance | None = None
     saved: float = 0.0
+    wanted: ModalitySet = frozenset()
 
 
 @dataclass(frozen=True)

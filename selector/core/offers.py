@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Generic, TypeVar
 
-from mosel.modality import ModalitySet
+from mosel.errors import InputsNeeded, ServiceUnavailable
+from mosel.modality import ModalitySet, format_set
 from selector.core.floors import Floor, Outcomes, floor_of
 from selector.core.frontier import Frontiers, Strategy
 from selector.core.jobs import Job, Option
@@ -108,9 +109,31 @@ class Offers:
 
         Raises:
             FloorUnreachable, ServiceUnavailable.
+            InputsNeeded: what was sent does not do, and all that its caller has would.
         """
-        key = job.modalities, job.min_accuracy, job.max_accuracy_loss, job.exact, job.effort, job.size
-        return self._terms.of(job.model, self._state(job.model), key, lambda: self._new_terms(job))
+        sent = job.modalities, job.available
+        key = *sent, job.min_accuracy, job.max_accuracy_loss, job.exact, job.effort, job.size
+        try:
+            return self._terms.of(job.model, self._state(job.model), key, lambda: self._new_terms(job))
+        except ServiceUnavailable:
+            if not job.is_part:
+                raise
+            wanted = self.wanted(job)
+            raise InputsNeeded(
+                f"what is asked for cannot be met now with {format_set(job.modalities)} alone; "
+                f"send {', '.join(sorted(wanted))}",
+                wanted,
+            ) from None
+
+    def wanted(self, job: Job) -> ModalitySet:
+        """The modalities that jobs like one use where time is no matter, had their callers sent all that they have.
+
+        Raises:
+            FloorUnreachable, ServiceUnavailable.
+        """
+        terms = self.terms(job.sent_whole)
+        preferred = terms.offer.options[0].strategy.modalities
+        return preferred if terms.rounding is None else preferred | terms.rounding.cheaper.modalities
 
     def offer(self, job: Job, floor: Floor, items: int, least: float) -> Offer:
         """The strategies for items of a job that need a mean score, with the services that are there.
@@ -157,10 +180,9 @@ class Offers:
     def _new_offer(self, job: Job, floor: Floor, items: int, least: float) -> Offer:
         options = self._options(job, floor, items, least)
         lacking, is_served = self._profiles[job.model].lacking, self._resources.is_served
-        away = {modality for modality in job.modalities if not is_served(modality, lacking, staying=True)}
-        preferred = self._options(job, floor, items, least, whole=True)[0].strategy if away else None
-        without = frozenset().union(*(away & s for s, _ in preferred.counts)) if preferred else frozenset()
-        return self.of(job, options, without)
+        away = frozenset(m for m in job.everything if not is_served(m, lacking, staying=True))
+        preferred = self._options(job.sent_whole, floor, items, least, whole=True)[0].strategy if away else None
+        return self.of(job, options, away & preferred.modalities if preferred else frozenset())
 
     def _options(self, job: Job, floor: Floor, items: int, least: float, *, whole: bool = False) -> list[Option]:
         """The strategies for items of a job with the services that are there, or as if all were (`whole`)."""

@@ -48,15 +48,15 @@ def allowed_options(
         full_only: everything that was sent is run, or the reference set where there is one, whatever the floor.
 
     Raises:
-        FloorUnreachable: no strategy over what was sent meets the floor; names the best set.
-        ServiceUnavailable: one would, but an encoder that it needs is away; names the best that is left.
+        FloorUnreachable: no strategy over all that the caller has meets the floor; names the best set.
+        ServiceUnavailable: one would, but an encoder or an input that it needs is away; names the best that is left.
     """
     scores = floor.scores
     candidates = _candidates(job, floor, full_only)
     accurate = [s for s in candidates if scores[s] >= least - TOLERANCE]
     if not accurate:
         raise FloorUnreachable(
-            f"{floor.asked} cannot be met with {format_set(job.modalities)}; {best_of(profile, candidates)}"
+            f"{floor.asked} cannot be met with {format_set(job.everything)}; {best_of(profile, candidates)}"
         )
     running = runnable(profile, candidates, job.modalities, is_up)
     strategies = frontiers.of(running, items, scores).thin(_MOST_OPTIONS, least - TOLERANCE) if running else []
@@ -65,16 +65,16 @@ def allowed_options(
             f"service {_why_not(accurate[-1], is_up)}, so no modality set that meets {floor.asked} can be run; "
             f"{best_of(profile, running)}"
         )
-    everything = profile.observed and job.modalities in running and scores[job.modalities] >= least - TOLERANCE
+    everything = profile.observed and job.everything in running and scores[job.everything] >= least - TOLERANCE
     effort = job.effort or (Effort.CHEAPEST if job.has_floor else Effort.BEST)
     if effort is Effort.CHEAPEST and not everything:
         return [Option(s, -_THRIFT * i) for i, s in enumerate(strategies)]
     by_score = [Option(s, s.accuracy) for s in reversed(strategies)]
     if everything:
-        return _first(strategy_of(profile, {job.modalities: items}, scores), by_score)
-    if not job.has_floor and job.modalities in running:
+        return _first(strategy_of(profile, {job.everything: items}, scores), by_score)
+    if not job.has_floor and job.everything in running:
         accurate = [s for s in running if scores[s] >= least - TOLERANCE]
-        return _first(strategy_of(profile, {_worth_running(profile, job.modalities, accurate, items): items}), by_score)
+        return _first(strategy_of(profile, {_worth_running(profile, job.everything, accurate, items): items}), by_score)
     return by_score
 
 
@@ -115,8 +115,8 @@ def rounding_of(
 def _candidates(job: Job, floor: Floor, full_only: bool) -> list[ModalitySet]:
     """The sets that a job may mix."""
     if job.exact or (full_only and floor.ladder is None):
-        return [job.modalities]
-    return [floor.reference] if full_only else [s for s in subsets(job.modalities) if s in floor.scores]
+        return [job.everything]
+    return [floor.reference] if full_only else [s for s in subsets(job.everything) if s in floor.scores]
 
 
 def runnable(

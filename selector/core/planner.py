@@ -2,11 +2,11 @@
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from mosel.errors import MoselError
+from mosel.errors import InputsNeeded, MoselError
 from mosel.modality import FUSION, ModalitySet
 from selector.core.admission import OfferedLoad, Promises, refusal
 from selector.core.forecast import Forecast
@@ -64,7 +64,7 @@ class Planner:
         """A job with the strategies that it may use.
 
         Raises:
-            FloorUnreachable, ServiceUnavailable.
+            FloorUnreachable, ServiceUnavailable, InputsNeeded.
         """
         terms = self._offers.terms(job)
         offer = terms.offer
@@ -99,9 +99,31 @@ class Planner:
         rounding, saved = self._offers.terms(work.job).rounding, work.outcome.saved
         if rounding is None:
             return work.outcome.assurance, saved
-        cheaper = work.profile.saved(dict(rounding.cheaper.counts), work.job.modalities)
+        cheaper = work.profile.saved(dict(rounding.cheaper.counts), work.job.everything)
         floor = replace(work.floor, over_all=work.floor.least)
         return floor.assurance(work.counts), saved + rounding.share * (cheaper - saved)
+
+    def wanted(self, job: Job, used: Iterable[ModalitySet] = ()) -> ModalitySet:
+        """What the next job like one should bring; empty if it could not be answered.
+
+        Args:
+            job: the job.
+            used: the sets that it has run: policies choose others where time is short.
+        """
+        try:
+            return self._offers.wanted(job).union(*used)
+        except MoselError:
+            return frozenset()
+
+    def lost(self, job: Job, error: MoselError) -> MoselError:
+        """What a job ends with that an error left without a plan: that more inputs would help, if so."""
+        try:
+            self._offers.terms(job)
+        except InputsNeeded as needed:
+            return needed
+        except MoselError:
+            pass
+        return error
 
     def arrived(self, work: Work, now: float) -> None:
         """A job came, whether it will be admitted or not."""

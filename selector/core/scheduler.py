@@ -76,7 +76,8 @@ class Scheduler:
         """Admits a job and plans its strategy.
 
         Raises:
-            ModelNotFound, InvalidRequest, FloorUnreachable, DeadlineUnreachable, Overloaded, ServiceUnavailable.
+            ModelNotFound, InvalidRequest, FloorUnreachable, DeadlineUnreachable, InputsNeeded, Overloaded,
+            ServiceUnavailable.
         """
         self._check(job)
         work = self._planner.new_work(job, self._profiles[job.model], now)
@@ -260,12 +261,20 @@ class Scheduler:
             work = self._planner.new_work(job, self._profiles[job.model], now)
             choices = self._enqueued(work, now)
         except MoselError as error:
-            return Plan(frontier, None, 0.0, str(error))
+            return Plan(frontier, None, 0.0, str(error), wanted=self._planner.wanted(job))
         at = self._queue.index(work)
         self._planner.apply(self._queue[at : at + 1], choices[at : at + 1])
         del self._queue[at]
-        chosen = strategy_of(work.profile, work.counts)
-        return Plan(frontier, chosen, (work.predicted - now) * 1000, "", *self._planner.outlook(work))
+        chosen, wanted = strategy_of(work.profile, work.counts), self.wanted(work)
+        return Plan(frontier, chosen, (work.predicted - now) * 1000, "", *self._planner.outlook(work), wanted)
+
+    def wanted(self, work: Work) -> ModalitySet:
+        """What the next job like one should bring; empty if it could not be answered."""
+        return self._planner.wanted(work.job, work.counts)
+
+    def lost(self, work: Work, error: MoselError) -> MoselError:
+        """What a job ends with that an error left without a plan: `error`, or InputsNeeded where that would help."""
+        return self._planner.lost(work.job, error) if work.job.is_part else error
 
     def is_up(self, modality_set: ModalitySet, lacking: Set[str] = frozenset()) -> bool:
         """Whether fusion and an encoder of each modality of a set are there; those that lack the model do not count."""
@@ -296,8 +305,8 @@ class Scheduler:
         if not self.serves(job.model):
             known = ", ".join(sorted(self._profiles.keys() - self._retired)) or "none"
             raise ModelNotFound(f"model '{job.model}' is not served; known: {known}")
-        if job.modalities not in self._profiles[job.model].accuracy:
-            raise InvalidRequest(f"modalities are {format_set(job.modalities)}; model '{job.model}' has no such set")
+        if job.everything not in self._profiles[job.model].accuracy:
+            raise InvalidRequest(f"modalities are {format_set(job.everything)}; model '{job.model}' has no such set")
 
     def _enqueued(self, work: Work, now: float) -> Choices:
         """Puts a job into the queue, if it can be met there; returns the plan that meets everyone."""

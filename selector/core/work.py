@@ -109,7 +109,7 @@ class Work:
         if (known := self.outcomes.get(key)) is None:
             if len(self.outcomes) >= _KEPT_OUTCOMES:
                 self.outcomes.clear()
-            known = self.outcomes[key] = outcome_of(self.floor, self.profile, self.job.modalities, counts)
+            known = self.outcomes[key] = outcome_of(self.floor, self.profile, self.job.everything, counts)
         return known
 
     @property

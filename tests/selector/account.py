@@ -53,7 +53,7 @@ def needed(job: Job) -> tuple[Mapping[ModalitySet, float], float]:
     if name_of(job.model) != "sure" or not job.has_floor:
         return accuracy, floor_of(job)
     of_loss = job.max_accuracy_loss is not None
-    ladder = CERTIFICATES.of_loss(job.modalities) if of_loss else CERTIFICATES.of_accuracy(job.modalities)
+    ladder = CERTIFICATES.of_loss(job.everything) if of_loss else CERTIFICATES.of_accuracy(job.everything)
     assert ladder is not None
     asked = job.min_accuracy if job.max_accuracy_loss is None else 1 - job.max_accuracy_loss
     least = ladder.least(asked or 0.0)
@@ -73,7 +73,7 @@ def floor_of(job: Job) -> float:
     accuracy = PROFILES[name_of(job.model)].accuracy
     if job.min_accuracy is not None:
         return job.min_accuracy
-    sent = accuracy[job.modalities]
+    sent = accuracy[job.everything]
     return sent if name_of(job.model) == "two" else min(sent, DEFAULT_FLOOR)
 
 
@@ -137,6 +137,6 @@ class Account:
         assert self.answered_with.keys() == set(range(self.job.size)), "each item is answered once"
         counts = Counter(self.answered_with.values())
         assert not undercut(self.job, counts, self.work.floor.least), "the floor was undercut"
-        assert not self.job.exact or set(self.answered_with.values()) == {self.job.modalities}
+        assert not self.job.exact or set(self.answered_with.values()) == {self.job.everything}
         in_vain = set(+self.sent) - {(m, item) for item, s in self.answered_with.items() for m in s}
         assert not in_vain

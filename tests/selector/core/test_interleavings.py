@@ -14,7 +14,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from mosel.errors import DeadlineExceeded, DeadlineUnreachable, FloorUnreachable, MoselError, Overloaded
+from mosel.errors import (
+    DeadlineExceeded,
+    DeadlineUnreachable,
+    FloorUnreachable,
+    InputsNeeded,
+    MoselError,
+    Overloaded,
+)
 from mosel.modality import FUSION, modality_of, parse_set, subsets
 from selector.core.jobs import Call, Effort, EncodeCall, Ended, FuseCall, Job, Wait
 from selector.core.policies import POLICIES
@@ -45,6 +52,8 @@ demands = st.fixed_dictionaries(
         "exact": st.booleans(),
         "effort": st.sampled_from([None, *Effort]),
         "late_ok": st.booleans(),
+        # Those that are sent of what there is, if any is; else all.
+        "part": st.just(set[str]()) | st.sets(st.sampled_from(MODALITIES)),
     }
 )
 budgets_ms = st.sampled_from([5.0, 30.0, 100.0, 1000.0, 10_000.0])
@@ -85,7 +94,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         return [account for account in self.accounts.values() if not account.how_ended]
 
     def new_job(self, model: str, pick: set[str], budget_ms: float, demand: dict[str, object]) -> Job:
-        sent = frozenset((pick - {"image"}) or {"pen"} if name_of(model) == "two" else pick)
+        has = frozenset((pick - {"image"}) or {"pen"} if name_of(model) == "two" else pick)
+        sent, demand = has.intersection(demand["part"]), {k: v for k, v in demand.items() if k != "part"}  # type: ignore[arg-type]
         if name_of(model) == "sure":
             floor, lost = demand["min_accuracy"], demand["max_accuracy_loss"]
             demand = demand | {"min_accuracy": floor if lost is None else None, "exact": not (floor or lost)}
@@ -94,7 +104,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         deadline = self.now + budget_ms / 1000
         expires = deadline + 0.2 if demand["late_ok"] else None
         job_id = len(self.accounts).to_bytes(16, "big")
-        return Job(job_id, model, modalities=sent, deadline=deadline, expires=expires, **demand)  # type: ignore[arg-type]
+        parts = {"modalities": sent, "available": has} if sent else {"modalities": has}
+        return Job(job_id, model, deadline=deadline, expires=expires, **parts, **demand)  # type: ignore[arg-type]
 
     @rule(model=models, pick=picks, budget_ms=budgets_ms, demand=demands, times=st.integers(1, 3))
     def submit(self, model: str, pick: set[str], budget_ms: float, demand: dict[str, object], times: int) -> None:
@@ -114,14 +125,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.accounts[job.id] = Account(job, work)
 
     def check_refusal(self, job: Job, error: MoselError) -> None:
-        candidates = [job.modalities] if job.exact or self.policy == "all" else subsets(job.modalities)
+        candidates = [job.everything] if job.exact or self.policy == "all" else subsets(job.everything)
         if name_of(job.model) == "sure" and self.policy == "all":
-            candidates = subsets(job.modalities)
+            candidates = subsets(job.everything)
         best = max(PROFILES[name_of(job.model)].accuracy[s] for s in candidates)
         unreachable = job.max_accuracy_loss is None and best < floor_of(job) - 1e-9
         assert isinstance(error, FloorUnreachable) == unreachable
         assert not isinstance(error, DeadlineUnreachable) or not job.late_ok
         assert not isinstance(error, Overloaded) or error.retry_after_ms >= 1
+        if isinstance(error, InputsNeeded):
+            assert job.everything.issuperset(error.modalities)
+            assert not job.modalities.issuperset(error.modalities)
 
     @rule(model=models, pick=picks, budget_ms=budgets_ms, demand=demands)
     def ask_for_a_plan(self, model: str, pick: set[str], budget_ms: float, demand: dict[str, object]) -> None:
