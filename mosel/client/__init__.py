@@ -17,7 +17,8 @@ from mosel.client.answers import (
 )
 from mosel.client.arrays import SupportsDlpack
 from mosel.client.assurance import Assurance, Weakness
-from mosel.client.client import AsyncClient, Client
+from mosel.client.async_client import AsyncClient
+from mosel.client.client import Client
 from mosel.client.demands import Demand, Payloads
 from mosel.client.observed import ObservedItems, ObserveEvent
 from mosel.client.retry import Retry

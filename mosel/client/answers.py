@@ -125,12 +125,14 @@ class PlanInfo:
         chosen: the one that the job would get; None if it would be refused.
         refusal: why it would be refused; empty if it would not.
         assurance: what an answer by `chosen` would stand on; None if it would be refused.
+        upload: the modalities that jobs like it use now, see `plan_first` of `Client.predict`.
     """
 
     frontier: tuple[StrategyInfo, ...]
     chosen: StrategyInfo | None
     refusal: str
     assurance: Assurance | None = None
+    upload: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -280,7 +282,8 @@ def plan_from(reply: gateway_pb2.PlanReply) -> PlanInfo:
     """The plan behind a reply."""
     chosen = _strategy(reply.chosen) if reply.HasField("chosen") else None
     assurance = assurance_from(reply.assurance) if reply.HasField("assurance") else None
-    return PlanInfo(tuple(map(_strategy, reply.frontier)), chosen, reply.refusal, assurance)
+    frontier, upload = tuple(map(_strategy, reply.frontier)), tuple(reply.upload.modalities)
+    return PlanInfo(frontier, chosen, reply.refusal, assurance, upload)
 
 
 def job_from(status: gateway_pb2.JobStatus) -> JobInfo:

@@ -27,6 +27,8 @@ from mosel.v1 import gateway_pb2, service_pb2
 Found = TypeVar("Found")
 Instead = Mapping[type[MoselError], type[MoselError]]
 
+LOAD_TIMEOUT_S = 600.0
+
 # What a status means in calls that name a job and no model, and in those that load a model.
 _ABOUT_A_JOB: Instead = {ModelNotFound: JobNotFound}
 _ABOUT_A_PACKAGE: Instead = {Unreachable: PackageError}

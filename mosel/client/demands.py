@@ -72,9 +72,13 @@ def checked_demand(demand: Mapping[str, object]) -> Demand:
 
 
 def predict_request(
-    model: str, payloads: Payloads, demand: Mapping[str, object], max_message_mib: int
+    model: str,
+    payloads: Payloads,
+    demand: Mapping[str, object],
+    max_message_mib: int,
+    available: Iterable[str] = (),
 ) -> gateway_pb2.PredictRequest:
-    """The request for one job.
+    """The request for one job; `available`: the modalities that the caller has, if it says so.
 
     Raises:
         PayloadTooLarge: it is beyond the message limit.
@@ -82,7 +86,10 @@ def predict_request(
     """
     fields, name = _fields(checked_demand(demand)), _model(model)
     return gateway_pb2.PredictRequest(
-        model=name, payloads=_tensors(_arrays(payloads, "payloads"), max_message_mib), **fields
+        model=name,
+        payloads=_tensors(arrays_of(payloads, "payloads"), max_message_mib),
+        available=sorted(available),
+        **fields,
     )
 
 
@@ -125,9 +132,9 @@ class Upload:
         self._max_message_mib = max_message_mib
         self._items: Batches
         if isinstance(items, Mapping):
-            arrays = _arrays(items, "items", checked_demand(demand).get("modalities"))
+            arrays = arrays_of(items, "items", checked_demand(demand).get("modalities"))
             demand = {**demand, "modalities": list(arrays)}
-            size = _size(arrays) if size is None else size
+            size = size_of(arrays) if size is None else size
             self._items = _batches(arrays)
         else:
             self._items = _checked_batches(items)
@@ -167,12 +174,16 @@ class Upload:
             self.error = error
 
     def _batch(self, payloads: Payloads) -> gateway_pb2.SubmitJobRequest:
-        tensors = _tensors(_arrays(payloads, "a batch of items"), self._max_message_mib)
+        tensors = _tensors(arrays_of(payloads, "a batch of items"), self._max_message_mib)
         return gateway_pb2.SubmitJobRequest(items=gateway_pb2.ItemBatch(payloads=tensors))
 
 
-def _arrays(payloads: object, field: str, modalities: Iterable[str] | None = None) -> dict[str, NDArray[np.generic]]:
-    """The arrays of these modalities, or of all."""
+def arrays_of(payloads: object, field: str, modalities: Iterable[str] | None = None) -> dict[str, NDArray[np.generic]]:
+    """The arrays of these modalities, or of all.
+
+    Raises:
+        InvalidRequest: something is no array, or one is missing; `field` names the payloads.
+    """
     if not isinstance(payloads, Mapping):
         raise wrong_kind(field, payloads, _PAYLOADS)
     for name in payloads:
@@ -191,7 +202,8 @@ def _checked_batches(items: Batches) -> Batches:
     return items
 
 
-def _size(arrays: Mapping[str, NDArray[np.generic]]) -> int:
+def size_of(arrays: Mapping[str, NDArray[np.generic]]) -> int:
+    """Items of each; raises InvalidRequest unless all have the same number, at least one."""
     sizes = {len(array) if array.ndim else 0 for array in arrays.values()}
     if len(sizes) != 1 or 0 in sizes:
         raise InvalidRequest(f"payloads have {sorted(sizes)} items; expected the same number in all, at least one")
@@ -199,7 +211,7 @@ def _size(arrays: Mapping[str, NDArray[np.generic]]) -> int:
 
 
 def _batches(arrays: Mapping[str, NDArray[np.generic]]) -> Iterator[Payloads]:
-    size = _size(arrays)
+    size = size_of(arrays)
     item_bytes = sum(array.nbytes for array in arrays.values()) // size
     step = max(_BATCH_BYTES // max(item_bytes, 1), 1)
     for start in range(0, size, step):

@@ -45,6 +45,9 @@ class Retry:
         number("wait_ms", self.wait_ms, "a positive number of milliseconds", lambda wait_ms: 0 < wait_ms < math.inf)
 
 
+DEFAULT_RETRY = Retry()
+
+
 class Attempts:
     """The attempts of one call, on a clock that starts now.
 

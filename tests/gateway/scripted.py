@@ -38,6 +38,7 @@ class ScriptedSelector(selector_pb2_grpc.SelectorServicer):
         self.fruit = selector_pb2.ModelState(model="fruit", ready=True, revision=fruit.revision)
         self.observing, self.gone = 0, asyncio.Event()
         self.planned: list[selector_pb2.JobDescription] = []
+        self.upload: gateway_pb2.UploadAdvice | None = None
         self.received: asyncio.Queue[selector_pb2.GatewayMessage] = asyncio.Queue()
         self.announced: asyncio.Queue[selector_pb2.GatewayMessage] = asyncio.Queue()
         self.named: asyncio.Queue[list[str]] = asyncio.Queue()
@@ -58,7 +59,7 @@ class ScriptedSelector(selector_pb2_grpc.SelectorServicer):
         self, request: selector_pb2.JobDescription, context: Context
     ) -> gateway_pb2.PlanReply:
         self.planned.append(request)
-        return gateway_pb2.PlanReply(refusal=f"as scripted for {request.size} items")
+        return gateway_pb2.PlanReply(refusal=f"as scripted for {request.size} items", upload=self.upload)
 
     async def LoadModel(  # noqa: N802 (named by the proto)
         self, request: gateway_pb2.LoadModelRequest, context: Context
