@@ -15,6 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "python-client.md"
 PROGRAMS = dict(re.findall(r"```python\n# (\S+\.py)\n(.*?)```", PAGE.read_text(), re.DOTALL))
 PRINTS = {
     "ten_lines.py": r"(\d from (image\+pen|image|pen)\n){4}",
+    "plan_first.py": r"jobs like this one bring \(('\w+',? ?)+\)\n(\('[\w+]+',\)\n){3}",
     "as_they_finish.py": r"StrategyInfo\(.*\)\nJobAccepted\(.*\)\n(\d+ of 256 \(.*\)\n)+JobSummary\(.*\)\n",
     "with_torch.py": r"\[\d \d\]\n",
     "at_the_same_time.py": r"\[('\d', ){7}'\d'\]\n",
