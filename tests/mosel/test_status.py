@@ -7,6 +7,7 @@ import pytest
 
 from mosel import errors
 from mosel.errors import (
+    InputsNeeded,
     InternalError,
     JobNotFound,
     ModelNotFound,
@@ -32,6 +33,7 @@ from mosel.status import (
     retry_after_ms,
     status_number,
     status_of,
+    trailers_of,
 )
 
 
@@ -118,6 +120,14 @@ def test_a_failed_call_becomes_the_error_behind_it() -> None:
     error = error_from_rpc(failed_call(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", (RETRY_AFTER, "40")), "selector")
     assert isinstance(error, Overloaded)
     assert (str(error), error.retry_after_ms) == ("full", 40)
+
+
+def test_what_to_send_comes_back() -> None:
+    needed = InputsNeeded("send image, audio", ["image", "audio"])
+    assert http_headers_of(needed) == {"mosel-send": "audio,image"}
+    back = error_from_rpc(failed_call(status_of(needed), str(needed), *trailers_of(needed)), "gateway")
+    assert isinstance(back, InputsNeeded)
+    assert (str(back), back.modalities) == ("send image, audio", ("audio", "image"))
 
 
 def test_a_call_may_know_better_which_of_the_errors_of_a_status_it_is() -> None:

@@ -53,6 +53,7 @@ def test_jobs_that_ask_for_no_less_are_refused_with_a_hint(job: CheckedJob, no_l
         {"min_accuracy": 0.7},
         {"min_accuracy": None},
         {"modalities": ("scent",)},
+        {"available": ("photo", "scent", "taste")},
         {"exact": True},
         {"priority": 2},
         {"late_ok": True},
