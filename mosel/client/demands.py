@@ -26,6 +26,7 @@ _PAYLOADS = "a mapping from modality to array, such as {'image': images}"
 
 Payloads = Mapping[str, Payload]
 Batches = Iterable[Payloads] | AsyncIterable[Payloads]
+Arrays = Mapping[str, NDArray[np.generic]]
 
 
 class Demand(TypedDict, total=False):
@@ -72,25 +73,36 @@ def checked_demand(demand: Mapping[str, object]) -> Demand:
 
 
 def predict_request(
-    model: str,
-    payloads: Payloads,
-    demand: Mapping[str, object],
-    max_message_mib: int,
-    available: Iterable[str] = (),
+    model: str, payloads: Payloads, demand: Mapping[str, object], max_message_mib: int
 ) -> gateway_pb2.PredictRequest:
-    """The request for one job; `available`: the modalities that the caller has, if it says so.
+    """The request for one job.
 
     Raises:
         PayloadTooLarge: it is beyond the message limit.
         InvalidRequest: an array cannot be sent, or a demand is wrong.
     """
-    fields, name = _fields(checked_demand(demand)), _model(model)
-    return gateway_pb2.PredictRequest(
-        model=name,
-        payloads=_tensors(arrays_of(payloads, "payloads"), max_message_mib),
-        available=sorted(available),
-        **fields,
-    )
+    checked = checked_demand(demand)
+    return request_of(checked_model(model), arrays_of(payloads, "payloads"), checked, max_message_mib)
+
+
+def request_of(
+    model: str, arrays: Arrays, demand: Demand, max_message_mib: int, available: Iterable[str] = ()
+) -> gateway_pb2.PredictRequest:
+    """The request for one job of which all is checked.
+
+    Args:
+        model: its name.
+        arrays: those that are sent, by modality.
+        demand: what is asked for.
+        max_message_mib: the largest message.
+        available: the modalities that the caller has, if it says so.
+
+    Raises:
+        PayloadTooLarge: it is beyond the message limit.
+        InvalidRequest: an array cannot be sent.
+    """
+    tensors = _tensors(arrays, max_message_mib)
+    return gateway_pb2.PredictRequest(model=model, payloads=tensors, available=sorted(available), **_fields(demand))
 
 
 def spec_of(model: str, size: int, demand: Mapping[str, object]) -> gateway_pb2.JobSpec:
@@ -100,7 +112,7 @@ def spec_of(model: str, size: int, demand: Mapping[str, object]) -> gateway_pb2.
         InvalidRequest: a value is wrong.
     """
     fields = _fields(checked_demand(demand))
-    return gateway_pb2.JobSpec(model=_model(model), size=_items(size), **fields)
+    return gateway_pb2.JobSpec(model=checked_model(model), size=_items(size), **fields)
 
 
 class Upload:
@@ -202,7 +214,7 @@ def _checked_batches(items: Batches) -> Batches:
     return items
 
 
-def size_of(arrays: Mapping[str, NDArray[np.generic]]) -> int:
+def size_of(arrays: Arrays) -> int:
     """Items of each; raises InvalidRequest unless all have the same number, at least one."""
     sizes = {len(array) if array.ndim else 0 for array in arrays.values()}
     if len(sizes) != 1 or 0 in sizes:
@@ -210,7 +222,7 @@ def size_of(arrays: Mapping[str, NDArray[np.generic]]) -> int:
     return sizes.pop()
 
 
-def _batches(arrays: Mapping[str, NDArray[np.generic]]) -> Iterator[Payloads]:
+def _batches(arrays: Arrays) -> Iterator[Payloads]:
     size = size_of(arrays)
     item_bytes = sum(array.nbytes for array in arrays.values()) // size
     step = max(_BATCH_BYTES // max(item_bytes, 1), 1)
@@ -218,7 +230,7 @@ def _batches(arrays: Mapping[str, NDArray[np.generic]]) -> Iterator[Payloads]:
         yield {name: array[start : start + step] for name, array in arrays.items()}
 
 
-def _tensors(arrays: Mapping[str, NDArray[np.generic]], max_message_mib: int) -> dict[str, tensor_pb2.Tensor]:
+def _tensors(arrays: Arrays, max_message_mib: int) -> dict[str, tensor_pb2.Tensor]:
     nbytes = sum(array.nbytes for array in arrays.values())
     if nbytes > max_message_mib * _MIB - _ENVELOPE_BYTES:
         raise PayloadTooLarge(
@@ -228,7 +240,8 @@ def _tensors(arrays: Mapping[str, NDArray[np.generic]], max_message_mib: int) ->
     return {name: to_proto(array, f"payloads.{name}") for name, array in arrays.items()}
 
 
-def _model(name: object) -> str:
+def checked_model(name: object) -> str:
+    """The name; raises InvalidRequest for anything else."""
     return text("model", name, "the model's name")
 
 

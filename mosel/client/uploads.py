@@ -10,7 +10,16 @@ from threading import Lock
 from mosel.client.answers import Prediction, prediction_from
 from mosel.client.calls import UnaryCall
 from mosel.client.checks import seconds
-from mosel.client.demands import Payloads, arrays_of, checked_demand, predict_request, size_of, spec_of
+from mosel.client.demands import (
+    Demand,
+    Payloads,
+    arrays_of,
+    checked_demand,
+    checked_model,
+    request_of,
+    size_of,
+    spec_of,
+)
 from mosel.errors import MoselError
 from mosel.v1 import gateway_pb2
 
@@ -89,7 +98,7 @@ class PlannedUpload:
     ) -> None:
         self.answer: Prediction | None = None
         self._timeout_s, self._started = seconds("timeout_s", timeout_s), time.monotonic()
-        self._plans, self._model, self._limit_mib = plans, model, max_message_mib
+        self._plans, self._model, self._limit_mib = plans, checked_model(model), max_message_mib
         self._demand = asked = checked_demand(demand)
         only, floors = asked.get("modalities"), (asked.get("min_accuracy"), asked.get("max_accuracy_loss"))
         self._has = arrays_of(payloads, "payloads", only)
@@ -113,7 +122,7 @@ class PlannedUpload:
             spec = spec_of(self._model, self._size, {**self._demand_now(), "modalities": sorted(self._has)})
             return UnaryCall("Plan", gateway_pb2.PlanRequest(job=spec), self._planned)
         brings = {name: array for name, array in self._has.items() if name in self._brings}
-        request = predict_request(self._model, brings, self._demand_now(), self._limit_mib, self._has)
+        request = request_of(self._model, brings, self._demand_now(), self._limit_mib, self._has)
         return UnaryCall("Predict", request, self._answered)
 
     def refused(self, error: MoselError) -> None:
@@ -131,7 +140,7 @@ class PlannedUpload:
         self._plans.renew(self._kind, reply.upload if reply.HasField("upload") else None, time.monotonic())
         self.answer = prediction_from(reply)
 
-    def _demand_now(self) -> Mapping[str, object]:
+    def _demand_now(self) -> Demand:
         """What is asked for now: the deadline counts from the start."""
         if (slo_ms := self._demand.get("latency_slo_ms")) is None:
             return self._demand
