@@ -183,7 +183,7 @@ class JobLife:
     async def store(self, payloads: Payloads) -> None:
         """Puts the payloads where encoders read them; errors as of `PayloadStore.store`."""
         await self._jobs.store.store(self.job, payloads)
-        self._jobs.counters["payload_bytes"] += sum(self.job.sound.payload_bytes().values())
+        self._jobs.counters["payload_bytes"] += sum(payloads[name].nbytes for name in self.job.sound.modalities)
 
     @contextlib.contextmanager
     def submit(self) -> Iterator[Answers]:
