@@ -21,6 +21,8 @@ _LEAST_FACTOR, _MOST_FACTOR, _REFUSED_FACTOR = 0.5, 0.95, 0.8
 _LEAST = 8
 # Models come and go: how long the fastest job is remembered.
 _REMEMBERED_S = 60.0
+# Of what answers took lately: the weight of the newest, and how fast it is forgotten while there are none.
+_NEWEST, _HALF_LIFE_S = 0.1, 0.5
 
 
 class ConcurrencyLimit:
@@ -33,17 +35,21 @@ class ConcurrencyLimit:
     def __init__(self, most: int) -> None:
         self._limit, self._most, self._least = float(most), most, min(_LEAST, most)
         self._under_way = self._refused = 0
-        self._fell_at = self._fastest_at = float("-inf")
-        self._fastest_s = self._last_s = 0.0
+        self._fell_at = self._fastest_at = self._answered_at = float("-inf")
+        self._fastest_s = self._last_s = self._takes_s = 0.0
 
     def check_room(self) -> None:
         """Raises Overloaded if there is no room for one more job."""
         if self._under_way >= int(self._limit):
-            self._refused += 1
-            raise Overloaded(
-                f"{self._under_way} jobs are under way, as many as can be answered in good time at present",
-                max(round(self._last_s * 1000), 1),
-            )
+            raise self._refusal("as many as can be answered in good time at present")
+
+    def check_time(self, left_s: float, now: float) -> None:
+        """Raises Overloaded if a job has less time left than answers take at present.
+
+        Where calls wait for their turn longer than they can, none would be answered in time if all were served.
+        """
+        if left_s < self._takes_s * 0.5 ** ((now - self._answered_at) / _HALF_LIFE_S):
+            raise self._refusal(f"and {left_s * 1000:.0f} ms are less than answers take at present")
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
@@ -58,6 +64,13 @@ class ConcurrencyLimit:
             yield
         finally:
             self._under_way -= 1
+
+    def answered(self, began: float, now: float, budget_s: float) -> None:
+        """A job that is still held was answered; arguments as of `ended`."""
+        weight = _NEWEST if now < self._answered_at + _HALF_LIFE_S else 1.0
+        self._takes_s += weight * (now - began - self._takes_s)
+        self._answered_at = now
+        self.ended(began, now, budget_s)
 
     def ended(self, began: float, now: float, budget_s: float) -> None:
         """A job that is still held was answered, or its deadline passed.
@@ -83,6 +96,10 @@ class ConcurrencyLimit:
     def statistics(self) -> dict[str, int]:
         """The limit, and the jobs that were refused for it."""
         return {"concurrency_limit": int(self._limit), "jobs_refused_for_concurrency": self._refused}
+
+    def _refusal(self, why: str) -> Overloaded:
+        self._refused += 1
+        return Overloaded(f"{self._under_way} jobs are under way, {why}", max(round(self._last_s * 1000), 1))
 
     def _fall(self, began: float, now: float, factor: float) -> None:
         # Jobs that came before it fell say nothing about what that has done, and few jobs are not too many.

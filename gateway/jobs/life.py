@@ -75,10 +75,16 @@ class Jobs:
         self.counters["requests"] += 1
         return JobLife(self, Job(self.registry.new_id(), model))
 
-    def check_unread(self, method: str) -> None:
-        """Raises Overloaded or ServiceUnavailable if a call of a method brings a job that cannot be admitted now."""
+    def check_unread(self, method: str, left_s: float) -> None:
+        """Raises Overloaded or ServiceUnavailable if a call of a method brings a job that cannot be admitted now.
+
+        Args:
+            method: without its service.
+            left_s: seconds until the deadline of the call.
+        """
         if method in _BRING_JOBS:
             self.check_room()
+            self.limit.check_time(left_s, time.monotonic())
 
     def refused_unread(self, error: MoselError) -> None:
         """A request was refused of which nothing could be read; it counts and is logged as every other."""
@@ -229,7 +235,7 @@ class JobLife:
                 if job.deadline.remaining <= 0:
                     limit.ended(job.came, time.monotonic(), job.deadline.at - job.came)
                 raise
-            limit.ended(job.came, time.monotonic(), job.deadline.at - job.came)
+            limit.answered(job.came, time.monotonic(), job.deadline.at - job.came)
         return answer
 
     async def _answered_whole(self, check: Check, elements: int) -> Answer:

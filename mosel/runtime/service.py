@@ -282,13 +282,14 @@ class RefuseUnread(_InFront):
     grpc itself calls those UNKNOWN.
 
     Args:
-        check: asked about each call by its method; raises a MoselError where that is enough to refuse it.
+        check: asked about each call by its method and the seconds until its deadline; raises a MoselError where that is
+            enough to refuse it.
         refused: told of each that is refused.
     """
 
     def __init__(
         self,
-        check: Callable[[str], None] = lambda _: None,
+        check: Callable[[str, float], None] = lambda _method, _left_s: None,
         refused: Callable[[MoselError], None] = lambda _: None,
     ) -> None:
         super().__init__()
@@ -305,7 +306,7 @@ class RefuseUnread(_InFront):
 
         async def parse(data: bytes, context: Context) -> Any:
             try:
-                self._check(method)
+                self._check(method, deadline_of(context).remaining)
                 request = own.request_deserializer(data)
             except DecodeError:
                 await refuse(context, InvalidRequest(f"the request's bytes are no message that {method} knows"))

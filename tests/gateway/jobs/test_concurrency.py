@@ -45,7 +45,7 @@ class Machine:
     def _end(self, under_way: list[tuple[float, float, contextlib.ExitStack]], now: float) -> None:
         while under_way and under_way[0][0] <= now:
             ends, began, held = heapq.heappop(under_way)
-            self.limit.ended(began, ends, self.budget_s)
+            self.limit.answered(began, ends, self.budget_s)
             held.close()
             self.answered += 1
             self.in_time += ends - began <= self.budget_s
@@ -127,6 +127,23 @@ def test_a_refusal_says_why_and_when_to_try_again() -> None:
     assert refused.value.retry_after_ms == 250
     limit.check_room()
     assert limit.statistics() == {"concurrency_limit": 1, "jobs_refused_for_concurrency": 1}
+
+
+def test_who_has_less_time_than_answers_take_is_refused_until_that_may_be_over() -> None:
+    limit = ConcurrencyLimit(MOST)
+    limit.check_time(0.0, 0.0)
+    for number in range(100):
+        with limit.holding():
+            limit.answered(float(number), number + 0.05, 1.0)
+    with pytest.raises(Overloaded, match="and 40 ms are less than answers take at present"):
+        limit.check_time(0.04, 99.06)
+    limit.check_time(0.06, 99.06)
+    # Nobody was answered for a while: somebody may try.
+    limit.check_time(0.04, 99.06 + 0.5)
+    # What is learned then counts at once.
+    with limit.holding():
+        limit.answered(105.0, 105.005, 1.0)
+    limit.check_time(0.006, 105.006)
 
 
 @given(st.integers(1, 300), st.lists(st.tuples(st.integers(1, 40), st.floats(0, 5), st.floats(0.001, 60)), max_size=60))
