@@ -23,6 +23,8 @@ _LEAST = 8
 _REMEMBERED_S = 60.0
 # Of what answers took lately: the weight of the newest, and how fast it is forgotten while there are none.
 _NEWEST, _HALF_LIFE_S = 0.1, 0.5
+# Those that are answered are the quick ones.
+_LONGER = 1.5
 
 
 class ConcurrencyLimit:
@@ -48,7 +50,7 @@ class ConcurrencyLimit:
 
         Where calls wait for their turn longer than they can, none would be answered in time if all were served.
         """
-        if left_s < self._takes_s * 0.5 ** ((now - self._answered_at) / _HALF_LIFE_S):
+        if left_s < _LONGER * self._takes_s * 0.5 ** ((now - self._answered_at) / _HALF_LIFE_S):
             raise self._refusal(f"and {left_s * 1000:.0f} ms are less than answers take at present")
 
     @contextlib.contextmanager

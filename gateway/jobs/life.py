@@ -87,9 +87,9 @@ class Jobs:
             self.limit.check_time(left_s, time.monotonic())
 
     def refused_unread(self, error: MoselError) -> None:
-        """A request was refused of which nothing could be read; it counts and is logged as every other."""
-        with contextlib.suppress(MoselError), self.begin(""):
-            raise error
+        """A request was refused of which nothing was read; it counts and is logged as every other."""
+        self.counters["requests"] += 1
+        self.observer.refused_unread(error)
 
     def sound(self, job: Job, checked: CheckedJob) -> None:
         """A job is checked; whose floor counts is decided here, whatever protocol it came by."""

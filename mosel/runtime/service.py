@@ -299,19 +299,22 @@ class RefuseUnread(_InFront):
         if own.unary_unary is None:
             return own
 
-        async def refuse(context: Context, error: MoselError) -> NoReturn:
+        def refuse(context: Context, error: MoselError) -> None:
             note_incoming(method, context.invocation_metadata)  # type: ignore[arg-type]
             self._refused(error)
-            await abort_with(context, error)
+            # Unlike aborting, which raises, this costs little and leaves nothing to the garbage collector.
+            context.set_code(status_of(error))
+            context.set_details(message_of(error))
+            context.set_trailing_metadata(trailers_of(error))
 
         async def parse(data: bytes, context: Context) -> Any:
             try:
                 self._check(method, deadline_of(context).remaining)
                 request = own.request_deserializer(data)
             except DecodeError:
-                await refuse(context, InvalidRequest(f"the request's bytes are no message that {method} knows"))
+                return refuse(context, InvalidRequest(f"the request's bytes are no message that {method} knows"))
             except MoselError as error:
-                await refuse(context, error)
+                return refuse(context, error)
             return await own.unary_unary(request, context)
 
         return grpc.unary_unary_rpc_method_handler(parse, None, own.response_serializer)
