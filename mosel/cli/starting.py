@@ -5,7 +5,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import typer
 from rich.console import Console
@@ -27,17 +27,41 @@ def started(settings: "Settings", ready_timeout_s: float) -> Iterator["Launcher"
     """
     from mosel.launcher import Launcher
 
-    # A supervisor's SIGTERM takes the services along, and so does SIGINT where a shell had it ignored.
-    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        with Launcher(settings) as launcher:
-            _wait(launcher, ready_timeout_s)
-            yield launcher
-    except KeyboardInterrupt:
-        raise typer.Exit from None
-    finally:
-        for number, handler in previous.items():
+    with Interrupts() as interrupts:
+        try:
+            with Launcher(settings) as launcher:
+                _wait(launcher, ready_timeout_s, interrupts)
+                yield launcher
+        except KeyboardInterrupt:
+            raise typer.Exit from None
+
+
+class Interrupts:
+    """Has Ctrl-C and SIGTERM raise KeyboardInterrupt inside the block, and remembers that they came.
+
+    Python drops what is raised inside a callback of a weak reference, such as its imports have: `check` raises again.
+    """
+
+    def __init__(self) -> None:
+        self._came = False
+
+    def __enter__(self) -> Self:
+        # A supervisor's SIGTERM takes the services along, and so does SIGINT where a shell had it ignored.
+        self._previous = {number: signal.signal(number, self._interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if one came."""
+        if self._came:
+            raise KeyboardInterrupt
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._came = True
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -53,7 +77,7 @@ def drawing(file: Path) -> Iterator[None]:
         console.print(f"picture: {file}", soft_wrap=True, highlight=False)
 
 
-def _wait(launcher: "Launcher", timeout_s: float) -> None:
+def _wait(launcher: "Launcher", timeout_s: float, interrupts: Interrupts) -> None:
     columns = (
         TextColumn("starting services"),
         BarColumn(),
@@ -65,10 +89,7 @@ def _wait(launcher: "Launcher", timeout_s: float) -> None:
         task = bar.add_task("", total=len(launcher.services))
 
         def show(ready: list[str], waiting: list[str]) -> None:
+            interrupts.check()
             bar.update(task, completed=len(ready), description=", ".join(waiting) or "measuring latencies")
 
         launcher.wait_ready(timeout_s, show)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
