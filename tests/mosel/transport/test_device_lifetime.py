@@ -1,11 +1,11 @@
 """How long device memory and handles live, and what becomes of reads and writes that fail; the GPU is a nasty fake."""
 
-import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,8 +97,8 @@ def test_memory_of_producers_that_went_unnoticed_is_given_back(shm: Path) -> Non
 def test_without_synchronisation_tensors_are_torn(shm: Path, impatient: str) -> None:
     """The negative control: what all other tests here would find if a wait were missing."""
     kinds = [ImpatientRuntime if side == impatient else FakeRuntime for side in ("producer", "consumer")]
-    # New in every run: memory that is used again may hold the bytes of an older one.
-    tensor = torch.frombuffer(bytearray(os.urandom(200 * KIB)), dtype=torch.uint8)
+    # New in every run, and made where it stays: memory that is used again may hold the bytes of an older one.
+    tensor = torch.from_numpy(np.random.default_rng().integers(0, 256, 200 * KIB, np.uint8))
     with (
         runtimes(FakeGpu(delay_s=0), *kinds) as (producer, consumer),
         producing(shm, producer) as (_, publisher),
