@@ -5,18 +5,13 @@ counted; metrics read them when somebody asks. `docs/observability.md` lists the
 """
 
 import asyncio
-import bisect
-import itertools
-import math
 import re
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from prometheus_client import ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from mosel.errors import MoselError
 
@@ -43,43 +38,24 @@ Read = Callable[[], Values]
 # Arenas by the prefix that their counters have in a `statistics()`.
 _ARENAS = {"shared_memory": "", "device": "device_", "object": "object_"}
 
+# When a histogram began is of no use here, and would add a line to each.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
 
 class Distribution:
-    """A histogram of one process. To add to it is cheap: Prometheus' own takes a lock for each of its numbers.
+    """A histogram of one process."""
 
-    Args:
-        name, text: as a page shows them.
-        labels: the names of the labels.
-        bounds: of the buckets, ascending; each holds the values up to its own.
-    """
-
-    def __init__(self, name: str, text: str, labels: Sequence[str], bounds: Sequence[float]) -> None:
-        self._name, self._text, self._labels, self._bounds = name, text, ("service", *labels), tuple(bounds)
-        # For each combination of labels, how many values each bucket got, those beyond all bounds last; and their sum.
-        self._buckets: dict[Labels, list[int]] = {}
-        self._sums: dict[Labels, float] = {}
-        self._lock = threading.Lock()
+    def __init__(self, histogram: Histogram, service: str) -> None:
+        self._histogram, self._service = histogram, service
+        # To find one takes longer than to add to it.
+        self._of_labels: dict[Labels, Histogram] = {}
 
     def observe(self, value: float, *labels: str) -> None:
         """Adds a value under the values of the labels, in their order. Thread-safe."""
-        with self._lock:
-            buckets = self._buckets.get(labels)
-            if buckets is None:
-                buckets = self._buckets[labels] = [0] * (len(self._bounds) + 1)
-                self._sums[labels] = 0.0
-            buckets[bisect.bisect_left(self._bounds, value)] += 1
-            self._sums[labels] += value
-
-    def family(self, service: str) -> Metric:
-        """What a page shows of it. Thread-safe."""
-        with self._lock:
-            rows = [(labels, list(buckets), self._sums[labels]) for labels, buckets in self._buckets.items()]
-        family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
-        names = [floatToGoString(bound) for bound in (*self._bounds, math.inf)]  # type: ignore[no-untyped-call]
-        for labels, buckets, total in rows:
-            counts = zip(names, itertools.accumulate(buckets), strict=True)
-            family.add_metric((service, *labels), list(counts), total)
-        return family
+        found = self._of_labels.get(labels)
+        if found is None:
+            found = self._of_labels[labels] = self._histogram.labels(self._service, *labels)
+        found.observe(value)
 
 
 class Metrics:
@@ -91,16 +67,15 @@ class Metrics:
 
     def __init__(self, service: str) -> None:
         self.service = service
-        self._histograms: list[Distribution] = []
+        self._histograms = CollectorRegistry()
         self._readers: list[Callable[[], Metric]] = []
 
     def histogram(
         self, name: str, text: str, labels: Sequence[str], buckets: Sequence[float] = SECONDS
     ) -> Distribution:
         """A new histogram; labels must have few values."""
-        made = Distribution(name, text, labels, buckets)
-        self._histograms.append(made)
-        return made
+        made = Histogram(name, text, ("service", *labels), registry=self._histograms, buckets=buckets)
+        return Distribution(made, self.service)
 
     def gauge(self, name: str, text: str, labels: Sequence[str], read: Read) -> None:
         """A gauge that is read, on the event loop, when somebody asks."""
@@ -153,8 +128,7 @@ class Metrics:
         process = list(ProcessCollector("mosel", registry=None).collect())
         for family in process:
             family.samples = [s._replace(labels={"service": self.service}) for s in family.samples]
-        histograms = [histogram.family(self.service) for histogram in self._histograms]
-        text = generate_latest(_Families([*histograms, *process, *families]))
+        text = generate_latest(_Families([*self._histograms.collect(), *process, *families]))
         return re.sub(rb"(?m)^(# (?:HELP|TYPE) nv_\w+)_total ", rb"\1 ", text)
 
 
