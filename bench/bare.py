@@ -4,29 +4,20 @@ It answers `Predict` of `mosel.v1` with one modality set, in batches, and refuse
 way before it parses it. It has no floors, deadlines, checks, logs or metrics: a yardstick, not a server.
 """
 
-import asyncio
 import multiprocessing
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
-import torch
 import uvloop
-from numpy.typing import NDArray
 
-from mosel.compute import networks
-from mosel.compute.forms import Forms
-from mosel.compute.networks import Loaded
+from bench.one_process import Batches, compute_with, networks_of
 from mosel.config import Settings
 from mosel.modality import ModalitySet
 from mosel.packages.model_package import load_package
 from mosel.tensors import from_proto, to_proto
 from mosel.v1 import gateway_pb2
-
-_WORKERS, _MOST_ITEMS = 2, 32
 
 
 class Bare:
@@ -60,16 +51,8 @@ class Bare:
 
 class _Server:
     def __init__(self, folder: Path, settings: Settings, modality_set: ModalitySet, most: int) -> None:
-        package, device = load_package(folder), networks.choose_device(settings.device)
-        forms = Forms(settings, device)
-        self._encoders = {
-            m: forms.of_encoder(Loaded.plain(package, networks.load_encoder(package, m, device)), m).network
-            for m in sorted(modality_set)
-        }
-        self._fusion = forms.of_fusion(Loaded.plain(package, networks.load_fusion(package, device))).network
-        self._most, self._under_way, self._free = most, 0, _WORKERS
-        self._pool = ThreadPoolExecutor(_WORKERS, initializer=torch.set_num_threads, initargs=(1,))
-        self._waiting = list[tuple[gateway_pb2.PredictRequest, asyncio.Future[NDArray[np.float32]]]]()
+        self._batches = Batches(compute_with(*networks_of(load_package(folder), settings)))
+        self._chosen, self._most, self._under_way = sorted(modality_set), most, 0
 
     async def predict(self, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         """Answers a call, or refuses it."""
@@ -77,41 +60,12 @@ class _Server:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many")
         self._under_way += 1
         try:
-            done: asyncio.Future[NDArray[np.float32]] = asyncio.get_running_loop().create_future()
-            self._waiting.append((gateway_pb2.PredictRequest.FromString(data), done))
-            self._begin()
-            return gateway_pb2.PredictReply(output=to_proto(await done)).SerializeToString()
+            request = gateway_pb2.PredictRequest.FromString(data)
+            payloads = {m: from_proto(request.payloads[m], m) for m in self._chosen}
+            output = await self._batches.answer(self._chosen, payloads)
+            return gateway_pb2.PredictReply(output=to_proto(output)).SerializeToString()
         finally:
             self._under_way -= 1
-
-    def _begin(self) -> None:
-        while self._waiting and self._free:
-            batch, items = list[tuple[gateway_pb2.PredictRequest, asyncio.Future[NDArray[np.float32]]]](), 0
-            while self._waiting and items < _MOST_ITEMS:
-                batch.append(self._waiting.pop(0))
-                items += next(iter(batch[-1][0].payloads.values())).shape[0]
-            self._free -= 1
-            computed = asyncio.get_running_loop().run_in_executor(self._pool, self._compute, [one for one, _ in batch])
-            computed.add_done_callback(lambda found, batch=batch: self._over(found, batch))  # type: ignore[misc]
-
-    def _over(
-        self,
-        found: "asyncio.Future[list[NDArray[np.float32]]]",
-        batch: list[tuple[gateway_pb2.PredictRequest, "asyncio.Future[NDArray[np.float32]]"]],
-    ) -> None:
-        self._free += 1
-        for (_, done), output in zip(batch, found.result(), strict=True):
-            if not done.done():
-                done.set_result(output)
-        self._begin()
-
-    @torch.inference_mode()
-    def _compute(self, requests: list[gateway_pb2.PredictRequest]) -> list[NDArray[np.float32]]:
-        arrays = [{m: from_proto(request.payloads[m], m) for m in self._encoders} for request in requests]
-        rows = {m: torch.from_numpy(np.concatenate([one[m] for one in arrays])) for m in self._encoders}
-        output = self._fusion({m: encoder(rows[m]) for m, encoder in self._encoders.items()}).numpy()
-        sizes = [len(next(iter(one.values()))) for one in arrays]
-        return np.split(output, np.cumsum(sizes)[:-1])
 
 
 def _serve(package: Path, settings: Settings, modality_set: ModalitySet, most: int, connection: Connection) -> None:

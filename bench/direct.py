@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
+from bench.one_process import networks_of
 from mosel.compute import networks
-from mosel.compute.forms import Forms
-from mosel.compute.networks import Loaded
 from mosel.config import Settings
 from mosel.packages.model_package import load_package
 
@@ -52,12 +51,7 @@ def _serve(folder: Path, settings: Settings, connection: Connection) -> None:
     # The services are ready by the first question, and have chosen.
     connection.poll(None)
     package, device = load_package(folder), networks.choose_device(settings.device)
-    forms = Forms(settings, device)
-    encoders = {
-        m: forms.of_encoder(Loaded.plain(package, networks.load_encoder(package, m, device)), m).network
-        for m in package.modalities
-    }
-    fusion = forms.of_fusion(Loaded.plain(package, networks.load_fusion(package, device))).network
+    encoders, fusion = networks_of(package, settings)
     while True:
         job_size, torch_threads, seconds = connection.recv()
         torch.set_num_threads(torch_threads)

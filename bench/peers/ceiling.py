@@ -6,11 +6,7 @@ python -m bench.peers.ceiling PACKAGE_FOLDER [--fast]
 """
 
 import argparse
-import asyncio
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +14,14 @@ import grpc
 import numpy as np
 import torch
 import uvloop
-from numpy.typing import NDArray
 
 from bench.null_model import NAME as NOTHING
+from bench.one_process import Array, Batches, Compute, Payloads, compute_with, networks_of
 from gateway.inference.messages import SERVICE, ModelInferRequest, ModelInferResponse
-from mosel.compute import networks
-from mosel.compute.forms import Forms
-from mosel.compute.networks import Loaded
 from mosel.config import load_settings
 from mosel.packages.model_package import ModelPackage, load_package
 
-_WORKERS, _MOST_ITEMS, _MOST_BYTES = 2, 32, 64 << 20
-
-Array = NDArray[Any]
-Job = tuple[dict[str, Array], "asyncio.Future[Array]"]
+_MOST_BYTES = 64 << 20
 
 
 class Ceiling:
@@ -43,17 +33,11 @@ class Ceiling:
     """
 
     def __init__(self, package: ModelPackage, *, fast: bool) -> None:
-        self._package, self._free = package, _WORKERS
-        self._pool = ThreadPoolExecutor(_WORKERS, "compute", torch.set_num_threads, (1,))
-        self._waiting: defaultdict[tuple[str, ...], list[Job]] = defaultdict(list)
-        device = torch.device("cpu")
-        forms = Forms(load_settings(device="cpu"), device)
-        encoders = {m: Loaded.plain(package, networks.load_encoder(package, m, device)) for m in package.modalities}
-        fusion = Loaded.plain(package, networks.load_fusion(package, device))
-        if fast:
-            encoders = {m: forms.of_encoder(encoder, m) for m, encoder in encoders.items()}
-            fusion = forms.of_fusion(fusion)
-        self._encoders, self._fusion = {m: encoder.network for m, encoder in encoders.items()}, fusion.network
+        self._output = package.output
+        compute: Compute = self._nothing
+        if package.name != NOTHING:
+            compute = compute_with(*networks_of(package, load_settings(device="cpu"), fast=fast))
+        self._batches = Batches(compute)
 
     async def infer(self, request: Any, context: Any) -> Any:
         """Answers one request."""
@@ -62,45 +46,14 @@ class Ceiling:
             for tensor, data in zip(request.inputs, request.raw_input_contents, strict=True)
         }
         named = request.parameters["modalities"].string_param if "modalities" in request.parameters else ""
-        answered: asyncio.Future[Array] = asyncio.get_running_loop().create_future()
-        self._waiting[tuple(named.split(",")) if named else tuple(payloads)].append((payloads, answered))
-        self._start()
-        outputs = await answered
+        outputs = await self._batches.answer(named.split(",") if named else list(payloads), payloads)
         answer = ModelInferResponse(model_name=request.model_name)
-        answer.outputs.add(name=self._package.output.name, datatype="FP32", shape=outputs.shape)
+        answer.outputs.add(name=self._output.name, datatype="FP32", shape=outputs.shape)
         answer.raw_output_contents.append(outputs.tobytes())
         return answer
 
-    def _start(self) -> None:
-        for chosen, queue in self._waiting.items():
-            while queue and self._free:
-                jobs: list[Job] = []
-                while queue and sum(map(_size, jobs)) < _MOST_ITEMS:
-                    jobs.append(queue.pop(0))
-                self._free -= 1
-                payloads = [job[0] for job in jobs]
-                done = asyncio.get_running_loop().run_in_executor(self._pool, self._compute, chosen, payloads)
-                done.add_done_callback(partial(self._finished, jobs))
-
-    def _finished(self, jobs: Sequence[Job], done: "asyncio.Future[list[Array]]") -> None:
-        self._free += 1
-        for (_, answered), outputs in zip(jobs, done.result(), strict=True):
-            if not answered.done():
-                answered.set_result(outputs)
-        self._start()
-
-    @torch.inference_mode()
-    def _compute(self, chosen: Sequence[str], jobs: Sequence[Mapping[str, Array]]) -> list[Array]:
-        sizes = [len(job[chosen[0]]) for job in jobs]
-        if self._package.name == NOTHING:
-            return [np.zeros((size, *self._package.output.shape), np.float32) for size in sizes]
-        rows = {m: torch.from_numpy(np.concatenate([job[m] for job in jobs])) for m in chosen}
-        outputs = self._fusion({m: self._encoders[m](rows[m]) for m in chosen}).numpy()
-        return np.split(outputs, np.cumsum(sizes)[:-1])
-
-
-def _size(job: Job) -> int:
-    return len(next(iter(job[0].values())))
+    def _nothing(self, chosen: Sequence[str], jobs: Sequence[Payloads]) -> list[Array]:
+        return [np.zeros((len(job[chosen[0]]), *self._output.shape), np.float32) for job in jobs]
 
 
 async def _serve(ceiling: Ceiling) -> None:
