@@ -3,8 +3,9 @@
 import asyncio
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psutil
@@ -60,21 +61,26 @@ def closed_loop(
     return Load(items / elapsed, statistics.median(times) * 1000, cpu)
 
 
+async def keep_busy(predict: Callable[[], Awaitable[object]], jobs_in_flight: int, seconds: float) -> list[float]:
+    """Keeps so many jobs in flight for so long; returns the seconds that each took."""
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+
+    async def caller() -> None:
+        while (started := time.perf_counter()) < until:
+            await predict()
+            times.append(time.perf_counter() - started)
+
+    await asyncio.gather(*(caller() for _ in range(jobs_in_flight)))
+    return times
+
+
 async def _drive(
     address: str, model: str, payloads: Payloads, jobs_in_flight: int, seconds: float, min_accuracy: float | None
 ) -> list[float]:
-    times: list[float] = []
-    until = time.perf_counter() + seconds
     async with AsyncClient(address, retries=None) as client:
-
-        async def caller() -> None:
-            while time.perf_counter() < until:
-                started = time.perf_counter()
-                await client.predict(model, payloads, min_accuracy=min_accuracy)
-                times.append(time.perf_counter() - started)
-
-        await asyncio.gather(*(caller() for _ in range(jobs_in_flight)))
-    return times
+        predict = partial(client.predict, model, payloads, min_accuracy=min_accuracy)
+        return await keep_busy(predict, jobs_in_flight, seconds)
 
 
 def _cpu_seconds(launcher: Launcher) -> dict[str, float]:

@@ -13,7 +13,6 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import psutil
 from rich import box
@@ -26,7 +25,7 @@ from bench.items import items_of
 from bench.machine import machine_line
 from bench.open_loop import OpenLoop, Window
 from mosel import Client
-from mosel.config import FREE_PORTS, Placement, load_settings
+from mosel.config import FREE_PORTS, PLACEMENTS, Placement, load_settings
 from mosel.launcher import Launcher
 from mosel.modality import ModalitySet, parse_set
 from mosel.packages.model_package import ModelPackage, find_packages
@@ -88,7 +87,7 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="digits")
-    parser.add_argument("--placements", nargs="+", choices=get_args(Placement), default=list(get_args(Placement)))
+    parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, default=PLACEMENTS)
     parser.add_argument("--items", type=int, nargs="+", default=[1, 4], help="of each job")
     parser.add_argument("--floor", type=float, default=0.85, help="accuracy floor of each job; 0: none")
     parser.add_argument("--slo-ms", type=float, default=100.0, help="deadline of each call")
@@ -108,8 +107,12 @@ def main() -> None:
 @contextlib.contextmanager
 def served(options: Options) -> Iterator[tuple[Launcher, ModelPackage]]:
     """The services, ready, on free ports; they expect floors in expectation only, as the bare server does."""
-    settings = load_settings(models=(options.model,), gateway=FREE_PORTS, placement=options.placement)
-    settings = settings.model_copy(update={"selector": settings.selector.model_copy(update={"floor_confidence": 0.5})})
+    settings = load_settings(
+        models=(options.model,),
+        gateway=FREE_PORTS,
+        placement=options.placement,
+        selector={"floor_confidence": 0.5},
+    )
     package = find_packages(settings.models_dir, settings.models)[options.model]
     with Launcher(settings) as launcher:
         launcher.wait_ready(_READY_TIMEOUT_S)

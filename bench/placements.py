@@ -13,7 +13,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
 import psutil
 from rich.console import Console
@@ -25,11 +24,10 @@ from bench.machine import machine_line
 from bench.null_model import NAME as NOTHING
 from bench.null_model import write_null_model
 from mosel.compute.networks import example_payload
-from mosel.config import FREE_PORTS, Placement, Settings, load_settings
+from mosel.config import FREE_PORTS, PLACEMENTS, Placement, Settings, load_settings
 from mosel.launcher import Launcher
 from mosel.packages.model_package import find_packages
 
-PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 # Model, items of a job, jobs in flight.
 _LOADS = ((NOTHING, 1, 1), (NOTHING, 1, 8), (NOTHING, 32, 4), ("digits", 1, 16), ("digits", 8, 8), ("digits", 32, 6))
 _MIB = 1024 * 1024

@@ -107,6 +107,7 @@ def world_and_demands(profile: Profile) -> tuple[World, Demands]:
 def new_scheduler(world: World, policy: str, max_queued_items: int = 1_000_000) -> Scheduler:
     """A scheduler with every service up."""
     scheduler = Scheduler({MODEL: world.profile}, policy, max_queued_items, world.tokens, Settings().selector.reply_ms)
+    # Each lane that comes says anew what is joined; until fusion is there, nothing is.
     joined = world.profile.joined
     for lane, resource in world.lanes.items():
         scheduler.lane(lane, True, resource, joined)

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import platformdirs
 from pydantic import (
@@ -35,6 +35,9 @@ from mosel.validation import explain
 MAX_SOCKET_PATH_BYTES = 90
 # Whether the services of a machine share a process.
 Placement = Literal["single", "services"]
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
+# How long an HTTP connection may be idle: longer than the proxies in front keep theirs, most of them for 60 s.
+HTTP_IDLE_S = 75.0
 _ENV_PREFIX = "MOSEL_"
 # Environment variables that are not settings of a service.
 _OTHER_VARIABLES = {"MOSEL_CHECK_MESSAGES", "MOSEL_CONFIG", "MOSEL_DATA", "MOSEL_TOKEN"}
@@ -99,8 +102,7 @@ class GatewaySettings(_Section):
     insecure: bool = False
     # One line in the log for each request.
     access_log: bool = True
-    # How long an HTTP connection may be idle: longer than the proxies in front keep theirs, most of them for 60 s.
-    http_idle_s: float = Field(75, gt=0)
+    http_idle_s: float = Field(HTTP_IDLE_S, gt=0)
     # Of HTTP requests: JSON takes many times its size while it is read, binary data does not; and a body that is still
     # not there after so long is waited for no more.
     max_json_mib: int = Field(8, ge=1)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from bench.null_model import NAME as NOTHING
+from mosel.config import PLACEMENTS
 
 DIGITS, DIGITS_FAST = "digits", "digits_fast"
 TRITON, KSERVE = "triton", "kserve"
@@ -50,7 +51,6 @@ WORKS = (
     *(Work(NOTHING, items, in_flight) for items, in_flight in ((1, 1), (1, 8), (32, 4))),
     *(Work(DIGITS, items, in_flight) for items, in_flight in ((1, 1), (1, 16), (8, 8), (32, 6))),
 )
-PLACEMENTS = ("single", "services")
 CONTESTANTS = (
     Contestant("ceiling", CEILING_NOTHING, NOTHING),
     Contestant("Triton", TRITON, NOTHING),

@@ -20,11 +20,10 @@ from bench.peers.contestants import (
     DIGITS,
     DIGITS_FAST,
     KSERVE,
-    PLACEMENTS,
     TRITON,
 )
 from gateway.inference.messages import SERVICE, class_of
-from mosel.config import FREE_PORTS, load_settings
+from mosel.config import FREE_PORTS, PLACEMENTS, load_settings
 from mosel.launcher import Launcher
 from mosel.packages.model_package import ModelPackage
 

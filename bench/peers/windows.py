@@ -1,23 +1,21 @@
 """Windows of closed-loop load on a server of the Open Inference Protocol, or on this one with plans first."""
 
-import asyncio
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import numpy as np
 import uvloop
-from numpy.typing import NDArray
 
+from bench.closed_loop import Payloads, keep_busy
 from bench.peers.contestants import SETS, Contestant, Work
 from gateway.inference.messages import SERVICE, ModelInferRequest, ModelInferResponse
 from mosel import AsyncClient
 from mosel.packages.model_package import ModelPackage
 
-Payloads = Mapping[str, NDArray[np.generic]]
 _WARM_UP, _CALL_S = 3, 60.0
 
 
@@ -57,20 +55,12 @@ def payloads_of(package: ModelPackage, items: int) -> Payloads:
 
 
 async def _measure(address: str, contestant: Contestant, work: Work, payloads: Payloads, seconds: float) -> Window:
-    times: list[float] = []
     async with AsyncClient(address) as client, grpc.aio.insecure_channel(address) as channel:
         predict = _predict(client, channel, contestant, payloads)
         for _ in range(_WARM_UP):
             await predict()
         started = time.perf_counter()
-        until = started + seconds
-
-        async def caller() -> None:
-            while (began := time.perf_counter()) < until:
-                await predict()
-                times.append(time.perf_counter() - began)
-
-        await asyncio.gather(*(caller() for _ in range(work.in_flight)))
+        times = await keep_busy(predict, work.in_flight, seconds)
         elapsed = time.perf_counter() - started
     p50, p99 = np.quantile(times, (0.5, 0.99)) * 1000
     return Window(len(times) * work.items / elapsed, float(p50), float(p99))
