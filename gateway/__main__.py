@@ -138,7 +138,8 @@ async def _showing_metrics(
     host, port, grace_s = settings.gateway.host, settings.gateway.metrics_port, settings.stop_grace_ms / 1000
     page = MetricsPage(data_plane.metrics, data_plane.link).app()
     app = page if data_plane.guard is None else OnlyTenantsHttp(page, data_plane.guard)
-    async with HttpServer(app, host, port, "--metrics-port", grace_s, public_tls(settings), refused):
+    tls, idle_s = public_tls(settings), settings.gateway.http_idle_s
+    async with HttpServer(app, host, port, "--metrics-port", grace_s, tls, refused, idle_s):
         yield
 
 

@@ -93,6 +93,7 @@ def _plan(known: "ModelProfile", measured: "Profile", settings: "Settings", aske
     scheduler = Scheduler(
         {model: known}, tokens=measured.concurrency, max_queued_items=asked.size, refuse_unguaranteed=refuse
     )
+    # Each lane that comes says anew what is joined; until fusion is there, nothing is.
     joined = known.joined
     for lane in (*asked.modalities, FUSION):
         scheduler.lane(lane, True, measured.hardware.device, joined)

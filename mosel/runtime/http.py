@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from mosel.config import HTTP_IDLE_S
 from mosel.errors import ConfigError
 from mosel.tls import ServerTls, handshake_refused
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
-
-_IDLE_S = 75.0
 
 
 class _Connection(H11Protocol):
@@ -100,7 +99,7 @@ class HttpServer:
         grace_s: float,
         tls: ServerTls | None = None,
         refused: Callable[[str], None] = handshake_refused,
-        idle_s: float = _IDLE_S,
+        idle_s: float = HTTP_IDLE_S,
     ) -> None:
         self.port, self._host, self._setting = port, host, setting
         self._tls, self._refused = tls, refused
