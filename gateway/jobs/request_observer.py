@@ -91,15 +91,12 @@ class RequestObserver:
             log.info("request", extra=_line(job, status, seconds, error))
 
     def refused_unread(self, error: MoselError) -> None:
-        """A request was refused before anything of it was read, which under overload happens most of the time."""
-        call, status = incoming(), status_of(error).name
-        self._requests["", status] += 1
-        self.refused["", reason_of(error)] += 1
+        """A request was refused before anything of it was read; it is no job, and has no id."""
+        call = incoming()
+        job = Job(b"", method=call.method)
         if self._tracing.on:
-            self._tracing.begin("request", call.traceparent, "server").end({"status": status}, error)
-        if self._access_log and log.isEnabledFor(logging.INFO):
-            line = {"method": call.method, "model": "", "size": 0, "status": status, "ms": 0.0, "job_id": ""}
-            log.info("request", extra=line | {"reason": str(error)[:_SHOWN_REASON]})
+            job.span = self._tracing.begin("request", call.traceparent, "server")
+        self.over(job, error)
 
     def _succeeded(self, job: Job, model: str, seconds: float) -> None:
         self._duration_s.observe(seconds, model, job.modality_set)
