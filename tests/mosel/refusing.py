@@ -1,5 +1,7 @@
 """A gateway that refuses as it is told, and keeps what it gets."""
 
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -47,3 +49,12 @@ class Refusing:
         handlers["Plan"] = grpc.unary_unary_rpc_method_handler(self.plan, asked, plan)
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("mosel.v1.Gateway", handlers)])
         return server
+
+    @contextlib.asynccontextmanager
+    async def served(self) -> AsyncIterator[str]:
+        """Listens inside the block; gives the address."""
+        server = self.server()
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        yield f"127.0.0.1:{port}"
+        await server.stop(None)

@@ -12,20 +12,11 @@ from selector.core.certificate import Certificates
 from selector.core.frontier import Frontiers
 from selector.core.jobs import Call, Job
 from selector.core.work import Work
-from tests.selector.support import profile_of
+from tests.selector.support import THREE, profile_of
 
 MODALITIES = ("audio", "image", "pen")
 REPLICA = "audio/2"
 LANES = (*MODALITIES, REPLICA, FUSION)
-THREE = {
-    "pen": 0.60,
-    "image": 0.65,
-    "audio": 0.72,
-    "image+pen": 0.88,
-    "audio+pen": 0.89,
-    "audio+image": 0.90,
-    "audio+image+pen": 0.96,
-}
 TWO = {"audio": 0.5, "pen": 0.7, "audio+pen": 0.65}
 DEFAULT_FLOOR = 0.62
 PROFILES = {

@@ -9,6 +9,16 @@ from selector.core.jobs import Call, Effort, EncodeCall, Ended, FuseCall, Job, W
 from selector.core.profile import LatencyCurve, ModelProfile
 from selector.core.scheduler import Scheduler
 
+THREE = {
+    "pen": 0.60,
+    "image": 0.65,
+    "audio": 0.72,
+    "image+pen": 0.88,
+    "audio+pen": 0.89,
+    "audio+image": 0.90,
+    "audio+image+pen": 0.96,
+}
+
 Points = tuple[tuple[int, float], ...]
 
 

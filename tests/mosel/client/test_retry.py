@@ -20,11 +20,8 @@ PAYLOADS = {"pen": np.zeros((2, 3), np.float32)}
 @pytest.fixture
 async def refusing() -> AsyncIterator[tuple[Refusing, str]]:
     servicer = Refusing()
-    server = servicer.server()
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    yield servicer, f"127.0.0.1:{port}"
-    await server.stop(None)
+    async with servicer.served() as address:
+        yield servicer, address
 
 
 async def predict(address: str, retries: Retry | None, kind: str, **demand: Any) -> str:

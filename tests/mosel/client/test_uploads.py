@@ -84,11 +84,8 @@ def test_kinds_are_apart_and_those_not_used_for_longest_are_forgotten() -> None:
 @pytest.fixture
 async def gateway() -> AsyncIterator[tuple[Refusing, str]]:
     servicer = Refusing()
-    server = servicer.server()
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    yield servicer, f"127.0.0.1:{port}"
-    await server.stop(None)
+    async with servicer.served() as address:
+        yield servicer, address
 
 
 class Caller:

@@ -33,14 +33,13 @@ from tests.selector.account import (
     MODALITIES,
     PROFILES,
     REPLICA,
-    THREE,
     TOKENS,
     Account,
     floor_of,
     name_of,
     undercut,
 )
-from tests.selector.support import held
+from tests.selector.support import THREE, held
 
 models = st.sampled_from(sorted(PROFILES))
 picks = st.just(set(MODALITIES)) | st.sets(st.sampled_from(MODALITIES), min_size=1)

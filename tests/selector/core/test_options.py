@@ -14,17 +14,9 @@ from selector.core.frontier import Frontiers
 from selector.core.jobs import Effort, Job, Option
 from selector.core.options import allowed_options, strategy_of
 from selector.core.profile import ModelProfile
+from tests.selector.support import THREE as ACCURACY
 from tests.selector.support import profile_of
 
-ACCURACY = {
-    "pen": 0.60,
-    "image": 0.65,
-    "audio": 0.72,
-    "image+pen": 0.88,
-    "audio+pen": 0.89,
-    "audio+image": 0.90,
-    "audio+image+pen": 0.96,
-}
 ENCODER_MS = {"pen": 0.04, "image": 0.7, "audio": 2.5}
 ALL = "audio+image+pen"
 
